@@ -1,0 +1,32 @@
+"""Package metadata. tools/setup.sh installs the tested versions, those of tools/constraints.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ssm-asr",
+    version="0.1.0",
+    description="Streaming speech-recognition recipes: Zipformer and state-space encoders, pruned RNN-T",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["ssm_asr", "ssm_asr.*"]),
+    install_requires=[
+        "torch>=2.11",
+        "numpy",
+        "lhotse>=1.33",
+        "urllib3",  # lhotse imports it without asking for it
+        "scipy",  # likewise, to resample
+        "sentencepiece",
+        "soundfile",
+        "kaldi-native-fbank",
+        "kaldialign",
+        "safetensors",
+        "pyyaml",
+        "tensorboard",
+        "tqdm",
+    ],
+    extras_require={
+        "corpus": ["hibari-tts", "onnxruntime"],  # to make the small corpus
+        "export": ["onnx", "onnxruntime", "onnxscript", "sherpa-onnx"],
+        "dev": ["mypy", "pytest", "ruff", "types-PyYAML", "types-tqdm"],
+    },
+)
