@@ -1,0 +1,120 @@
+"""The convolutional front end: 100 Hz features to 50 Hz encoder frames.
+
+Source: Yao et al. (arXiv 2310.11230), section 3.1.
+
+Shapes: B batch, T feature frames, S = (T - 7) // 2 encoder frames, F = 80 mels, C channels, W = 19 frequencies left.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssm_asr import units
+from ssm_asr.encoder.modules import BiasNorm, SwooshL, SwooshR, scale_parameters_
+from ssm_asr.encoder.regularize import Balancer, Dropout, ScaleGradient, Schedule, Scheduled, Value, Whiten
+
+# Every encoder frame sees 3 frames of the ConvNeXt input to either side.
+LOOK_AHEAD = 3
+# A chunk of C encoder frames is computed from 2C + 13 feature frames, and the next starts 2C later.
+CHUNK_OVERLAP = 13
+
+
+def embed_frames(feature_frames: Any) -> Any:
+    """Encoder frames (50 Hz) of so many feature frames (ints or a tensor of lengths)."""
+    return (feature_frames - 7) // units.EMBED_SUBSAMPLING
+
+
+def output_frames(feature_frames: Any) -> Any:
+    """Output frames (25 Hz) of so many feature frames (ints or a tensor of lengths)."""
+    return (embed_frames(feature_frames) + 1) // units.OUTPUT_SUBSAMPLING
+
+
+class ConvNeXt(Scheduled):
+    """A 7×7 depthwise convolution, an inverted bottleneck, and a residual."""
+
+    def __init__(self, channels: int, hidden_ratio: int = 3) -> None:
+        super().__init__()
+        self.depthwise_conv = nn.Conv2d(channels, channels, 7, groups=channels, padding=3)
+        self.pointwise_conv1 = nn.Conv2d(channels, channels * hidden_ratio, 1)
+        self.balance_hidden = Balancer(positive=(0.3, 1.0), abs=(0.75, 5.0), channel_dim=1)
+        self.activation = SwooshL()
+        self.pointwise_conv2 = nn.Conv2d(channels * hidden_ratio, channels, 1)
+        scale_parameters_(self.pointwise_conv2, 0.01)
+        self.balance_out = Balancer(positive=(0.4, 0.6), abs=(1.0, 6.0), channel_dim=1)
+        self.whiten_out = Whiten(5.0)
+        self.skip_rate = Schedule((0, 0.2), (20000, 0.015))
+
+    def forward(self, x_BCTW: Tensor) -> Tensor:
+        """(B, C, T, W) -> (B, C, T, W), zero-padded in time."""
+        return self._finish(x_BCTW, self.depthwise_conv(x_BCTW))
+
+    def stream(self, x_BCTW: Tensor, cache_BCTW: Tensor) -> tuple[Tensor, Tensor]:
+        """x holds the chunk and 3 frames after it, the cache the 3 frames before it."""
+        frames = x_BCTW.shape[2] - LOOK_AHEAD
+        padded = torch.cat([cache_BCTW, x_BCTW], dim=2)
+        conv = self.depthwise_conv
+        mixed = nn.functional.conv2d(padded, conv.weight, conv.bias, padding=(0, 3), groups=conv.groups)
+        return self._finish(x_BCTW[:, :, :frames], mixed), padded[:, :, frames : frames + LOOK_AHEAD]
+
+    def _finish(self, x_BCTW: Tensor, mixed_BCTW: Tensor) -> Tensor:
+        hidden = self.activation(self.balance_hidden(self.pointwise_conv1(mixed_BCTW)))
+        out_BCTW = self.pointwise_conv2(hidden)
+        if self.training:
+            skip_rate = self.now(self.skip_rate)
+            if skip_rate > 0:
+                keep_B = torch.rand(x_BCTW.shape[0], 1, 1, 1, device=x_BCTW.device) > skip_rate
+                out_BCTW = out_BCTW * keep_B
+        out_BCTW = self.balance_out(x_BCTW + out_BCTW)
+        if not self.training:
+            return out_BCTW
+        return self.whiten_out(out_BCTW.transpose(1, 3)).transpose(1, 3)
+
+
+class ConvSubsampling(nn.Module):
+    """Three 3×3 convolutions, ConvNeXt, and a projection to the encoder's width ("encoder_embed").
+
+    Args:
+        channels: of the three convolutions, (8, 32, 128) in all published models.
+    """
+
+    def __init__(self, out_channels: int, channels: tuple[int, int, int], dropout: Value) -> None:
+        super().__init__()
+        c1, c2, c3 = channels
+        self.conv = nn.Sequential(
+            nn.Conv2d(1, c1, 3, padding=(0, 1)),
+            ScaleGradient(0.2),
+            Balancer(abs=(0.2, 1.0), channel_dim=1),
+            SwooshR(),
+            nn.Conv2d(c1, c2, 3, stride=2),
+            Balancer(abs=(0.2, 4.0), channel_dim=1),
+            SwooshR(),
+            nn.Conv2d(c2, c3, 3, stride=(1, 2)),
+            Balancer(abs=(0.2, 4.0), channel_dim=1),
+            SwooshR(),
+        )
+        self.convnext = ConvNeXt(c3)
+        self.channels, self.frequencies = c3, ((units.NUM_MELS - 3) // 2 + 1 - 3) // 2 + 1
+        self.out = nn.Linear(c3 * self.frequencies, out_channels)
+        self.out_whiten = Whiten(Schedule((0, 4.0), (20000, 8.0)), grad_scale=0.02)
+        self.out_norm = BiasNorm(out_channels)
+        self.dropout = Dropout(dropout, shared_dim=1)
+
+    def forward(self, features_BTF: Tensor, lens_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, F) -> (B, S, D), and the lengths in encoder frames."""
+        # On a CPU the 7×7 depthwise convolution is several times faster with the channels last.
+        x = features_BTF[:, None].contiguous(memory_format=torch.channels_last)
+        return self._finish(self.convnext(self.conv(x))), embed_frames(lens_B)
+
+    def init_state(self, batch_size: int, device: torch.device | None = None) -> Tensor:
+        """The ConvNeXt inputs before the first chunk: (B, C, 3, W) zeros."""
+        return torch.zeros(batch_size, self.channels, LOOK_AHEAD, self.frequencies, device=device)
+
+    def stream(self, features_BTF: Tensor, cache_BCTW: Tensor) -> tuple[Tensor, Tensor]:
+        """2C + 13 feature frames -> C encoder frames, and the new cache."""
+        x, cache_BCTW = self.convnext.stream(self.conv(features_BTF[:, None]), cache_BCTW)
+        return self._finish(x), cache_BCTW
+
+    def _finish(self, x_BCTW: Tensor) -> Tensor:
+        x_BTD = self.out(x_BCTW.transpose(1, 2).flatten(2))
+        return self.dropout(self.out_norm(self.out_whiten(x_BTD)))

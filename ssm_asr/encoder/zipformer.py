@@ -1,0 +1,359 @@
+"""The Zipformer encoder: stacks of layers at several frame rates, whole-utterance, chunk-masked and streaming.
+
+Source: Yao et al., "Zipformer: A faster and better encoder for automatic speech recognition" (arXiv 2310.11230).
+Parameter names are those of published checkpoints.
+
+Shapes: B batch, T frames at 50 Hz (or at the stack's rate), D channels, L left-context frames, K = L + T keys,
+P relative positions.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ssm_asr.encoder.attention import (
+    AttentionWeights,
+    Context,
+    NonlinAttention,
+    RelativePositions,
+    SelfAttention,
+    chunk_mask,
+)
+from ssm_asr.encoder.convolution import ConvolutionModule
+from ssm_asr.encoder.modules import BiasNorm, Bypass, Downsample, FeedForward, set_channels, upsample
+from ssm_asr.encoder.regularize import Balancer, Schedule, Scheduled, Whiten, sequence_mask
+
+DROPOUT = Schedule((0, 0.3), (20000, 0.1))
+
+
+@dataclass
+class ZipformerConfig:
+    """Size and shape of a Zipformer; one entry a stack where there are several. The defaults are size M."""
+
+    layers: tuple[int, ...] = (2, 2, 3, 4, 3, 2)
+    downsampling: tuple[int, ...] = (1, 2, 4, 8, 4, 2)  # frame rate below 50 Hz
+    dim: tuple[int, ...] = (192, 256, 384, 512, 384, 256)
+    unmasked_dim: tuple[int, ...] = (192, 192, 256, 256, 256, 192)  # channels that training never masks
+    feedforward_dim: tuple[int, ...] = (512, 768, 1024, 1536, 1024, 768)
+    heads: tuple[int, ...] = (4, 4, 4, 8, 4, 4)
+    conv_kernel: tuple[int, ...] = (31, 31, 15, 15, 15, 31)
+    query_head_dim: int = 32
+    value_head_dim: int = 12
+    pos_head_dim: int = 4
+    pos_dim: int = 48
+    embed_channels: tuple[int, int, int] = (8, 32, 128)
+    causal: bool = True
+    # Each training batch draws one chunk and one left context, in frames of 20 ms; -1 is all there is.
+    chunk_frames: tuple[int, ...] = (16, 32, 64, -1)
+    left_context_frames: tuple[int, ...] = (64, 128, 256, -1)
+
+    def __post_init__(self) -> None:
+        stacks = len(self.layers)
+        for name in ("downsampling", "dim", "unmasked_dim", "feedforward_dim", "heads", "conv_kernel"):
+            if len(getattr(self, name)) != stacks:
+                raise ValueError(
+                    f"encoder.{name} has {len(getattr(self, name))} entries; give {stacks}, as encoder.layers has"
+                )
+
+    def draw_context(self) -> tuple[int, int]:
+        """A chunk and a left context for one training batch, from Python's `random`."""
+        if not self.causal:
+            return -1, -1
+        return random.choice(self.chunk_frames), random.choice(self.left_context_frames)
+
+
+class LayerState(NamedTuple):
+    """What a layer keeps between chunks, at its stack's frame rate."""
+
+    key_BLQ: Tensor
+    nonlin_BLN: Tensor
+    value1_BLV: Tensor
+    value2_BLV: Tensor
+    conv1_BDM: Tensor
+    conv2_BDM: Tensor
+
+
+class ZipformerLayer(Scheduled):
+    """Attention weights once, three feed-forwards, three uses of the weights, two convolutions (figure 2)."""
+
+    def __init__(self, config: ZipformerConfig, stack: int, bypass_skip_rate: Schedule) -> None:
+        super().__init__()
+        dim, heads = config.dim[stack], config.heads[stack]
+        feedforward, kernel = config.feedforward_dim[stack], config.conv_kernel[stack]
+        # Never used; published checkpoints have it, so it is kept for their sake.
+        self.bypass_scale = nn.Parameter(torch.full((dim,), 0.5))
+        self.bypass = Bypass(dim, skip_rate=bypass_skip_rate)
+        self.bypass_mid = Bypass(dim)
+        self.self_attn_weights = AttentionWeights(
+            dim, config.pos_dim, heads, config.query_head_dim, config.pos_head_dim
+        )
+        self.self_attn1 = SelfAttention(dim, heads, config.value_head_dim)
+        self.self_attn2 = SelfAttention(dim, heads, config.value_head_dim)
+        self.feed_forward1 = FeedForward(dim, feedforward * 3 // 4, DROPOUT)
+        self.feed_forward2 = FeedForward(dim, feedforward, DROPOUT)
+        self.feed_forward3 = FeedForward(dim, feedforward * 5 // 4, DROPOUT)
+        self.nonlin_attention = NonlinAttention(dim, dim * 3 // 4)
+        self.conv_module1 = ConvolutionModule(dim, kernel, config.causal)
+        self.conv_module2 = ConvolutionModule(dim, kernel, config.causal)
+        self.norm = BiasNorm(dim)
+
+        self.balance_nonlin = Balancer((0.3, 0.7), abs=(Schedule((0, 0.004), (4000, 0.02)), 100.0), prob=0.05)
+        self.balance_ff2 = Balancer((0.3, 0.7), abs=(Schedule((0, 0.0), (4000, 0.1)), 2.0), prob=0.05)
+        self.balance_ff3 = Balancer((0.3, 0.7), abs=(Schedule((0, 0.0), (4000, 0.2)), 4.0), prob=0.05)
+        self.balance_norm = Balancer((0.45, 0.55), abs=(0.2, 4.0))
+        self.balance_out = Balancer((0.45, 0.55), abs=(0.1, 4.0))
+        self.whiten_out = Whiten(Schedule((0, 4.0), (20000, 12.0)))
+        self.attention_skip_rate = Schedule((0, 0.2), (4000, 0.05), (16000, 0.0))
+        self.conv_skip_rate = Schedule((0, 0.2), (4000, 0.05), (16000, 0.0))
+        self.ff_skip_rate = Schedule((0, 0.1), (4000, 0.01), (50000, 0.0))
+
+    def init_state(self, batch_size: int, left_context: int, device: torch.device | None = None) -> LayerState:
+        """The state at the start of a stream; left_context is in frames of this stack."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(batch_size, *shape, device=device)
+
+        dim, value_dim = self.bypass_scale.shape[0], self.self_attn1.value_dim
+        return LayerState(
+            key_BLQ=zeros(left_context, self.self_attn_weights.query_dim),
+            nonlin_BLN=zeros(left_context, self.nonlin_attention.hidden),
+            value1_BLV=zeros(left_context, value_dim),
+            value2_BLV=zeros(left_context, value_dim),
+            conv1_BDM=zeros(dim, self.conv_module1.cached),
+            conv2_BDM=zeros(dim, self.conv_module2.cached),
+        )
+
+    def forward(self, x_BTD: Tensor, pos_PE: Tensor, context: Context, chunk: int) -> Tensor:
+        """A whole sequence, attention masked by `context`, convolutions cut at chunks of `chunk` frames (-1: none)."""
+        return self._run(x_BTD, pos_PE, context, chunk, None)[0]
+
+    def stream(self, x_BTD: Tensor, pos_PE: Tensor, context: Context, state: LayerState) -> tuple[Tensor, LayerState]:
+        """One chunk."""
+        y_BTD, new_state = self._run(x_BTD, pos_PE, context, -1, state)
+        assert new_state is not None
+        return y_BTD, new_state
+
+    def _run(
+        self, x: Tensor, pos_PE: Tensor, context: Context, chunk: int, state: LayerState | None
+    ) -> tuple[Tensor, LayerState | None]:
+        left_context = 0 if state is None else state.key_BLQ.shape[1]
+
+        def keep(cache_BKD: Tensor) -> Tensor:
+            return cache_BKD[:, cache_BKD.shape[1] - left_context :]
+
+        orig = x
+        attention_mask = self._skip_mask(x, self.attention_skip_rate)
+        weights, key = self.self_attn_weights(x, pos_PE, context, state and state.key_BLQ)
+        x = x + self.feed_forward1(x)
+
+        mixed, nonlin = self.nonlin_attention(x, weights[:, 0], state and state.nonlin_BLN)
+        x = x + _masked(self.balance_nonlin(mixed), attention_mask)
+        mixed, value1 = self.self_attn1(x, weights, state and state.value1_BLV)
+        x = x + _masked(mixed, attention_mask)
+        mixed, conv1 = self._convolve(self.conv_module1, x, context, chunk, state and state.conv1_BDM)
+        x = x + mixed
+        x = x + self._skip(self.balance_ff2(self.feed_forward2(x)), self.ff_skip_rate)
+        x = self.bypass_mid(orig, x)
+
+        mixed, value2 = self.self_attn2(x, weights, state and state.value2_BLV)
+        x = x + _masked(mixed, attention_mask)
+        mixed, conv2 = self._convolve(self.conv_module2, x, context, chunk, state and state.conv2_BDM)
+        x = x + mixed
+        x = x + self._skip(self.balance_ff3(self.feed_forward3(x)), self.ff_skip_rate)
+        x = self.bypass(orig, self.norm(self.balance_norm(x)))
+        x = self.whiten_out(self.balance_out(x))
+        if state is None:
+            return x, None
+        assert conv1 is not None and conv2 is not None
+        return x, LayerState(keep(key), keep(nonlin), keep(value1), keep(value2), conv1, conv2)
+
+    def _convolve(
+        self, module: ConvolutionModule, x: Tensor, context: Context, chunk: int, cache: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if cache is not None:
+            return module.stream(x, cache)
+        return self._skip(module(x, context.padding_mask_BK, chunk), self.conv_skip_rate), None
+
+    def _skip_mask(self, x: Tensor, rate: Schedule) -> Tensor | None:
+        return sequence_mask(x, self.now(rate)) if self.training else None
+
+    def _skip(self, x: Tensor, rate: Schedule) -> Tensor:
+        return _masked(x, self._skip_mask(x, rate))
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
+class Stack(nn.Module):
+    """Layers at one frame rate."""
+
+    def __init__(self, config: ZipformerConfig, index: int) -> None:
+        super().__init__()
+        self.positions = RelativePositions(config.pos_dim)
+        # The layers stop being skipped one after the other, each in its share of the first 4000 batches.
+        stacks, count = len(config.layers), config.layers[index]
+        begin, end = (4000 * (index + i) / (stacks + 1) for i in (1, 2))
+        share = (end - begin) / count
+        last_rate = 0.035 * math.sqrt(config.downsampling[index])
+        self.layers = nn.ModuleList(
+            ZipformerLayer(
+                config,
+                index,
+                Schedule((begin + i * share, 0.5), (begin + (i + 1) * share, last_rate)),
+            )
+            for i in range(count)
+        )
+
+    def init_state(
+        self, batch_size: int, left_context: int, device: torch.device | None = None
+    ) -> tuple[LayerState, ...]:
+        """The states of all layers at the start; left_context is in frames of this stack."""
+        return tuple(layer.init_state(batch_size, left_context, device) for layer in self._layers())
+
+    def forward(self, x_BTD: Tensor, context: Context, chunk: int, channel_mask: Tensor | None) -> Tensor:
+        """Whole sequences; channel_mask (B, 1, D) hides channels of some training sequences."""
+        pos_PE = self.positions(x_BTD)
+        x_BTD = _masked(x_BTD, channel_mask)
+        for layer in self.layers:
+            x_BTD = _masked(layer(x_BTD, pos_PE, context, chunk), channel_mask)
+        return x_BTD
+
+    def stream(
+        self, x_BTD: Tensor, state: tuple[LayerState, ...], processed_B: Tensor
+    ) -> tuple[Tensor, tuple[LayerState, ...]]:
+        """One chunk; processed_B counts the frames (of this stack) that each stream has had before."""
+        left_context, frames = state[0].key_BLQ.shape[1], x_BTD.shape[1]
+        pos_PE = self.positions(x_BTD, left_context)
+        # The left context fills from its end; the chunk itself (age <= 0) is always visible.
+        age_K = torch.arange(left_context, -frames, -1, device=x_BTD.device)
+        context = Context(None, age_K > processed_B[:, None])
+        new_states = []
+        for layer, layer_state in zip(self._layers(), state, strict=True):
+            x_BTD, layer_state = layer.stream(x_BTD, pos_PE, context, layer_state)
+            new_states.append(layer_state)
+        return x_BTD, tuple(new_states)
+
+    def _layers(self) -> list[ZipformerLayer]:
+        return cast(list[ZipformerLayer], self.layers)
+
+
+class DownsampledStack(nn.Module):
+    """A stack run at a lower frame rate: downsample, stack, upsample, bypass with the input (section 3.1)."""
+
+    def __init__(self, config: ZipformerConfig, index: int) -> None:
+        super().__init__()
+        self.factor = config.downsampling[index]
+        self.downsample = Downsample(self.factor)
+        self.encoder = Stack(config, index)
+        self.out_combiner = Bypass(config.dim[index])
+
+    def init_state(
+        self, batch_size: int, left_context: int, device: torch.device | None = None
+    ) -> tuple[LayerState, ...]:
+        """As Stack.init_state; left_context is in frames at 50 Hz."""
+        return self.encoder.init_state(batch_size, left_context // self.factor, device)
+
+    def forward(self, x_BTD: Tensor, context: Context, chunk: int, channel_mask: Tensor | None) -> Tensor:
+        """As Stack.forward, with context and chunk at 50 Hz."""
+        chunk = chunk if chunk < 0 else chunk // self.factor
+        y_BTD = self.encoder(self.downsample(x_BTD), context.every(self.factor), chunk, channel_mask)
+        return self.out_combiner(x_BTD, upsample(y_BTD, self.factor, x_BTD.shape[1]))
+
+    def stream(
+        self, x_BTD: Tensor, state: tuple[LayerState, ...], processed_B: Tensor
+    ) -> tuple[Tensor, tuple[LayerState, ...]]:
+        """As Stack.stream, with processed_B at 50 Hz."""
+        y_BTD, state = self.encoder.stream(self.downsample(x_BTD), state, processed_B // self.factor)
+        return self.out_combiner(x_BTD, upsample(y_BTD, self.factor, x_BTD.shape[1])), state
+
+
+class Zipformer(Scheduled):
+    """All stacks, from 50 Hz frames of width dim[0] to 25 Hz frames of width max(dim)."""
+
+    def __init__(self, config: ZipformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.out_channels = max(config.dim)
+        self.encoders = nn.ModuleList(
+            Stack(config, i) if factor == 1 else DownsampledStack(config, i)
+            for i, factor in enumerate(config.downsampling)
+        )
+        self.downsample_output = Downsample(2)
+
+    def init_state(
+        self, batch_size: int, left_context: int, device: torch.device | None = None
+    ) -> tuple[tuple[LayerState, ...], ...]:
+        """The state of every layer at the start of a stream, left_context in frames at 50 Hz."""
+        return tuple(stack.init_state(batch_size, left_context, device) for stack in self._stacks())
+
+    def forward(self, x_BTD: Tensor, lens_B: Tensor, chunk: int, left_context: int) -> tuple[Tensor, Tensor]:
+        """Whole sequences, masked as in streaming.
+
+        Args:
+            x_BTD: frames at 50 Hz; lens_B: how many of them are not padding.
+            chunk, left_context: in frames at 50 Hz, -1 for all there is.
+
+        Returns:
+            (B, (T+1)//2, max dim), and its lengths.
+        """
+        T, device = x_BTD.shape[1], x_BTD.device
+        context = Context(
+            chunk_mask(T, chunk, left_context, device) if self.config.causal else None,
+            torch.arange(T, device=device) >= lens_B[:, None],
+        )
+        outputs = []
+        channel_masks = self._channel_masks(x_BTD)
+        for stack, dim, mask in zip(self.encoders, self.config.dim, channel_masks, strict=True):
+            x_BTD = stack(set_channels(x_BTD, dim), context, chunk, mask)
+            outputs.append(x_BTD)
+        return self._finish(outputs), (lens_B + 1) // 2
+
+    def stream(
+        self, x_BTD: Tensor, state: tuple[tuple[LayerState, ...], ...], processed_B: Tensor
+    ) -> tuple[Tensor, tuple[tuple[LayerState, ...], ...]]:
+        """One chunk of frames at 50 Hz -> half as many output frames, and the new state.
+
+        The chunk must be a multiple of every stack's downsampling factor.
+
+        Args:
+            processed_B: frames that each stream has had before this chunk, int64.
+        """
+        outputs, new_state = [], []
+        for stack, dim, stack_state in zip(self._stacks(), self.config.dim, state, strict=True):
+            x_BTD, stack_state = stack.stream(set_channels(x_BTD, dim), stack_state, processed_B)
+            outputs.append(x_BTD)
+            new_state.append(stack_state)
+        return self._finish(outputs), tuple(new_state)
+
+    def _stacks(self) -> list[Stack | DownsampledStack]:
+        return cast(list[Stack | DownsampledStack], self.encoders)
+
+    def _finish(self, outputs: list[Tensor]) -> Tensor:
+        """Takes each channel from the last stack that has it, and halves the frame rate."""
+        out_BTD = outputs[-1]
+        for stack_out in reversed(outputs[:-1]):
+            if stack_out.shape[-1] > out_BTD.shape[-1]:
+                out_BTD = torch.cat([out_BTD, stack_out[..., out_BTD.shape[-1] :]], dim=-1)
+        return self.downsample_output(out_BTD)
+
+    def _channel_masks(self, x_BTD: Tensor) -> list[Tensor | None]:
+        """(B, 1, D) a stack: with probability 0.125 a sequence loses the channels above unmasked_dim.
+
+        A second draw takes their upper half alone, so that the upper half goes about twice as often.
+        """
+        if not self.training:
+            return [None] * len(self.config.dim)
+        keep_B2 = torch.rand(x_BTD.shape[0], 2, device=x_BTD.device) > 0.125
+        lower, both = keep_B2[:, :1], keep_B2.all(dim=1, keepdim=True)
+        masks: list[Tensor | None] = []
+        for dim, unmasked in zip(self.config.dim, self.config.unmasked_dim, strict=True):
+            middle = unmasked + (dim - unmasked) // 2
+            parts = [torch.ones_like(lower).expand(-1, unmasked)]
+            parts += [lower.expand(-1, middle - unmasked), both.expand(-1, dim - middle)]
+            masks.append(torch.cat(parts, dim=1)[:, None].to(x_BTD.dtype))
+        return masks
