@@ -1,0 +1,172 @@
+"""Error rates of recognised text: counts, confidence intervals, significance, readable alignments.
+
+Shapes: U utterances.
+"""
+
+from dataclasses import dataclass
+
+import kaldialign
+import numpy as np
+from numpy.typing import NDArray
+
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Errors of a set of utterances, in words or characters.
+
+    The counts per utterance (errors_U, totals_U) follow the order of ids; total is the length of the
+    references. The utterances in missing had no hypothesis: all of them is deleted.
+    """
+
+    unit: str
+    ids: tuple[str, ...]
+    errors_U: Counts
+    totals_U: Counts
+    insertions: int
+    deletions: int
+    substitutions: int
+    missing: tuple[str, ...]
+
+    @property
+    def errors(self) -> int:
+        return self.insertions + self.deletions + self.substitutions
+
+    @property
+    def total(self) -> int:
+        return int(self.totals_U.sum())
+
+    @property
+    def rate(self) -> float:
+        """Errors relative to the length of the references: 0.05 is 5 %."""
+        return self.errors / self.total
+
+
+def split_units(text: str, unit: str) -> list[str]:
+    """The words of a text, or its characters without the spaces.
+
+    Raises:
+        ValueError: if unit is neither "word" nor "char".
+    """
+    words = text.split()
+    if unit == "word":
+        return words
+    if unit == "char":
+        return list("".join(words))
+    raise ValueError(f"unit {unit!r}: give word or char")
+
+
+def score(refs: dict[str, str], hyps: dict[str, str], unit: str = "word") -> Score:
+    """Count the errors of hypotheses by their edit distance from the references.
+
+    Args:
+        refs: utterance id -> reference text.
+        hyps: utterance id -> recognised text; an absent one counts as deletions and is listed as missing.
+        unit: "word" for a word error rate, "char" for a character error rate, which ignores spaces.
+
+    Raises:
+        ValueError: if a hypothesis has no reference, or the references are empty.
+    """
+    unknown = sorted(hyps.keys() - refs.keys())
+    if unknown:
+        raise ValueError(f"{len(unknown)} hypotheses without a reference, such as {unknown[0]}: check the ids")
+    counts = [
+        kaldialign.edit_distance(split_units(r, unit), split_units(hyps.get(i, ""), unit)) for i, r in refs.items()
+    ]
+    totals_U = np.array([c["ref_len"] for c in counts], dtype=np.int64)
+    if not totals_U.any():
+        raise ValueError(f"the {len(refs)} references hold no {unit}: there is no error rate")
+    return Score(
+        unit=unit,
+        ids=tuple(refs),
+        errors_U=np.array([c["total"] for c in counts], dtype=np.int64),
+        totals_U=totals_U,
+        insertions=sum(int(c["ins"]) for c in counts),
+        deletions=sum(int(c["del"]) for c in counts),
+        substitutions=sum(int(c["sub"]) for c in counts),
+        missing=tuple(i for i in refs if i not in hyps),
+    )
+
+
+def _resampled_rates(errors_U: Counts, totals_U: Counts, resamples: int, seed: int) -> NDArray[np.float64]:
+    """Error rates of `resamples` sets of U utterances drawn with replacement, but for sets without a word."""
+    rng = np.random.default_rng(seed)
+    block = max(1, 4_000_000 // len(errors_U))  # sets drawn at a time, to bound the memory to some 100 MB
+    rates = []
+    for start in range(0, resamples, block):
+        drawn_BU = rng.integers(len(errors_U), size=(min(block, resamples - start), len(errors_U)))
+        totals_B = totals_U[drawn_BU].sum(axis=1)
+        rates.append(errors_U[drawn_BU].sum(axis=1)[totals_B > 0] / totals_B[totals_B > 0])
+    return np.concatenate(rates)
+
+
+def bootstrap_interval(
+    errors_U: Counts, totals_U: Counts, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Confidence interval of an error rate, by drawing utterances with replacement.
+
+    The percentile bootstrap of Bisani and Ney, ICASSP 2004: utterances, not words, are the independent draws.
+
+    Args:
+        errors_U: errors of each utterance.
+        totals_U: reference length of each utterance.
+        confidence: probability that the interval covers.
+        resamples: number of sets drawn.
+        seed: of the draws.
+
+    Returns:
+        Lower and upper bound of the rate; NaN for fewer than two utterances, which say nothing of the spread.
+    """
+    if len(errors_U) < 2:
+        return float("nan"), float("nan")
+    rates = _resampled_rates(errors_U, totals_U, resamples, seed)
+    low, high = np.quantile(rates, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def paired_bootstrap(
+    errors_a_U: Counts, errors_b_U: Counts, totals_U: Counts, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, tuple[float, float], float]:
+    """Is system b better or worse than system a on the same utterances?
+
+    Both systems are scored on each drawn set (Bisani and Ney, ICASSP 2004), so what is hard for both cancels.
+
+    Args:
+        errors_a_U, errors_b_U: errors of each utterance of the two systems.
+        totals_U: reference length of each utterance.
+        resamples: number of sets drawn.
+        seed: of the draws.
+
+    Returns:
+        Error rate of b less that of a; its 95 % interval; the two-sided p-value of no difference, at least
+        1 / (resamples + 1). NaN for interval and p-value if there are fewer than two utterances.
+    """
+    differences_U = errors_b_U - errors_a_U
+    difference = float(differences_U.sum() / totals_U.sum())
+    if len(totals_U) < 2:
+        return difference, (float("nan"), float("nan")), float("nan")
+    drawn = _resampled_rates(differences_U, totals_U, resamples, seed)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    tail = min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
+    p_value = min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
+    return difference, (float(low), float(high)), p_value
+
+
+def align_text(ref: str, hyp: str, unit: str = "word") -> str:
+    """One line that shows where hyp departs from ref.
+
+    A substitution is [right->wrong], a deletion [-word], an insertion [+word].
+    """
+    gap = ""  # splitting never yields it, so it cannot be mistaken for a word
+    marked = []
+    for right, said in kaldialign.align(split_units(ref, unit), split_units(hyp, unit), gap):
+        if right == said:
+            marked.append(right)
+        elif said == gap:
+            marked.append(f"[-{right}]")
+        elif right == gap:
+            marked.append(f"[+{said}]")
+        else:
+            marked.append(f"[{right}->{said}]")
+    return (" " if unit == "word" else "").join(marked)
