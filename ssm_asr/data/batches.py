@@ -1,0 +1,216 @@
+"""lhotse cuts -> batches of padded features and tokens.
+
+Shapes: B utterances, T feature frames (10 ms), F mel bins, U tokens.
+
+A batch is a function of (cuts, config, tokenizer, seed, epoch, rank, world size, index) alone: which cuts
+it holds is decided by the sampler in the calling process, and its augmentation draws from a generator seeded
+with that key. So neither the number of workers nor what was loaded before can change it, and training resumes
+with exactly the batches that an uninterrupted run would have seen.
+"""
+
+import warnings
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from lhotse import CutSet, Fbank
+from lhotse.cut import Cut
+from lhotse.dataset import DynamicBucketingSampler, DynamicCutSampler
+from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
+from torch.nn.utils.rnn import pad_sequence
+
+from ssm_asr.data.augment import add_noise, spec_augment
+from ssm_asr.data.config import DataConfig, SpecAugmentConfig
+from ssm_asr.data.features import make_fbank
+from ssm_asr.data.filtering import text_of
+from ssm_asr.data.tokens import Tokenizer
+from ssm_asr.units import LOG_MEL_SILENCE
+
+CUTS_TO_ESTIMATE_BUCKETS = 10000
+
+
+class Batch(NamedTuple):
+    """Utterances, padded at their ends."""
+
+    features_BTF: torch.Tensor  # float32, padded with LOG_MEL_SILENCE
+    feature_lens_B: torch.Tensor  # int64
+    tokens_BU: torch.Tensor  # int64, padded with 0
+    token_lens_B: torch.Tensor  # int64
+    ids: list[str]
+    texts: list[str]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on a device (copied in the background where memory is pinned)."""
+        return self._replace(
+            features_BTF=self.features_BTF.to(device, non_blocking=True),
+            feature_lens_B=self.feature_lens_B.to(device, non_blocking=True),
+            tokens_BU=self.tokens_BU.to(device, non_blocking=True),
+            token_lens_B=self.token_lens_B.to(device, non_blocking=True),
+        )
+
+
+class _Noise(NamedTuple):
+    """A noise to be mixed into one utterance."""
+
+    cut: Cut
+    snr_db: float
+
+
+class _Job(NamedTuple):
+    """All that a worker needs to make one batch."""
+
+    cuts: list[Cut]
+    noises: list[_Noise | None]  # one per cut
+    key: tuple[int, ...]  # seeds the augmentation
+
+
+def load_features(cut: Cut) -> torch.Tensor:
+    """features_TF of a cut: the stored ones, else computed from its audio."""
+    if cut.has_features:
+        return torch.from_numpy(np.ascontiguousarray(cut.load_features(), dtype=np.float32))
+    return torch.from_numpy(cut.compute_features(extractor=_fbank()))
+
+
+@lru_cache(maxsize=1)
+def _fbank() -> Fbank:
+    return make_fbank()
+
+
+class _BatchMaker(torch.utils.data.Dataset):
+    """Turns a job into a Batch; runs in the workers."""
+
+    def __init__(self, tokenizer: Tokenizer, augment: SpecAugmentConfig | None) -> None:
+        self._tokenizer = tokenizer
+        self._augment = augment
+
+    def __getitem__(self, job: _Job) -> Batch:
+        rng = np.random.default_rng(job.key)
+        features = [self._features(*item, rng) for item in zip(job.cuts, job.noises, strict=True)]
+        texts = [text_of(cut) for cut in job.cuts]
+        tokens = [torch.tensor(self._tokenizer.encode(text), dtype=torch.int64) for text in texts]
+        return Batch(
+            pad_sequence(features, batch_first=True, padding_value=LOG_MEL_SILENCE),
+            torch.tensor([len(features_TF) for features_TF in features]),
+            pad_sequence(tokens, batch_first=True, padding_value=0),
+            torch.tensor([len(tokens_U) for tokens_U in tokens]),
+            [cut.id for cut in job.cuts],
+            texts,
+        )
+
+    def _features(self, cut: Cut, noise: _Noise | None, rng: np.random.Generator) -> torch.Tensor:
+        features_TF = load_features(cut)
+        if noise is not None:
+            features_TF = add_noise(features_TF, load_features(noise.cut), noise.snr_db, rng)
+        if self._augment is not None:
+            features_TF = spec_augment(features_TF, self._augment, rng)
+        return features_TF
+
+
+class _TrainingJobs(torch.utils.data.Sampler):
+    """The jobs of one epoch on one rank, from `start_batch` on; the earlier ones only cost their sampling."""
+
+    def __init__(
+        self,
+        sampler: DynamicBucketingSampler,
+        config: DataConfig,
+        noise_cuts: CutSet | None,
+        key: tuple[int, ...],
+        start_batch: int,
+    ) -> None:
+        self._sampler = sampler
+        self._config = config
+        self._noises = list(noise_cuts) if noise_cuts is not None else []
+        self._key = key
+        self._start_batch = start_batch
+
+    def __iter__(self) -> Iterator[_Job]:
+        for index, cuts in enumerate(self._sampler):
+            if index < self._start_batch:
+                continue
+            rng = np.random.default_rng((*self._key, index, 0))
+            yield _Job(list(cuts), [self._draw_noise(rng) for _ in cuts], (*self._key, index, 1))
+
+    def _draw_noise(self, rng: np.random.Generator) -> _Noise | None:
+        if not self._noises or rng.random() >= self._config.noise_probability:
+            return None
+        return _Noise(self._noises[rng.integers(len(self._noises))], rng.uniform(*self._config.noise_snr_db))
+
+
+def train_batches(
+    cuts: CutSet,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    epoch: int,
+    seed: int,
+    start_batch: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    noise_cuts: CutSet | None = None,
+) -> Iterator[Batch]:
+    """The batches of one epoch, shuffled, bucketed by duration and augmented.
+
+    Args:
+        cuts: training cuts, best after `filter_cuts`; the same ones in the same order on every rank.
+        config: batch size, buckets, augmentation, workers.
+        tokenizer: makes the tokens.
+        epoch, seed: another value of either gives another order and other augmentation.
+        start_batch: number of this rank's batches already used; they are skipped without being loaded.
+        rank, world_size: every rank gets the same number of batches.
+        noise_cuts: noises to mix in; none means no noise.
+
+    Returns:
+        An iterator. It does not touch the global random generators.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You are using DynamicBucketingSampler with an eagerly")
+        sampler = DynamicBucketingSampler(
+            cuts,
+            max_duration=config.max_duration_s,
+            duration_bins=_duration_bins(cuts, config.num_buckets),
+            shuffle=True,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+        )
+    sampler.set_epoch(epoch)
+    jobs = _TrainingJobs(sampler, config, noise_cuts, (seed, epoch, rank), start_batch)
+    return iter(_loader(jobs, _BatchMaker(tokenizer, config.spec_augment), config.num_workers))
+
+
+def eval_batches(cuts: CutSet, tokenizer: Tokenizer, *, max_duration_s: float, num_workers: int = 0) -> Iterator[Batch]:
+    """Every cut once, long ones first, in batches of at most `max_duration_s`.
+
+    Nothing is random and nothing is left out: what the vocabulary lacks is encoded as `<unk>`, and an empty
+    transcript gives no tokens.
+    """
+    ordered = cuts.to_eager().sort_by_duration(ascending=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You are using DynamicCutSampler with an eagerly")
+        sampler = DynamicCutSampler(ordered, max_duration=max_duration_s, shuffle=False, rank=0, world_size=1)
+    jobs = [_Job(list(batch), [None] * len(batch), (0,)) for batch in sampler]
+    return iter(_loader(jobs, _BatchMaker(tokenizer, None), num_workers))
+
+
+def _duration_bins(cuts: CutSet, num_buckets: int) -> list[float]:
+    """Durations in s that separate the buckets; fewer than asked for where there are few cuts."""
+    sample = list(islice(cuts, CUTS_TO_ESTIMATE_BUCKETS))
+    num_buckets = min(num_buckets, len(sample))
+    bins = estimate_duration_buckets(sample, num_buckets) if num_buckets > 1 else []
+    return bins or [sample[0].duration]
+
+
+def _loader(jobs: _TrainingJobs | list[_Job], maker: _BatchMaker, num_workers: int) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(
+        maker,
+        sampler=jobs,
+        batch_size=None,
+        num_workers=num_workers,
+        multiprocessing_context="spawn" if num_workers else None,
+        pin_memory=torch.cuda.is_available(),
+        # Else the loader draws from the global generator, and training would not resume exactly.
+        generator=torch.Generator(),
+    )

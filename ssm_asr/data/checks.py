@@ -1,0 +1,120 @@
+"""Is a corpus sound? Every recording is read in full, every transcript looked at, every fault reported."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import TypeVar
+
+from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+from lhotse.utils import fastcopy
+
+from ssm_asr.data.features import AudioError, load_samples, not_mono
+from ssm_asr.data.parallel import parallel_map
+from ssm_asr.data.report import Report
+from ssm_asr.units import FRAME_SHIFT_MS, SAMPLE_RATE_HZ
+
+TIME_TOLERANCE_S = FRAME_SHIFT_MS / 1000  # transcripts give their times rounded
+
+Item = TypeVar("Item", Recording, SupervisionSegment)
+
+
+def check_corpus(
+    recordings: Iterable[Recording],
+    supervisions: Iterable[SupervisionSegment],
+    *,
+    num_jobs: int = 1,
+    title: str = "checking audio",
+) -> tuple[CutSet, Report]:
+    """Sort out the recordings and transcripts of a corpus that cannot be used.
+
+    Args:
+        recordings: of audio in files.
+        supervisions: transcripts; a recording may have several.
+        num_jobs: processes that read audio.
+        title: for the progress bar.
+
+    Returns:
+        One cut per sound supervision, with its id, in the order of the supervisions; and a report of the
+        rest: recordings by file, transcripts by id.
+    """
+    report = Report()
+    recording_of = _unique(recordings, "two recordings with one id", report)
+    segment_of = _unique(supervisions, "two utterances with one id", report)
+    num_transcripts = Counter(segment.recording_id for segment in segment_of.values())
+    bad = set()
+    faults = parallel_map(_audio_fault, list(recording_of.values()), num_jobs, title, "file")
+    for recording, fault in zip(recording_of.values(), faults, strict=True):
+        path = recording.sources[0].source
+        if fault:
+            bad.add(recording.id)
+            lost = num_transcripts[recording.id]
+            report.leave_out(path, fault[0], f"{fault[1]} [{lost} transcripts lost with it]")
+        elif recording.id not in num_transcripts:
+            report.leave_out(path, "audio with no transcript")
+    cuts = []
+    for segment in segment_of.values():
+        if segment.recording_id in bad:
+            continue  # reported with its recording
+        recording = recording_of.get(segment.recording_id)
+        reason, detail = _segment_fault(segment, recording)
+        if reason:
+            report.leave_out(segment.id, reason, detail)
+        else:
+            cuts.append(_to_cut(segment, recording))
+    report.num_kept = len(cuts)
+    return CutSet.from_cuts(cuts), report
+
+
+def _unique(items: Iterable[Item], reason: str, report: Report) -> dict[str, Item]:
+    """The items by id; the first of each id stays and the others are reported."""
+    by_id: dict[str, Item] = {}
+    for item in items:
+        if item.id in by_id:
+            report.leave_out(item.id, reason, "the first one is kept")
+        else:
+            by_id[item.id] = item
+    return by_id
+
+
+def _audio_fault(recording: Recording) -> tuple[str, str] | None:
+    """What is wrong with the audio of a recording, as (reason, detail)."""
+    path = recording.sources[0].source
+    try:
+        samples_SC, rate_hz = load_samples(path)
+        if samples_SC.shape[1] != 1:
+            raise not_mono(path, samples_SC.shape[1])
+    except AudioError as error:
+        return error.reason, error.detail
+    if rate_hz != SAMPLE_RATE_HZ:
+        remedy = f"convert with: sox {path} -r {SAMPLE_RATE_HZ} OUT.wav"
+        return "wrong sample rate", f"{rate_hz} Hz, need {SAMPLE_RATE_HZ}; {remedy}"
+    if len(samples_SC) != recording.num_samples:
+        return "length differs from manifest", f"{len(samples_SC)} samples, not {recording.num_samples}"
+    if not samples_SC.any():
+        return "all samples are zero", f"{recording.duration:.2f} s"
+    return None
+
+
+def _segment_fault(segment: SupervisionSegment, recording: Recording | None) -> tuple[str, str]:
+    """What is wrong with a transcript, as (reason, detail); ("", "") if nothing."""
+    if recording is None:
+        return "transcript with no audio", f"no recording {segment.recording_id}"
+    if not (segment.text or "").strip():
+        return "empty transcript", ""
+    end_s = recording.duration + TIME_TOLERANCE_S
+    if segment.start < 0 or segment.duration <= 0 or segment.start >= end_s or segment.end > end_s:
+        times = f"{segment.start:.3f} - {segment.end:.3f} s of {recording.duration:.3f} s"
+        return "transcript times outside the audio", times
+    return "", ""
+
+
+def _to_cut(segment: SupervisionSegment, recording: Recording) -> MonoCut:
+    """The stretch of a recording that a supervision transcribes."""
+    duration = min(segment.duration, recording.duration - segment.start)
+    return MonoCut(
+        id=segment.id,
+        start=segment.start,
+        duration=duration,
+        channel=recording.channel_ids[0],
+        recording=recording,
+        supervisions=[fastcopy(segment, start=0.0, duration=duration)],
+    )

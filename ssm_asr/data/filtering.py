@@ -1,0 +1,83 @@
+"""Which utterances can be trained on; every one that cannot is reported."""
+
+from functools import partial
+
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.utils import compute_num_frames
+
+from ssm_asr.data.config import DataConfig
+from ssm_asr.data.report import Report
+from ssm_asr.data.tokens import Tokenizer
+from ssm_asr.units import FRAME_SHIFT_MS, SAMPLE_RATE_HZ
+
+
+def num_output_frames(num_features: int) -> int:
+    """Encoder output frames (25 Hz) of this many feature frames (100 Hz); 0 if there are too few."""
+    return max(0, ((num_features - 7) // 2 + 1) // 2)
+
+
+def num_feature_frames(cut: Cut) -> int:
+    """Feature frames of a cut, whether its features are stored or not."""
+    if cut.has_features:
+        return cut.num_frames
+    return compute_num_frames(cut.duration, FRAME_SHIFT_MS / 1000, SAMPLE_RATE_HZ)
+
+
+def text_of(cut: Cut) -> str:
+    """The transcript of a cut: the texts of its supervisions in order of time, joined with spaces."""
+    segments = sorted(cut.supervisions, key=lambda segment: segment.start)
+    return " ".join(segment.text.strip() for segment in segments if segment.text)
+
+
+def filter_cuts(cuts: CutSet, tokenizer: Tokenizer, config: DataConfig) -> tuple[CutSet, Report]:
+    """Leave out the utterances that cannot be trained on.
+
+    Those are: too short or too long, an empty transcript, a token outside the vocabulary, fewer encoder
+    output frames than tokens (no alignment exists).
+
+    Args:
+        cuts: training cuts, eager or lazy; iterated once here.
+        tokenizer: to count tokens.
+        config: for the limits of duration.
+
+    Returns:
+        The kept cuts (lazy if `cuts` is) and a report with one entry per cut left out.
+
+    Raises:
+        ValueError: if nothing is left.
+    """
+    report = Report()
+    dropped: set[str] = set()
+    for cut in cuts:
+        reason, detail = _objection(cut, tokenizer, config)
+        if reason:
+            report.leave_out(cut.id, reason, detail)
+            dropped.add(cut.id)
+        else:
+            report.num_kept += 1
+    if not report.num_kept:
+        raise ValueError(f"no utterance left for training: {report.summary()}")
+    return (cuts.filter(partial(_is_kept, dropped)) if dropped else cuts), report
+
+
+def _is_kept(dropped: set[str], cut: Cut) -> bool:
+    return cut.id not in dropped
+
+
+def _objection(cut: Cut, tokenizer: Tokenizer, config: DataConfig) -> tuple[str, str]:
+    """Why a cut cannot be trained on, as (reason, detail); ("", "") if it can."""
+    if not config.min_utterance_s <= cut.duration <= config.max_utterance_s:
+        side = "short" if cut.duration < config.min_utterance_s else "long"
+        limits = f"{config.min_utterance_s:g} - {config.max_utterance_s:g} s"
+        return f"too {side}", f"{cut.duration:.2f} s, allowed {limits}"
+    text = text_of(cut)
+    if not text:
+        return "empty transcript", ""
+    ids = tokenizer.encode(text)
+    if tokenizer.unk_id in ids:
+        return "token outside the vocabulary", text
+    num_frames = num_output_frames(num_feature_frames(cut))
+    if len(ids) > num_frames:
+        return "fewer frames than tokens", f"{num_frames} output frames, {len(ids)} tokens"
+    return "", ""

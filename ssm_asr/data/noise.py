@@ -1,0 +1,85 @@
+"""Noises to mix into training speech: MUSAN where there is one, else made ones.
+
+Made noises are coloured noise (power falling as 1/f^k) and babble (several talkers of the corpus at once).
+
+Shapes: S samples.
+"""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from lhotse import CutSet, Recording
+from lhotse.cut import Cut
+from tqdm import tqdm
+
+from ssm_asr.units import SAMPLE_RATE_HZ
+
+NOISE_S = 10.0  # of each noise cut
+MIN_NOISE_S = 1.0  # shorter ends of MUSAN recordings are left out
+NOISE_RMS = 0.05
+MAX_COLOUR = 2.0  # k of 1/f^k: 0 white, 1 pink, 2 brown
+TALKERS = (3, 8)
+
+
+def musan_noises(corpus: Path) -> CutSet:
+    """MUSAN's music, speech and noise in cuts of 10 s.
+
+    Raises:
+        ValueError: if the directory is no MUSAN.
+    """
+    parts = ("music", "speech", "noise")
+    missing = [part for part in parts if not (corpus / part).is_dir()]
+    if missing:
+        raise ValueError(f"{corpus}: no MUSAN here, expected music/, speech/ and noise/ (no {missing[0]}/)")
+    recordings = [Recording.from_file(path) for part in parts for path in sorted((corpus / part).rglob("*.wav"))]
+    if not recordings:
+        raise ValueError(f"{corpus}: no MUSAN here, there is no *.wav in music/, speech/ and noise/")
+    cuts = CutSet.from_cuts(recording.to_cut() for recording in recordings)
+    return CutSet.from_cuts(cut for cut in cuts.cut_into_windows(NOISE_S) if cut.duration >= MIN_NOISE_S)
+
+
+def made_noises(out: Path, cuts: CutSet, *, count: int, seed: int) -> CutSet:
+    """Make noises of 10 s, alternately coloured noise and babble, as flac files under OUT/noise/.
+
+    Args:
+        out: directory.
+        cuts: speech of the corpus, for the babble; training cuts only, or it would leak the test set.
+        count: number of noises.
+        seed: the same seed makes the same noises.
+    """
+    directory = out / "noise"
+    directory.mkdir(parents=True, exist_ok=True)
+    speech = list(cuts)
+    recordings = []
+    for k in tqdm(range(count), desc="making noise", unit="file", mininterval=1.0):
+        rng = random.Random(f"{seed} noise {k}")
+        samples_S = _babble(speech, rng) if k % 2 else _coloured(rng)
+        samples_S *= NOISE_RMS / np.sqrt(np.mean(samples_S**2))
+        path = directory / f"{'babble' if k % 2 else 'coloured'}-{k:04d}.flac"
+        soundfile.write(path, np.clip(samples_S, -1.0, 1.0), SAMPLE_RATE_HZ, subtype="PCM_16")
+        recordings.append(Recording.from_file(path))
+    return CutSet.from_cuts(recording.to_cut() for recording in recordings)
+
+
+def _coloured(rng: random.Random) -> np.ndarray:
+    """Gaussian noise whose power falls as 1/f^k, k even in 0 - MAX_COLOUR."""
+    num_samples = int(NOISE_S * SAMPLE_RATE_HZ)
+    white_S = np.random.default_rng(rng.getrandbits(32)).standard_normal(num_samples)
+    frequency_hz = np.fft.rfftfreq(num_samples, 1 / SAMPLE_RATE_HZ)
+    gain = np.maximum(frequency_hz, 20.0) ** (-rng.uniform(0.0, MAX_COLOUR) / 2)
+    return np.fft.irfft(np.fft.rfft(white_S) * gain, num_samples)
+
+
+def _babble(speech: list[Cut], rng: random.Random) -> np.ndarray:
+    """Talkers of equal power who speak at once without a pause."""
+    num_samples = int(NOISE_S * SAMPLE_RATE_HZ)
+    babble_S = np.zeros(num_samples)
+    for _ in range(rng.randint(*TALKERS)):
+        pieces: list[np.ndarray] = []
+        while sum(map(len, pieces)) < num_samples:
+            samples_S = rng.choice(speech).load_audio()[0]
+            pieces.append(samples_S / max(np.sqrt(np.mean(samples_S**2)), 1e-4))
+        babble_S += np.concatenate(pieces)[:num_samples]
+    return babble_S

@@ -1,0 +1,34 @@
+"""The same work on many items, in several processes, with a progress bar."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def parallel_map(
+    function: Callable[[Item], Result], items: Sequence[Item], num_jobs: int, title: str, unit: str
+) -> Iterator[Result]:
+    """Results of function(item) in the order of the items.
+
+    Args:
+        function: a picklable function.
+        items: picklable items.
+        num_jobs: processes, started by spawning; 1 works in this process.
+        title, unit: of the progress bar.
+    """
+    with tqdm(total=len(items), desc=title, unit=unit, mininterval=1.0) as bar:
+        if num_jobs == 1 or len(items) == 1:
+            for item in items:
+                yield function(item)
+                bar.update()
+            return
+        chunk = max(1, min(32, len(items) // (8 * num_jobs)))
+        with multiprocessing.get_context("spawn").Pool(min(num_jobs, len(items))) as pool:
+            for result in pool.imap(function, items, chunk):
+                yield result
+                bar.update()

@@ -1,0 +1,182 @@
+"""Text <-> token ids.
+
+Two families of tokens, with the ids that the usual decoders expect:
+
+- sentencepiece (`bpe`, `unigram`, `word`): `<blk>` 0, `<sos/eos>` 1, `<unk>` 2, then the pieces; a piece that
+  starts a word begins with `▁`;
+- `char`, for text written without spaces: `<blk>` 0, the characters in code point order, `<unk>`,
+  `<sos/eos>`.
+"""
+
+import io
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+
+BLANK, SOS_EOS, UNK = "<blk>", "<sos/eos>", "<unk>"
+SENTENCEPIECE_KINDS = ("bpe", "unigram", "word")
+KINDS = (*SENTENCEPIECE_KINDS, "char")
+UNKNOWN_MARK = "⁇"  # what <unk> is decoded to
+
+
+class Tokenizer:
+    """Encodes text to token ids and back.
+
+    It can be pickled (for worker processes), written to a directory with `save`, and turned into a dict of
+    strings, lists and uint8 tensors with `to_dict`, which torch.load(weights_only=True) accepts.
+
+    Attributes:
+        kind: one of KINDS.
+        symbols: the token of each id, as in tokens.txt.
+        blank_id: always 0.
+        unk_id: id of `<unk>`.
+    """
+
+    blank_id = 0
+
+    def __init__(self, kind: str, model: bytes | None = None, symbols: list[str] | None = None) -> None:
+        """From a serialised sentencepiece model, or for kind `char` from the list of symbols."""
+        self.kind = kind
+        self._model = model
+        self._pieces: sentencepiece.SentencePieceProcessor | None = None
+        if model is not None:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+            symbols = [self._pieces.id_to_piece(i) for i in range(self._pieces.get_piece_size())]
+        if not symbols or symbols[0] != BLANK or UNK not in symbols:
+            raise ValueError(f"tokens of kind {kind}: need {BLANK} as id 0 and {UNK} among the symbols")
+        self.symbols = symbols
+        self.unk_id = symbols.index(UNK)
+        self._ids = {symbol: i for i, symbol in enumerate(symbols)}
+        self._special_ids = {self._ids[s] for s in (BLANK, SOS_EOS) if s in self._ids}
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, blank included."""
+        return len(self.symbols)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; what the vocabulary lacks becomes `unk_id`. Kind `char` ignores spaces."""
+        if self._pieces is not None:
+            return self._pieces.encode(text)
+        return [
+            self.unk_id if char in (BLANK, UNK, SOS_EOS) else self._ids.get(char, self.unk_id)
+            for char in text
+            if not char.isspace()
+        ]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids; blank and `<sos/eos>` vanish, `<unk>` becomes "⁇"."""
+        kept = [int(i) for i in ids if int(i) not in self._special_ids]
+        if self._pieces is not None:
+            return " ".join(self._pieces.decode(kept).split())
+        return "".join(UNKNOWN_MARK if i == self.unk_id else self.symbols[i] for i in kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain strings, lists and tensors from which `from_dict` makes the same tokenizer."""
+        if self._model is None:
+            return {"kind": self.kind, "symbols": self.symbols}
+        return {"kind": self.kind, "model": torch.frombuffer(bytearray(self._model), dtype=torch.uint8)}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> "Tokenizer":
+        """The inverse of `to_dict`."""
+        if "model" in saved:
+            return cls(saved["kind"], model=saved["model"].numpy().tobytes())
+        return cls(saved["kind"], symbols=list(saved["symbols"]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self.kind, self._model, self.symbols if self._model is None else None)
+
+    def save(self, directory: Path | str) -> None:
+        """Write tokens.txt ("symbol id" lines) and, for sentencepiece, KIND.model into the directory."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        if self._model is not None:
+            (directory / f"{self.kind}.model").write_bytes(self._model)
+        lines = [f"{symbol} {i}\n" for i, symbol in enumerate(self.symbols)]
+        (directory / "tokens.txt").write_text("".join(lines), encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path | str) -> "Tokenizer":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: if the directory has neither a sentencepiece model nor a tokens.txt.
+        """
+        directory = Path(directory)
+        for kind in SENTENCEPIECE_KINDS:
+            model = directory / f"{kind}.model"
+            if model.is_file():
+                return cls(kind, model=model.read_bytes())
+        tokens = directory / "tokens.txt"
+        if not tokens.is_file():
+            raise FileNotFoundError(
+                f"{directory}: no tokens.txt and no {'/'.join(SENTENCEPIECE_KINDS)}.model; "
+                "make them with python -m ssm_asr.prepare tokens"
+            )
+        lines = tokens.read_text(encoding="utf-8").splitlines()
+        return cls("char", symbols=[line.rsplit(" ", 1)[0] for line in lines])
+
+
+def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int | None = None) -> Tokenizer:
+    """Make a tokenizer from training texts.
+
+    Args:
+        texts: transcripts; iterated once.
+        kind: one of KINDS.
+        vocab_size: number of tokens, the three special ones included. `bpe` and `unigram` need it; `word` and
+            `char` take every word or character of the texts and accept none.
+
+    Raises:
+        ValueError: if the kind is unknown, there is no text, or the vocabulary size does not suit the texts;
+            in the last case the message names the largest (or smallest) possible one.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"token kind {kind!r}: choose one of {', '.join(KINDS)}")
+    if (vocab_size is None) != (kind in ("word", "char")):
+        raise ValueError(f"vocabulary size {vocab_size} for kind {kind}: give one for bpe and unigram only")
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ValueError("no transcripts to make tokens from: all are empty")
+    if kind == "char":
+        chars = {char for text in texts for char in text if not char.isspace()}
+        return Tokenizer(kind, symbols=[BLANK, *sorted(chars), UNK, SOS_EOS])
+    return Tokenizer(kind, model=_train_sentencepiece(texts, kind, vocab_size))
+
+
+def _train_sentencepiece(texts: list[str], kind: str, vocab_size: int | None) -> bytes:
+    """A serialised sentencepiece model of the texts."""
+    size = {"vocab_size": vocab_size} if vocab_size is not None else {"use_all_vocab": True}
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type=kind,
+            control_symbols=[BLANK, SOS_EOS],
+            unk_id=2,
+            bos_id=-1,
+            eos_id=-1,
+            character_coverage=1.0,
+            # Decoded text must compare equal to the transcript, so nothing is rewritten.
+            normalization_rule_name="identity",
+            max_sentence_length=1 << 20,  # longer lines would be skipped
+            minloglevel=2,
+            **size,
+        )
+    except RuntimeError as error:
+        message = str(error)
+        largest = re.search(r"value <= (\d+)", message)
+        smallest = re.search(r"\d+ vs (\d+)", message)
+        if largest:
+            bound = f"the largest possible for these {len(texts)} texts is {largest[1]}"
+        elif smallest:
+            bound = f"the smallest possible for these {len(texts)} texts is {smallest[1]}"
+        else:
+            bound = message
+        raise ValueError(f"vocabulary size {vocab_size} for kind {kind}: {bound}") from error
+    return model.getvalue()
