@@ -1,0 +1,139 @@
+"""The transducer: front end, encoder, predictor and joiner, with the losses that train it.
+
+Shapes: B batch, T feature frames (100 Hz), S output frames (25 Hz), D encoder width, U tokens, V vocabulary,
+J joiner dim, F mels.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssm_asr.encoder.modules import scaled_linear
+from ssm_asr.encoder.subsampling import CHUNK_OVERLAP, ConvSubsampling
+from ssm_asr.encoder.zipformer import DROPOUT, Zipformer, ZipformerConfig
+from ssm_asr.transducer.predictor import Joiner, Predictor
+from ssm_asr.transducer.pruned_loss import pruned_transducer_loss
+
+
+@dataclass
+class ModelConfig:
+    """Everything about the model but the size of the vocabulary."""
+
+    encoder: ZipformerConfig = field(default_factory=ZipformerConfig)
+    predictor_dim: int = 512
+    joiner_dim: int = 512
+    context_size: int = 2  # tokens that the predictor sees
+    ctc: bool = False  # a CTC head beside the transducer
+    rnnt_type: str = "regular"  # regular, modified, constrained
+    prune_range: int = 5
+    lm_scale: float = 0.25  # smoothing of the simple loss
+    am_scale: float = 0.0
+    delay_penalty: float = 0.0
+
+
+class StreamState(NamedTuple):
+    """All that a stream carries from chunk to chunk."""
+
+    embed_BCTW: Tensor
+    encoder: Any
+    processed_B: Tensor  # frames at 50 Hz that the encoder has had, int64
+
+
+class Losses(NamedTuple):
+    """One value an utterance; ctc_B is None without a CTC head."""
+
+    simple_B: Tensor
+    pruned_B: Tensor
+    ctc_B: Tensor | None
+
+
+class Transducer(nn.Module):
+    """The whole model. Parameter names are those of published Zipformer transducers."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        encoder = config.encoder
+        self.encoder_embed = ConvSubsampling(encoder.dim[0], encoder.embed_channels, DROPOUT)
+        self.encoder = Zipformer(encoder)
+        width = self.encoder.out_channels
+        self.decoder = Predictor(vocab_size, config.predictor_dim, config.context_size)
+        self.joiner = Joiner(width, config.predictor_dim, config.joiner_dim, vocab_size)
+        self.simple_am_proj = scaled_linear(width, vocab_size, 0.25)
+        self.simple_lm_proj = scaled_linear(config.predictor_dim, vocab_size, 0.25)
+        if config.ctc:
+            # Dropout and log-softmax hold no weights, but give the Linear its published name, ctc_output.1.
+            self.ctc_output = nn.Sequential(nn.Dropout(0.1), nn.Linear(width, vocab_size), nn.LogSoftmax(dim=-1))
+
+    def encode(
+        self, features_BTF: Tensor, lens_B: Tensor, chunk: int = -1, left_context: int = -1
+    ) -> tuple[Tensor, Tensor]:
+        """Whole utterances -> (B, S, D) and lengths, masked as streaming would be.
+
+        Args:
+            chunk, left_context: in frames of 20 ms, -1 for all there is.
+        """
+        x_BTD, lens_B = self.encoder_embed(features_BTF, lens_B)
+        return self.encoder(x_BTD, lens_B, chunk, left_context)
+
+    def init_state(self, batch_size: int, left_context: int, device: torch.device | None = None) -> StreamState:
+        """The state at the start of `batch_size` streams, left_context in frames of 20 ms."""
+        return StreamState(
+            self.encoder_embed.init_state(batch_size, device),
+            self.encoder.init_state(batch_size, left_context, device),
+            torch.zeros(batch_size, dtype=torch.int64, device=device),
+        )
+
+    def stream(self, features_BTF: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
+        """One chunk: 2C + 13 feature frames -> (B, C/2, D) and the new state. The next chunk starts 2C frames later.
+
+        Raises:
+            ValueError: if C is not a multiple of every downsampling factor of the encoder.
+        """
+        frames, rest = divmod(features_BTF.shape[1] - CHUNK_OVERLAP, 2)
+        factor = max(self.config.encoder.downsampling)
+        if rest or frames <= 0 or frames % factor:
+            raise ValueError(
+                f"{features_BTF.shape[1]} feature frames a chunk: give 2C + {CHUNK_OVERLAP}, C a multiple of {factor}"
+            )
+        x_BTD, embed = self.encoder_embed.stream(features_BTF, state.embed_BCTW)
+        out_BSD, encoder = self.encoder.stream(x_BTD, state.encoder, state.processed_B)
+        return out_BSD, StreamState(embed, encoder, state.processed_B + frames)
+
+    def forward(
+        self,
+        features_BTF: Tensor,
+        feature_lens_B: Tensor,
+        tokens_BU: Tensor,
+        token_lens_B: Tensor,
+        chunk: int = -1,
+        left_context: int = -1,
+    ) -> Losses:
+        """The losses of a batch, -log p(tokens), one an utterance; infinite where no alignment exists."""
+        encoder_out_BSD, frames_B = self.encode(features_BTF, feature_lens_B, chunk, left_context)
+        blank_first = nn.functional.pad(tokens_BU, (1, 0))
+        decoder_out_BUD = self.decoder(blank_first)
+        config = self.config
+        simple_B, pruned_B = pruned_transducer_loss(
+            self.simple_am_proj(encoder_out_BSD),
+            self.simple_lm_proj(decoder_out_BUD),
+            self.joiner.encoder_proj(encoder_out_BSD),
+            self.joiner.decoder_proj(decoder_out_BUD),
+            self.joiner,
+            tokens_BU,
+            frames_B,
+            token_lens_B,
+            prune_range=config.prune_range,
+            lm_scale=config.lm_scale,
+            am_scale=config.am_scale,
+            rnnt_type=config.rnnt_type,
+            delay_penalty=config.delay_penalty,
+        )
+        ctc_B = self._ctc_loss(encoder_out_BSD, frames_B, tokens_BU, token_lens_B) if config.ctc else None
+        return Losses(simple_B, pruned_B, ctc_B)
+
+    def _ctc_loss(self, encoder_out_BSD: Tensor, frames_B: Tensor, tokens_BU: Tensor, lens_B: Tensor) -> Tensor:
+        log_probs_SBV = self.ctc_output(encoder_out_BSD).float().transpose(0, 1)
+        return nn.functional.ctc_loss(log_probs_SBV, tokens_BU, frames_B, lens_B, reduction="none")

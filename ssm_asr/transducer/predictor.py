@@ -1,0 +1,56 @@
+"""The stateless predictor and the joiner of the transducer. Shapes: N sequences, U tokens, C context, J joiner dim."""
+
+import torch
+from torch import Tensor, nn
+
+from ssm_asr.encoder.modules import scaled_linear
+from ssm_asr.encoder.regularize import Balancer
+
+
+class Predictor(nn.Module):
+    """Embedding, a convolution over the last `context_size` tokens, ReLU ("decoder" in checkpoints).
+
+    Source: Ghodsi et al. 2020, "RNN-transducer with stateless prediction network".
+    """
+
+    def __init__(self, vocab_size: int, dim: int, context_size: int) -> None:
+        super().__init__()
+        self.context_size = context_size
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.balance_embedding = Balancer(positive=None, abs=(0.5, 1.0), prob=0.05)
+        self.conv = nn.Conv1d(dim, dim, context_size, groups=dim // 4, bias=False)
+        self.balance_out = Balancer(positive=None, abs=(0.5, 1.0), prob=0.05)
+
+    def forward(self, tokens_NU: Tensor, pad: bool = True) -> Tensor:
+        """Token ids -> (N, U, dim), or (N, U - context_size + 1, dim) without padding.
+
+        Args:
+            tokens_NU: negative ids stand for the start and have a zero embedding.
+            pad: put context_size - 1 zero vectors before the first token.
+        """
+        known = (tokens_NU >= 0)[..., None]
+        embedded = self.balance_embedding(self.embedding(tokens_NU.clamp(min=0)) * known)
+        x_NDU = embedded.transpose(1, 2)
+        if pad:
+            x_NDU = nn.functional.pad(x_NDU, (self.context_size - 1, 0))
+        return self.balance_out(self.conv(x_NDU).relu().transpose(1, 2))
+
+
+class Joiner(nn.Module):
+    """output_linear(tanh(encoder_proj(e) + decoder_proj(d)))."""
+
+    def __init__(self, encoder_dim: int, decoder_dim: int, joiner_dim: int, vocab_size: int) -> None:
+        super().__init__()
+        self.encoder_proj = scaled_linear(encoder_dim, joiner_dim, 0.25)
+        self.decoder_proj = scaled_linear(decoder_dim, joiner_dim, 0.25)
+        self.output_linear = nn.Linear(joiner_dim, vocab_size)
+
+    def forward(self, encoder_out: Tensor, decoder_out: Tensor, project_input: bool = True) -> Tensor:
+        """Logits of shapes that broadcast together, (…, vocab_size).
+
+        Args:
+            project_input: False when both inputs are projected already, to (…, J).
+        """
+        if project_input:
+            encoder_out, decoder_out = self.encoder_proj(encoder_out), self.decoder_proj(decoder_out)
+        return self.output_linear(torch.tanh(encoder_out + decoder_out))

@@ -1,0 +1,200 @@
+"""Pruned RNN-T loss (Kuang et al. 2022, arXiv 2206.13236), in plain PyTorch or by k2 where that is installed.
+
+A simple loss, whose joint is only a sum of two projections, covers the whole lattice of frames and symbols
+and tells by its occupations which few symbols matter at each frame; the real joiner then runs there alone.
+The functions named as in k2 are the steps of it.
+
+Shapes: B utterances, T frames, S symbols, U = S+1 predictor outputs, R kept cells of a frame, V vocabulary
+with the blank, J joiner dimension. Losses are in nats.
+"""
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ssm_asr.transducer import rnnt_loss as torch_losses
+from ssm_asr.transducer.lattice import checked_boundary
+from ssm_asr.transducer.log_probs import JoinerTerms
+from ssm_asr.transducer.rnnt_loss import (
+    at_least_float32,
+    do_rnnt_pruning,
+    get_rnnt_prune_ranges,
+    next_symbols,
+    rnnt_loss,
+    rnnt_loss_pruned,
+    rnnt_loss_simple,
+    rnnt_loss_smoothed,
+    score_arcs,
+)
+
+__all__ = [
+    "available_backend",
+    "do_rnnt_pruning",
+    "get_rnnt_prune_ranges",
+    "pruned_transducer_loss",
+    "rnnt_loss",
+    "rnnt_loss_pruned",
+    "rnnt_loss_simple",
+    "rnnt_loss_smoothed",
+]
+
+BLANK = 0
+
+
+def available_backend() -> str:
+    """The backend that "auto" means: "k2" where it can be imported, else "torch"."""
+    return "torch" if _k2() is None else "k2"
+
+
+@functools.cache
+def _k2() -> ModuleType | None:
+    try:
+        import k2
+    except (ImportError, OSError):  # OSError: its libraries were built for another PyTorch
+        return None
+    return k2
+
+
+def pruned_transducer_loss(
+    simple_am_BTV: Tensor,
+    simple_lm_BUV: Tensor,
+    encoder_out_BTJ: Tensor,
+    decoder_out_BUJ: Tensor,
+    joiner: nn.Module,
+    symbols_BS: Tensor,
+    frames_B: Tensor,
+    symbols_lens_B: Tensor,
+    prune_range: int = 5,
+    lm_scale: float = 0.25,
+    am_scale: float = 0.0,
+    rnnt_type: str = "regular",
+    delay_penalty: float = 0.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(simple losses (B,), pruned losses (B,)) of a batch, in float32, or float64 for such inputs.
+
+    An utterance that no alignment fits (it has no frame or, unless regular, more symbols than frames) has
+    infinite losses and gradients of zero, for the trainer to leave out and count. Under autocast only the
+    matrix products of the joiner run in the lower precision.
+
+    Args:
+        simple_am_BTV: the simple joint's half of the encoder.
+        simple_lm_BUV: its half of the predictor.
+        encoder_out_BTJ: projected to the joiner's dimension.
+        decoder_out_BUJ: likewise.
+        joiner: joiner(encoder, decoder, project_input=False) is output_linear(tanh(encoder + decoder)).
+        symbols_BS: ids, of which 0 is the blank; padding may be any valid id.
+        frames_B: lengths of the encoder's output; on the CPU they save a wait for the device.
+        symbols_lens_B: lengths of the transcripts; likewise.
+        prune_range: cells kept of a frame; see `get_rnnt_prune_ranges`.
+        lm_scale: lm_only_scale of `rnnt_loss_smoothed`.
+        am_scale: its am_only_scale.
+        rnnt_type: see there.
+        delay_penalty: see there; of both losses.
+        backend: "torch", "k2", or "auto", which is k2 where installed.
+
+    Raises:
+        ValueError: as `checked_boundary`; for a backend that is unknown or not installed.
+    """
+    if backend not in ("auto", "torch", "k2") or (backend == "k2" and _k2() is None):
+        raise ValueError(f"backend {backend!r} is unknown or not installed: give auto or torch")
+    k2 = None if backend == "torch" else _k2()
+    device = simple_am_BTV.device
+    if symbols_BS.shape[1] == 0:  # only empty transcripts, but windows have two rows
+        symbols_BS = functional.pad(symbols_BS, (0, 1))
+        simple_lm_BUV, decoder_out_BUJ = (functional.pad(x, (0, 0, 0, 1)) for x in (simple_lm_BUV, decoder_out_BUJ))
+    if not len(frames_B) == len(symbols_lens_B) == len(symbols_BS):
+        raise ValueError(
+            f"{len(frames_B)} and {len(symbols_lens_B)} lengths for {len(symbols_BS)} utterances: give one each"
+        )
+    boundary_B4, feasible_B = _feasible_boundary(frames_B.cpu(), symbols_lens_B.cpu(), rnnt_type)
+    checked_boundary(boundary_B4, simple_am_BTV.shape[1], symbols_BS, rnnt_type)
+    common: dict[str, Any] = dict(
+        symbols=symbols_BS,
+        termination_symbol=BLANK,
+        boundary=boundary_B4.to(device) if k2 else boundary_B4,
+        rnnt_type=rnnt_type,
+        delay_penalty=delay_penalty,
+    )
+
+    with torch.autocast(device.type, enabled=False):
+        losses: Any = k2 or torch_losses
+        simple_B, occupations = losses.rnnt_loss_smoothed(
+            lm=at_least_float32(simple_lm_BUV),
+            am=at_least_float32(simple_am_BTV),
+            lm_only_scale=lm_scale,
+            am_only_scale=am_scale,
+            reduction="none",
+            return_grad=True,
+            **common,
+        )
+        ranges_BTR = losses.get_rnnt_prune_ranges(*occupations, common["boundary"], prune_range)
+    if k2:
+        encoder_pruned, decoder_pruned = k2.do_rnnt_pruning(encoder_out_BTJ, decoder_out_BUJ, ranges_BTR)
+        logits_BTRV = joiner(encoder_pruned, decoder_pruned, project_input=False)
+        with torch.autocast(device.type, enabled=False):
+            logits_BTRV = at_least_float32(logits_BTRV)
+            pruned_B = k2.rnnt_loss_pruned(logits_BTRV, ranges=ranges_BTR, reduction="none", **common)
+    else:
+        pruned_B = _joiner_loss(encoder_out_BTJ, decoder_out_BUJ, joiner, ranges_BTR, **common)
+
+    feasible_B = feasible_B.to(device)
+    # Where a loss is infinite this also cuts off its gradients, which k2 makes up.
+    simple_B, pruned_B = (
+        loss_B.masked_fill(~feasible_B | (loss_B == torch.inf), torch.inf) for loss_B in (simple_B, pruned_B)
+    )
+    return simple_B, pruned_B
+
+
+def _feasible_boundary(frames_B: Tensor, symbols_lens_B: Tensor, rnnt_type: str) -> tuple[Tensor, Tensor]:
+    """Boundary (B, 4) and which utterances have an alignment; the others get a stand-in of one frame."""
+    feasible_B = frames_B > 0
+    if rnnt_type != "regular":
+        feasible_B = feasible_B & (frames_B >= symbols_lens_B)
+    zero_B = torch.zeros_like(frames_B)
+    s_end_B = torch.where(feasible_B, symbols_lens_B, zero_B)
+    t_end_B = torch.where(feasible_B, frames_B, zero_B + 1)
+    return torch.stack([zero_B, zero_B, s_end_B, t_end_B], dim=1).long(), feasible_B
+
+
+def _joiner_loss(
+    encoder_out_BTJ: Tensor,
+    decoder_out_BUJ: Tensor,
+    joiner: Any,
+    ranges_BTR: Tensor,
+    symbols: Tensor,
+    termination_symbol: int,
+    boundary: Tensor,
+    rnnt_type: str,
+    delay_penalty: float,
+) -> Tensor:
+    """`rnnt_loss_pruned` of the joiner's logits, none of which outlive a piece of them; boundary on the CPU."""
+    weight_VJ, bias_V = joiner.output_linear.weight, joiner.output_linear.bias
+    matmul_dtype = functional.linear(encoder_out_BTJ[:0], weight_VJ).dtype  # autocast's, where it is on
+    frames = torch.arange(encoder_out_BTJ.shape[1]) < boundary[:, 3:]
+    with torch.autocast(encoder_out_BTJ.device.type, enabled=False):
+        symbol_BTR, blank_BTR = JoinerTerms.apply(
+            encoder_out_BTJ,
+            decoder_out_BUJ,
+            weight_VJ,
+            at_least_float32(bias_V),
+            ranges_BTR,
+            next_symbols(symbols, ranges_BTR),
+            frames.flatten().nonzero()[:, 0].to(ranges_BTR.device),
+            termination_symbol,
+            matmul_dtype,
+        )
+        lattice = score_arcs(
+            symbol_BTR,
+            blank_BTR,
+            boundary.to(ranges_BTR.device),
+            symbols.shape[1],
+            rnnt_type,
+            delay_penalty,
+            start_BT=ranges_BTR[:, :, 0],
+        )
+    return -lattice.score_B
