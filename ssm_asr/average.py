@@ -1,0 +1,68 @@
+"""Average the weights over the last epochs: python -m ssm_asr.average --exp-dir DIR --epoch E --last A
+
+Every epoch's checkpoint holds the running mean of all weights so far. The difference of two such means is the mean
+over the epochs between them: the default averages the last epochs that the configuration names.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ssm_asr import checkpoint
+from ssm_asr.averaging import average_between
+from ssm_asr.config import from_dict
+
+
+def epochs(exp_dir: Path) -> list[int]:
+    """The epochs whose checkpoints are in an experiment directory, in order."""
+    return sorted(int(path.stem.split("-")[1]) for path in exp_dir.glob("epoch-*.pt"))
+
+
+def average(exp_dir: Path, epoch: int | None, last: int | None, out: Path) -> tuple[int, int]:
+    """Writes a checkpoint whose weights are the mean over the `last` epochs up to `epoch`.
+
+    Args:
+        epoch: the last there is if None.
+        last: what the configuration says if None.
+
+    Returns:
+        (first, last) epoch that the mean covers.
+
+    Raises:
+        CheckpointError: if a checkpoint is missing.
+    """
+    available = epochs(exp_dir)
+    if not available:
+        raise checkpoint.CheckpointError(f"{exp_dir}: no epoch-*.pt; train first, or give another --exp-dir")
+    epoch = available[-1] if epoch is None else epoch
+    end = checkpoint.load(exp_dir / f"epoch-{epoch}.pt")
+    experiment = from_dict(end["config"])
+    start_epoch = max(0, epoch - (experiment.decode.average_epochs if last is None else last))
+    start = checkpoint.load(exp_dir / f"epoch-{start_epoch}.pt")["average"] if start_epoch else None
+    end["model"] = average_between(start, end["average"])
+    del end["average"]
+    end["progress"]["averaged_epochs"] = [start_epoch + 1, epoch]
+    checkpoint.save(end, out)
+    return start_epoch + 1, epoch
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--exp-dir", required=True, type=Path, help="directory that training wrote")
+    parser.add_argument("--epoch", type=int, help="last epoch to average (default: the last there is)")
+    parser.add_argument("--last", type=int, help="how many epochs (default: decode.average_epochs)")
+    parser.add_argument("--out", type=Path, help="checkpoint to write (default: EXP_DIR/averaged.pt)")
+    options = parser.parse_args(arguments)
+    out = options.out or options.exp_dir / "averaged.pt"
+    try:
+        first, last = average(options.exp_dir, options.epoch, options.last, out)
+    except (checkpoint.CheckpointError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{out}: mean of the weights over epochs {first} to {last}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

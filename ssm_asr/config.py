@@ -1,0 +1,190 @@
+"""One experiment, whole: model, tokens, data, optimiser, training and decoding, as dataclasses.
+
+A YAML file names only what differs from the defaults; `--set a.b=value` changes single fields; the result is saved
+in the experiment directory and in every checkpoint.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ssm_asr.data.config import DataConfig
+from ssm_asr.transducer.model import ModelConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the field, the value and the remedy."""
+
+
+@dataclass
+class TokensConfig:
+    """The token inventory, trained from the training transcripts."""
+
+    kind: str = "bpe"  # bpe, unigram, word (sentencepiece) or char
+    vocab_size: int = 500  # of bpe and unigram; word and char take all there are
+
+
+@dataclass
+class OptimConfig:
+    """ScaledAdam and Eden."""
+
+    base_lr: float = 0.045
+    lr_batches: float = 7500.0
+    lr_epochs: float = 3.5
+    warmup_batches: int = 500
+    clipping_scale: float = 2.0
+
+
+@dataclass
+class TrainConfig:
+    """The training loop."""
+
+    num_epochs: int = 30
+    seed: int = 42
+    precision: str = "float32"  # float32, bf16 or fp16 (autocast)
+    # The regularisers' schedules are in batches of 600 s. A short run goes through them faster by this factor.
+    schedule_speed: float = 1.0
+    loss_warmup_batches: int = 2000  # over which simple_scale goes 1 -> simple_scale and the pruned scale .1 -> 1
+    simple_scale: float = 0.5
+    ctc_scale: float = 0.2  # with model.ctc
+    average_period: int = 200  # batches between updates of the running mean of the weights
+    log_every: int = 50  # batches
+    validate_every: int = 3000  # batches; also at the end of every epoch
+    checkpoint_every: int = 4000  # batches
+    keep_checkpoints: int = 5
+
+
+@dataclass
+class DecodeConfig:
+    """Which epochs are averaged, and how the result is decoded by default."""
+
+    average_epochs: int = 10  # the last so many epochs
+    chunk_frames: int = 32  # of 20 ms
+    left_context_frames: int = 128
+    method: str = "greedy"  # greedy or beam
+    beam: int = 4
+
+
+@dataclass
+class Experiment:
+    """A configuration file."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("tokens.kind", self.tokens.kind, ("bpe", "unigram", "word", "char")),
+            ("train.precision", self.train.precision, ("float32", "bf16", "fp16")),
+            ("decode.method", self.decode.method, ("greedy", "beam")),
+            ("model.rnnt_type", self.model.rnnt_type, ("regular", "modified", "constrained")),
+        ):
+            if value not in choices:
+                raise ConfigError(f"{name} is {value!r}; give one of {', '.join(choices)}")
+
+
+def load_experiment(path: str | Path, overrides: typing.Sequence[str] = ()) -> Experiment:
+    """Reads a YAML file and applies `a.b=value` overrides (values in YAML).
+
+    Raises:
+        ConfigError: for a missing file, an unknown field or a value of the wrong type.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a mapping of sections is expected, such as 'model:' and 'train:'")
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return from_dict(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def from_dict(tree: dict[str, Any]) -> Experiment:
+    """An experiment from nested dictionaries, as in YAML or in a checkpoint."""
+    return _build(Experiment, tree, "")
+
+
+def to_dict(experiment: Experiment) -> dict[str, Any]:
+    """Nested dictionaries of plain values; the inverse of from_dict."""
+    return _plain(dataclasses.asdict(experiment))
+
+
+def to_yaml(experiment: Experiment) -> str:
+    """The whole experiment, every default written out."""
+    return yaml.safe_dump(to_dict(experiment), sort_keys=False, default_flow_style=None, width=110)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    name, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: give name=value, for example train.num_epochs=10")
+    *sections, last = name.strip().split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {override}: {section} is a value, not a section")
+    tree[last] = yaml.safe_load(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _build(cls: Any, tree: Any, name: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{name} is {tree!r}; a section with fields is expected")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        full = f"{name}.{key}" if name else str(key)
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), list(hints), 1)
+            raise ConfigError(f"{full}: no such field" + (f"; did you mean {near[0]}?" if near else ""))
+        values[key] = _convert(hints[key], value, full)
+    try:
+        return cls(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, name)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, name)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{name} is {value!r}; give a list")
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise ConfigError(f"{name} has {len(value)} entries; give {len(arguments)}")
+        return tuple(_convert(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{name} is {value!r}; give a {hint.__name__}")
+    return value

@@ -1,0 +1,82 @@
+"""Tabulate what decode and stream left in an experiment directory: python -m ssm_asr.report --exp-dir DIR
+
+Prints a Markdown table, some references beside their hypotheses, and the checkpoint; writes DIR/report.md.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ssm_asr import units
+from ssm_asr.results import SUMMARY
+
+HEADER = (
+    "| cuts | mode | search | chunk ms | left context ms | {rate} % [95 % interval] | state bytes a stream "
+    "| real-time factor |\n|---|---|---|---|---|---|---|---|"
+)
+
+
+def find_summaries(exp_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """(directory, summary) of every decoding under an experiment directory, by cuts, mode, chunk and left context."""
+    found = [(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in exp_dir.glob(f"*/{SUMMARY}")]
+    keys = ("cuts", "mode", "method", "chunk_frames", "left_context_frames")
+    return sorted(found, key=lambda item: [str(item[1][key]).zfill(8) for key in keys])
+
+
+def table(summaries: list[dict[str, Any]]) -> str:
+    """The Markdown table of summaries."""
+    unit = summaries[0]["unit"]
+    lines = [HEADER.format(rate="WER" if unit == "word" else "CER")]
+    for s in summaries:
+        low, high = s["interval"]
+        chunk, left = (
+            str(units.chunk_ms(s[key])) if s[key] >= 0 else "all" for key in ("chunk_frames", "left_context_frames")
+        )
+        state = f"{s['state_bytes']:,}" if s["state_bytes"] else "–"
+        lines.append(
+            f"| {s['cuts']} | {s['mode']} | {s['method']} | {chunk} | {left} "
+            f"| {100 * s['error_rate']:.2f} [{100 * low:.2f}, {100 * high:.2f}] | {state} "
+            f"| {s['real_time_factor']:.3f} ({s['device']}) |"
+        )
+    return "\n".join(lines)
+
+
+def pairs(directory: Path, count: int) -> str:
+    """References above hypotheses, spread evenly over a decoding's utterances."""
+    with open(directory / "hypotheses.tsv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    step = max(1, len(rows) // count)
+    return "\n".join(
+        f"  {row['id']}\n    ref {row['reference']}\n    hyp {row['hypothesis']}" for row in rows[::step][:count]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--exp-dir", required=True, type=Path, help="directory with results of decode and stream")
+    parser.add_argument("--pairs", type=int, default=4, help="references and hypotheses to show (default: 4)")
+    parser.add_argument("--note", default="", help="a line to put above the table, such as what the speech is")
+    options = parser.parse_args(arguments)
+    found = find_summaries(options.exp_dir)
+    if not found:
+        print(f"{options.exp_dir}: no results here; run decode or stream first", file=sys.stderr)
+        return 2
+    text = table([summary for _, summary in found])
+    if options.note:
+        text = f"{options.note}\n\n{text}"
+    (options.exp_dir / "report.md").write_text(text + "\n", encoding="utf-8")
+    last_dir, last = found[-1]
+    print(f"\n{text}\n\nfrom {last['cuts']}, {last['mode']}:\n{pairs(last_dir, options.pairs)}")
+    print(
+        f"\ncheckpoint: {last['checkpoint']}\n"
+        f"try: python -m ssm_asr.stream --checkpoint {last['checkpoint']} --wav FILE"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Streaming recognition, as in production: audio in as it comes, text out chunk by chunk, many streams in one batch.
+
+Shapes: B streams, S samples, T feature frames, F mels, C chunk in encoder frames (20 ms).
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssm_asr import units
+from ssm_asr.checkpoint import Loaded
+from ssm_asr.data.features import OnlineFbank
+from ssm_asr.encoder.attention import visible_left_context
+from ssm_asr.encoder.state import select_states, stack_states
+from ssm_asr.encoder.subsampling import CHUNK_OVERLAP, embed_frames, output_frames
+from ssm_asr.search import make_search
+from ssm_asr.search.scorer import TransducerScorer
+from ssm_asr.transducer.model import StreamState, Transducer
+
+
+def pad_to_chunks(features_TF: Tensor, chunk: int) -> Tensor:
+    """Features of a whole utterance, padded with silence to the 2·C·n + 13 frames that n whole chunks take."""
+    chunks = -(-max(1, embed_frames(features_TF.shape[0])) // chunk)
+    missing = 2 * chunk * chunks + CHUNK_OVERLAP - features_TF.shape[0]
+    return torch.nn.functional.pad(features_TF, (0, 0, 0, missing), value=units.LOG_MEL_SILENCE)
+
+
+def valid_frames(feature_frames: int) -> int:
+    """Output frames of an utterance that are not padding."""
+    return max(0, output_frames(feature_frames))
+
+
+def encode_as_streamed(
+    model: Transducer, features_BTF: Tensor, lens_B: Tensor, chunk: int, left_context: int
+) -> tuple[Tensor, list[int]]:
+    """Encodes whole utterances so that each frame comes out as it would from streaming.
+
+    Streaming pads an utterance to whole chunks, so this does too; the frames of that padding are not counted.
+
+    Args:
+        chunk, left_context: in frames of 20 ms; chunk -1 for the whole utterance.
+
+    Returns:
+        Encoder output (B, S, D) and the number of valid frames of each utterance.
+    """
+    lens = lens_B.tolist()
+    if chunk > 0:
+        rows = [pad_to_chunks(row[:length].cpu(), chunk) for row, length in zip(features_BTF, lens, strict=True)]
+        lens_B = torch.tensor([len(row) for row in rows], device=features_BTF.device)
+        features_BTF = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=units.LOG_MEL_SILENCE).to(
+            features_BTF.device
+        )
+    encoder_out, _ = model.encode(features_BTF, lens_B, chunk, left_context)
+    return encoder_out, [valid_frames(length) for length in lens]
+
+
+class Stream:
+    """One audio stream: features that wait to be encoded, the model's state, the search's state."""
+
+    def __init__(self, state: StreamState, search_state: Any) -> None:
+        self.state, self.search_state = state, search_state
+        self.frames_left: int | None = None  # output frames to come; None while audio may still come
+        self._fbank = OnlineFbank()
+        self._pending: list[Tensor] = []
+        self._received = 0  # feature frames, padding not counted
+
+    def accept(self, samples_S: np.ndarray | Tensor) -> None:
+        """Takes more audio: 16 kHz mono, in [-1, 1], any number of samples."""
+        if self.frames_left is not None:
+            raise ValueError("audio after finish(): open a new stream")
+        self._add(self._fbank.push(samples_S))
+
+    def finish(self, chunk: int) -> None:
+        """Says that the audio has ended: the rest is padded with silence to a whole chunk."""
+        self._add(self._fbank.finish())
+        done = int(self.state.processed_B[0])
+        self.frames_left = max(0, valid_frames(self._received) - done // units.OUTPUT_SUBSAMPLING)
+        chunks = -(-self.frames_left * units.OUTPUT_SUBSAMPLING // chunk)
+        needed = 2 * chunk * chunks + CHUNK_OVERLAP if chunks else 0
+        missing = needed - self.waiting
+        if missing > 0:
+            self._pending.append(torch.full((missing, units.NUM_MELS), units.LOG_MEL_SILENCE))
+
+    @property
+    def waiting(self) -> int:
+        """Feature frames that are not encoded yet."""
+        return sum(len(part) for part in self._pending)
+
+    def take(self, frames: int, hop: int) -> Tensor:
+        """The next `frames` feature frames (T, F), of which the first `hop` will not be needed again."""
+        features_TF = torch.cat(self._pending)
+        self._pending = [features_TF[hop:]]
+        return features_TF[:frames]
+
+    def _add(self, features_TF: Tensor) -> None:
+        if len(features_TF):
+            self._pending.append(features_TF)
+            self._received += len(features_TF)
+
+
+class StreamingRecognizer:
+    """Decodes any number of streams with one model.
+
+    Args:
+        chunk, left_context: in frames of 20 ms; what the checkpoint's configuration says if None.
+
+    Raises:
+        ValueError: if the model cannot stream, or not with this chunk.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        chunk: int | None = None,
+        left_context: int | None = None,
+        method: str | None = None,
+        beam: int | None = None,
+    ) -> None:
+        decode = loaded.experiment.decode
+        self.chunk = decode.chunk_frames if chunk is None else chunk
+        self.left_context = decode.left_context_frames if left_context is None else left_context
+        encoder = loaded.experiment.model.encoder
+        factor = max(encoder.downsampling)
+        if not encoder.causal:
+            raise ValueError("this model was trained without chunks (encoder.causal=false); use decode")
+        if self.chunk <= 0 or self.chunk % factor:
+            raise ValueError(f"chunk of {self.chunk} frames: give a multiple of {factor} (frames of 20 ms)")
+        if self.left_context < 0:
+            raise ValueError(f"left context of {self.left_context} frames: streaming keeps 0 or more")
+        self.left_context = visible_left_context(self.chunk, self.left_context)
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.device = next(loaded.model.parameters()).device
+        self._scorer = TransducerScorer(loaded.model, loaded.tokenizer.unk_id)
+        self.method, self.beam = method or decode.method, beam or decode.beam
+        self._search = make_search(self.method, self._scorer, self.beam)
+
+    @property
+    def frames_needed(self) -> int:
+        """Feature frames that a chunk takes."""
+        return 2 * self.chunk + CHUNK_OVERLAP
+
+    def open(self) -> Stream:
+        """A new stream, everything at zero."""
+        return Stream(self.model.init_state(1, self.left_context, self.device), self._search.start())
+
+    def finish(self, stream: Stream) -> None:
+        """Ends a stream; its last chunks are then ready."""
+        stream.finish(self.chunk)
+
+    def ready(self, stream: Stream) -> bool:
+        """Whether a chunk of the stream can be decoded now."""
+        return stream.waiting >= self.frames_needed and stream.frames_left != 0
+
+    @torch.inference_mode()
+    def decode(self, streams: list[Stream]) -> None:
+        """Decodes one chunk of each stream, all in one batch; every stream must be ready."""
+        features_BTF = torch.stack([stream.take(self.frames_needed, 2 * self.chunk) for stream in streams])
+        state = stack_states([stream.state for stream in streams])
+        encoder_out, state = self.model.stream(features_BTF.to(self.device), state)
+        lens = []
+        for b, stream in enumerate(streams):
+            frames = encoder_out.shape[1]
+            if stream.frames_left is not None:
+                frames = min(frames, stream.frames_left)
+                stream.frames_left -= frames
+            lens.append(frames)
+            stream.state = select_states(state, [b])
+        states = self._search.step(self._scorer.project(encoder_out), lens, [stream.search_state for stream in streams])
+        for stream, search_state in zip(streams, states, strict=True):
+            stream.search_state = search_state
+
+    def text(self, stream: Stream) -> str:
+        """What has been recognised so far."""
+        return self.tokenizer.decode(self._search.tokens(stream.search_state))
