@@ -63,6 +63,7 @@ def features(args: argparse.Namespace) -> None:
         shuffle=args.shuffle,
         on_the_fly=args.on_the_fly,
         num_jobs=args.jobs,
+        device=args.device,
     )
     print(f"cuts in {target}")
 
@@ -122,6 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--shuffle", action="store_true", help="mix the order of the cuts (for training cuts)")
     verb.add_argument("--on-the-fly", action="store_true", help="store no features, compute them in training")
     verb.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+    verb.add_argument("--device", default="cpu", help="cpu, or cuda: by kaldifeat if installed (default: cpu)")
 
     verb = verbs.add_parser("tokens", help="make a tokenizer from training transcripts")
     verb.set_defaults(run=tokens)

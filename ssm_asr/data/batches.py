@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from lhotse import CutSet, Fbank
+from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.dataset import DynamicBucketingSampler, DynamicCutSampler
 from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
+from lhotse.features import FeatureExtractor
 from torch.nn.utils.rnn import pad_sequence
 
 from ssm_asr.data.augment import add_noise, spec_augment
@@ -75,7 +76,7 @@ def load_features(cut: Cut) -> torch.Tensor:
 
 
 @lru_cache(maxsize=1)
-def _fbank() -> Fbank:
+def _fbank() -> FeatureExtractor:
     return make_fbank()
 
 

@@ -13,6 +13,13 @@ import numpy as np
 import soundfile
 import torch
 from lhotse import Fbank, FbankConfig
+from lhotse.features import FeatureExtractor
+from lhotse.features.kaldifeat import (
+    KaldifeatFbank,
+    KaldifeatFbankConfig,
+    KaldifeatFrameOptions,
+    KaldifeatMelOptions,
+)
 from scipy.signal import resample_poly
 
 from ssm_asr.units import FRAME_LENGTH_MS, FRAME_SHIFT_MS, NUM_MELS, SAMPLE_RATE_HZ
@@ -32,16 +39,41 @@ class AudioError(ValueError):
         self.detail = detail
 
 
-def make_fbank() -> Fbank:
-    """The feature extractor of every recipe: lhotse's Fbank with its defaults, `NUM_MELS` bins."""
+def make_fbank(device: str = "cpu") -> FeatureExtractor:
+    """The feature extractor of every recipe: lhotse's Fbank with its defaults, `NUM_MELS` bins.
+
+    On a GPU, kaldifeat computes the same features where it is installed.
+    """
+    if device != "cpu" and has_kaldifeat():
+        return KaldifeatFbank(
+            KaldifeatFbankConfig(
+                frame_opts=KaldifeatFrameOptions(
+                    sampling_rate=SAMPLE_RATE_HZ,
+                    frame_length=FRAME_LENGTH_MS / 1000,
+                    frame_shift=FRAME_SHIFT_MS / 1000,
+                ),
+                mel_opts=KaldifeatMelOptions(num_bins=NUM_MELS),
+                device=device,
+            )
+        )
     return Fbank(
         FbankConfig(
             sampling_rate=SAMPLE_RATE_HZ,
             num_filters=NUM_MELS,
             frame_length=FRAME_LENGTH_MS / 1000,
             frame_shift=FRAME_SHIFT_MS / 1000,
+            device=device,
         )
     )
+
+
+def has_kaldifeat() -> bool:
+    """Whether kaldifeat can be imported; one that was built for another PyTorch is found but cannot."""
+    try:
+        import kaldifeat  # noqa: F401
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 class OnlineFbank:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from lhotse import CutSet, Fbank
+from lhotse import CutSet
 from lhotse.cut import Cut
+from lhotse.features import FeatureExtractor
 from lhotse.features.io import FeaturesWriter, NumpyFilesWriter
 from lhotse.utils import fastcopy
 
@@ -34,6 +35,7 @@ class _Part(NamedTuple):
     done: Path  # manifest of the part; exists only when the part is complete
     features: Path | None  # directory; None leaves the features to be computed on the fly
     speed_factors: tuple[float, ...]
+    device: str
 
 
 def read_cuts(manifest: Path) -> CutSet:
@@ -53,7 +55,14 @@ def read_cuts(manifest: Path) -> CutSet:
 
 
 def prepare_cuts(
-    source: Path, out: Path, *, speed_perturb: bool, shuffle: bool, on_the_fly: bool, num_jobs: int
+    source: Path,
+    out: Path,
+    *,
+    speed_perturb: bool,
+    shuffle: bool,
+    on_the_fly: bool,
+    num_jobs: int,
+    device: str = "cpu",
 ) -> Path:
     """Write OUT/NAME.jsonl.gz for a manifest .../NAME.jsonl.gz, with features in OUT/NAME.features/.
 
@@ -68,6 +77,7 @@ def prepare_cuts(
             window of the manifest at a time.
         on_the_fly: store no features; they are computed from the audio when a batch is loaded.
         num_jobs: processes.
+        device: where features are computed.
 
     Returns:
         The path of the manifest written.
@@ -99,6 +109,7 @@ def prepare_cuts(
             work / f"{start:09d}.jsonl.gz",
             None if on_the_fly else features / f"{start:09d}",
             SPEED_FACTORS if speed_perturb else (1.0,),
+            device,
         )
         for start in range(0, len(cuts), CUTS_PER_PART)
     ]
@@ -118,13 +129,13 @@ def _do_part(part: _Part) -> None:
         torch.set_num_threads(1)  # the parts are the parallelism
         shutil.rmtree(part.features, ignore_errors=True)
         with NumpyFilesWriter(part.features) as storage:
-            cuts = [_with_features(cut, storage) for cut in cuts]
+            cuts = [_with_features(cut, storage, part.device) for cut in cuts]
     unfinished = part.done.with_name(f"unfinished-{part.done.name}")
     CutSet.from_cuts(cuts).to_file(unfinished)
     os.replace(unfinished, part.done)
 
 
-def _with_features(cut: Cut, storage: FeaturesWriter) -> Cut:
+def _with_features(cut: Cut, storage: FeaturesWriter, device: str) -> Cut:
     """The cut with its features stored and named in it."""
     try:
         samples_1S = cut.load_audio()
@@ -132,15 +143,15 @@ def _with_features(cut: Cut, storage: FeaturesWriter) -> Cut:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         remedy = "leave it out with python -m ssm_asr.prepare check"
         raise ValueError(f"{cut.id}: audio cannot be read ({lines[-1]}); {remedy}") from error
-    stored = _fbank().extract_from_samples_and_store(
+    stored = _fbank(device).extract_from_samples_and_store(
         samples_1S, storage, cut.sampling_rate, offset=cut.start, channel=cut.channel
     )
     return fastcopy(cut, features=stored)
 
 
 @lru_cache(maxsize=1)
-def _fbank() -> Fbank:
-    return make_fbank()
+def _fbank(device: str) -> FeatureExtractor:
+    return make_fbank(device)
 
 
 def _merge(parts: list[Path], target: Path, shuffle: bool) -> None:
