@@ -7,12 +7,16 @@ Shapes: B utterances, T frames, S symbols, R neighbouring cells that are kept of
 pruned), K steps. The four columns of a boundary are s_begin, t_begin, s_end, t_end.
 """
 
+import functools
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+RNNT_TYPES = ("regular", "modified", "constrained")
 
 # Arcs taken less often than this count as never taken: in float32 their products with other small numbers would
 # be denormal, which a CPU multiplies many times slower.
@@ -25,9 +29,6 @@ class LatticeScore(NamedTuple):
     score_B: Tensor
     symbol_occupation_BTR: Tensor
     blank_occupation_BTR: Tensor
-
-
-RNNT_TYPES = ("regular", "modified", "constrained")
 
 
 def checked_boundary(boundary_B4: Tensor | None, num_frames: int, symbols_BS: Tensor, rnnt_type: str) -> Tensor:
@@ -70,9 +71,9 @@ def lattice_score(
 ) -> LatticeScore:
     """Log of the summed probability of all alignments from (s_begin, t_begin) to (s_end, t_end).
 
-    Kuang et al. 2022 (arXiv 2206.13236). The sums run in float64 whatever the type of the inputs, in
-    which the results come back. Differentiable once in symbol_BTR and blank_BTR: the occupations are the gradient
-    of the score. An utterance without an alignment has the score -inf and occupations (hence gradients) of zero.
+    Kuang et al. 2022 (arXiv 2206.13236). The sums run in float64 whatever the type of the inputs, in which the
+    results come back. Differentiable once in symbol_BTR and blank_BTR: the occupations are the gradient of the
+    score. An utterance without an alignment has the score -inf and occupations (hence gradients) of zero.
 
     Args:
         symbol_BTR: log-probability of the symbol arc that leaves cell (start + r, t); -inf where s = S.
@@ -103,15 +104,15 @@ class _LatticeScore(torch.autograd.Function):
         B, T, R = blank_BTR.shape
         steps = _step_order(boundary_B4, start_BT, (B, T, R), num_symbols, regular)
         arcs_K2BR = blank_BTR.new_full((steps.num_steps, 2, B, R), -torch.inf, dtype=torch.float64)
-        blank_index, symbol_index = steps.arc_index(B * R)
-        arcs_K2BR.view(-1).index_copy_(0, blank_index, blank_BTR.double().flatten())
-        arcs_K2BR.view(-1).index_copy_(0, symbol_index, symbol_BTR.double().flatten())
+        blank_N, symbol_N = steps.blank_N, steps.blank_N + B * R
+        arcs_K2BR.view(-1).index_copy_(0, blank_N, blank_BTR.double().flatten())
+        arcs_K2BR.view(-1).index_copy_(0, symbol_N, symbol_BTR.double().flatten())
 
         state_KBR = _forward_states(arcs_K2BR, steps, pruned)
         score_B = state_KBR[steps.end_step_B, torch.arange(B, device=blank_BTR.device), steps.end_slot_B]
         occupation = _occupations(arcs_K2BR, state_KBR, steps, pruned).to(blank_BTR.dtype).flatten()
-        symbol_occupation = occupation.index_select(0, symbol_index).view(B, T, R)
-        blank_occupation = occupation.index_select(0, blank_index).view(B, T, R)
+        symbol_occupation = occupation.index_select(0, symbol_N).view(B, T, R)
+        blank_occupation = occupation.index_select(0, blank_N).view(B, T, R)
         ctx.save_for_backward(symbol_occupation, blank_occupation)
         ctx.mark_non_differentiable(symbol_occupation, blank_occupation)
         return score_B.to(blank_BTR.dtype), symbol_occupation, blank_occupation
@@ -157,13 +158,10 @@ class _StepOrder(NamedTuple):
     """
 
     num_steps: int
-    cell_N: Tensor  # index of each cell's blank arc in a flattened (K, 2, B, R), for the N = B*T*R cells
+    blank_N: Tensor  # of the N = B*T*R cells, the index of the blank arc in a flattened (K, 2, B, R)
     start_slot_B: Tensor
     end_step_B: Tensor
     end_slot_B: Tensor
-
-    def arc_index(self, symbol_offset: int) -> tuple[Tensor, Tensor]:
-        return self.cell_N, self.cell_N + symbol_offset
 
 
 def _step_order(
@@ -188,8 +186,8 @@ def _step_order(
     # Cells before the begin go round to the last steps: no alignment goes through them there either.
     step_BTR = (step_BTR - first_step_B[:, None, None]) % num_steps
     utterance_B11 = torch.arange(B, device=device)[:, None, None]
-    cell_BTR = (step_BTR * 2 * B + utterance_B11) * R + s_BTR % R
-    return _StepOrder(num_steps, cell_BTR.flatten(), s_begin_B % R, end_step_B, s_end_B % R)
+    blank_BTR = (step_BTR * 2 * B + utterance_B11) * R + s_BTR % R
+    return _StepOrder(num_steps, blank_BTR.flatten(), s_begin_B % R, end_step_B, s_end_B % R)
 
 
 def _forward_states(arcs_K2BR: Tensor, steps: _StepOrder, pruned: bool) -> Tensor:
@@ -197,15 +195,11 @@ def _forward_states(arcs_K2BR: Tensor, steps: _StepOrder, pruned: bool) -> Tenso
     K, _, B, R = arcs_K2BR.shape
     state_KBR = arcs_K2BR.new_full((K + 1, B, R), -torch.inf)
     state_KBR[0].scatter_(1, steps.start_slot_B[:, None], 0.0)
-    arrived = arcs_K2BR.new_full((2, B, R + 1), -torch.inf)  # one column before the slots, for symbols that go round
-    leaving, by_blank, by_symbol = arrived[:, :, 1:], arrived[0, :, 1:], arrived[1, :, :R]
-    last, first = arrived[1, :, R], arrived[1, :, 0]
-    states = state_KBR.unbind(0)
-    for k, arcs_2BR in enumerate(arcs_K2BR.unbind(0)):
-        torch.add(states[k], arcs_2BR, out=leaving)
-        if pruned:
-            first.copy_(last)
-        torch.logaddexp(by_blank, by_symbol, out=states[k + 1])
+    kernels = _kernels() if arcs_K2BR.is_cuda else None
+    if kernels is None:
+        advance(arcs_K2BR, state_KBR, pruned)
+    else:
+        kernels.advance(arcs_K2BR, state_KBR)
     return state_KBR
 
 
@@ -219,17 +213,52 @@ def _occupations(arcs_K2BR: Tensor, state_KBR: Tensor, steps: _StepOrder, pruned
     share_K2BR[:, 1].sub_(total_KBR.roll(-1, dims=-1))
     share_K2BR.exp_()
 
-    # visits: probability that an alignment goes through a cell. One column after the slots, for going round.
+    # Probability that an alignment goes through a cell. After the slots the first comes again, in which a symbol
+    # of the last one ends.
     visits_KBR = arcs_K2BR.new_zeros(K + 1, B, R + 1)
     visits_KBR[steps.end_step_B, torch.arange(B, device=arcs_K2BR.device), steps.end_slot_B] = 1.0
-    by_blank, by_symbol = visits_KBR[:, :, :R].unbind(0), visits_KBR[:, :, 1:].unbind(0)
-    first, last = visits_KBR[:, :, 0].unbind(0), visits_KBR[:, :, R].unbind(0)
-    blank_share, symbol_share = share_K2BR[:, 0].unbind(0), share_K2BR[:, 1].unbind(0)
-    for k in range(K - 1, -1, -1):
-        if pruned:
-            last[k + 1].copy_(first[k + 1])
-        by_blank[k].addcmul_(by_blank[k + 1], blank_share[k])
-        by_blank[k].addcmul_(by_symbol[k + 1], symbol_share[k])
+    kernels = _kernels() if arcs_K2BR.is_cuda else None
+    if kernels is None:
+        retreat(share_K2BR, visits_KBR, pruned)
+    else:
+        kernels.retreat(share_K2BR, visits_KBR)
+    visits_KBR[:, :, R] = visits_KBR[:, :, 0]
     share_K2BR[:, 0].mul_(visits_KBR[1:, :, :R])
     share_K2BR[:, 1].mul_(visits_KBR[1:, :, 1:])
     return functional.threshold(share_K2BR, RAREST_ARC, 0.0, inplace=True)
+
+
+def advance(arcs_K2BR: Tensor, state_KBR: Tensor, pruned: bool) -> None:
+    """Fills the states (K+1, B, R) from the first; only where pruned do symbols go round to the first slot."""
+    _, _, B, R = arcs_K2BR.shape
+    arrived = arcs_K2BR.new_full((2, B, R + 1), -torch.inf)  # one column before the slots, for going round
+    leaving, by_blank, by_symbol = arrived[:, :, 1:], arrived[0, :, 1:], arrived[1, :, :R]
+    last, first = arrived[1, :, R], arrived[1, :, 0]
+    states = state_KBR.unbind(0)
+    for k, arcs_2BR in enumerate(arcs_K2BR.unbind(0)):
+        torch.add(states[k], arcs_2BR, out=leaving)
+        if pruned:
+            first.copy_(last)
+        torch.logaddexp(by_blank, by_symbol, out=states[k + 1])
+
+
+def retreat(share_K2BR: Tensor, visits_KBR: Tensor, pruned: bool) -> None:
+    """Adds to the visits (K+1, B, R+1), from the last, what each arc hands back to the cell it leaves."""
+    R = share_K2BR.shape[3]
+    here, after = visits_KBR[:, :, :R].unbind(0), visits_KBR[:, :, 1:].unbind(0)
+    first, again = visits_KBR[:, :, 0].unbind(0), visits_KBR[:, :, R].unbind(0)
+    blank_share, symbol_share = share_K2BR[:, 0].unbind(0), share_K2BR[:, 1].unbind(0)
+    for k in range(len(share_K2BR) - 1, -1, -1):
+        if pruned:
+            again[k + 1].copy_(first[k + 1])
+        here[k].addcmul_(here[k + 1], blank_share[k])
+        here[k].addcmul_(after[k + 1], symbol_share[k])
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    try:
+        from ssm_asr.transducer import lattice_kernels
+    except ImportError:  # no Triton
+        return None
+    return lattice_kernels

@@ -61,12 +61,11 @@ def window_starts(
 ) -> Tensor:
     """First kept row (B, T) of each frame: rises by at most R-1 a frame (regular) or 1, and never falls."""
     windows = blank_occupation_BTU.shape[2] - length + 1
-    # A window holds the blanks of its rows. A symbol that enters it from below in the same frame leaves one of
-    # them with a visitor who was counted below as well. Sums of the R terms, not differences of cumulative sums:
-    # those lose the digits that decide.
-    held_BTW = blank_occupation_BTU.unfold(2, length, 1).sum(-1)
-    held_BTW[:, :, 1:].sub_(symbol_occupation_BTS[:, :, : windows - 1])
-    best_BT = held_BTW.argmax(2)
+    # A window scores the blanks of its rows less the symbols that lead into it from the row below. The R terms
+    # are summed as they are: differences of cumulative sums would lose the digits that decide.
+    score_BTW = blank_occupation_BTU.unfold(2, length, 1).sum(-1)
+    score_BTW[:, :, 1:].sub_(symbol_occupation_BTS[:, :, : windows - 1])
+    best_BT = score_BTW.argmax(2)
 
     _, _, s_end_B1, t_end_B1 = boundary_B4[:, :, None].unbind(1)
     frame_T = torch.arange(best_BT.shape[1], device=best_BT.device)

@@ -364,6 +364,19 @@ def test_autocast_keeps_the_losses_in_float32() -> None:
     assert not torch.equal(mixed[1], full[1])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rnnt_type", ["regular", "modified", "constrained"])
+def test_gpu_agrees_with_cpu(rnnt_type: str) -> None:
+    on_cpu = random_batch(torch.float64) | dict(rnnt_type=rnnt_type)
+    on_gpu = random_batch(torch.float64) | dict(rnnt_type=rnnt_type)
+    on_gpu["joiner"].cuda()
+    for name, x in on_gpu.items():
+        if isinstance(x, Tensor):
+            on_gpu[name] = x.detach().cuda().requires_grad_(x.requires_grad)
+    ours = [x.cpu() for x in losses_and_gradients(on_gpu)]
+    torch.testing.assert_close(ours, losses_and_gradients(on_cpu), rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("rnnt_type", ["regular", "modified", "constrained"])
 def test_utterance_without_alignment_is_infinite_and_has_no_gradient(rnnt_type: str) -> None:
     expected = losses_and_gradients(random_batch(torch.float64) | dict(rnnt_type=rnnt_type))
