@@ -66,6 +66,20 @@ def chunk_mask(frames: int, chunk: int, left_context: int, device: torch.device)
     return hidden_TK
 
 
+def streaming_context(frames: int, left_context: int, processed_B: Tensor | None) -> Context:
+    """The context of a chunk of `frames` after the left context, which fills from its end as a stream grows older.
+
+    Args:
+        processed_B: frames that each stream has had before this chunk; may be None without left context.
+    """
+    if not left_context:
+        return Context(None, None)
+    assert processed_B is not None, "with left context, streams have an age"
+    # The chunk itself (age <= 0) is always visible.
+    age_K = torch.arange(left_context, -frames, -1, device=processed_B.device)
+    return Context(None, age_K > processed_B[:, None])
+
+
 class RelativePositions(nn.Module):
     """Encodings of the relative positions key - query, finer near 0 (section 3.2).
 

@@ -48,6 +48,8 @@ def state_sizes(state: Any) -> dict[str, int]:
     """
     sizes: dict[str, int] = {}
     for name, tensor in leaves(state):
-        kind = name.rsplit(".", 1)[-1].rpartition("_")[0]
+        # processed.0 is the first of the tuple "processed"; key_BLQ, wherever it is, a key.
+        kind = next(part for part in reversed(name.split(".")) if not part.isdigit())
+        kind = kind.rpartition("_")[0] or kind
         sizes[kind] = sizes.get(kind, 0) + tensor.numel() // tensor.shape[0]
     return sizes

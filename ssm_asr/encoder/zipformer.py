@@ -10,7 +10,7 @@ P relative positions.
 import math
 import random
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from ssm_asr.encoder.attention import (
 from ssm_asr.encoder.convolution import ConvolutionModule
 from ssm_asr.encoder.modules import BiasNorm, Bypass, Downsample, FeedForward, set_channels, upsample
 from ssm_asr.encoder.regularize import Balancer, Schedule, Scheduled, Whiten, sequence_mask
+from ssm_asr.ssm.mamba2 import Mamba2
 
 DROPOUT = Schedule((0, 0.3), (20000, 0.1))
 
@@ -45,9 +46,15 @@ class ZipformerConfig:
     value_head_dim: int = 12
     pos_head_dim: int = 4
     pos_dim: int = 48
+    # What carries information over long stretches of time beside self-attention: nonlin_attention, mamba2 or none.
+    long_range: str = "nonlin_attention"
+    mamba_heads: int = 16
+    mamba_groups: int = 8
+    mamba_states: int = 16  # N; the state holds ¾·dim·N floats a layer
     embed_channels: tuple[int, int, int] = (8, 32, 128)
     causal: bool = True
-    # Each training batch draws one chunk and one left context, in frames of 20 ms; -1 is all there is.
+    # Each training batch draws one chunk and one left context, in frames of 20 ms; -1 is all there is, and a left
+    # context of 0 lets attention see its own chunk only, so that no keys and values are kept.
     chunk_frames: tuple[int, ...] = (16, 32, 64, -1)
     left_context_frames: tuple[int, ...] = (64, 128, 256, -1)
 
@@ -58,6 +65,14 @@ class ZipformerConfig:
                 raise ValueError(
                     f"encoder.{name} has {len(getattr(self, name))} entries; give {stacks}, as encoder.layers has"
                 )
+        if self.long_range not in ("nonlin_attention", "mamba2", "none"):
+            raise ValueError(f"encoder.long_range is {self.long_range!r}; give nonlin_attention, mamba2 or none")
+        if self.long_range == "mamba2":
+            for dim in self.dim:
+                if dim * 3 // 4 % self.mamba_heads or dim * 3 // 4 % self.mamba_groups:
+                    raise ValueError(f"encoder.dim {dim}: ¾ of it must divide by mamba_heads and by mamba_groups")
+            if self.mamba_heads % self.mamba_groups:
+                raise ValueError(f"encoder.mamba_heads {self.mamba_heads}: give a multiple of mamba_groups")
 
     def draw_context(self) -> tuple[int, int]:
         """A chunk and a left context for one training batch, from Python's `random`."""
@@ -66,11 +81,17 @@ class ZipformerConfig:
         return random.choice(self.chunk_frames), random.choice(self.left_context_frames)
 
 
+class NonlinState(NamedTuple):
+    """What nonlin attention keeps: its gated inputs of the left context."""
+
+    nonlin_BLN: Tensor
+
+
 class LayerState(NamedTuple):
     """What a layer keeps between chunks, at its stack's frame rate."""
 
     key_BLQ: Tensor
-    nonlin_BLN: Tensor
+    long_range: Any  # NonlinState, Mamba2State or ()
     value1_BLV: Tensor
     value2_BLV: Tensor
     conv1_BDM: Tensor
@@ -84,6 +105,7 @@ class ZipformerLayer(Scheduled):
         super().__init__()
         dim, heads = config.dim[stack], config.heads[stack]
         feedforward, kernel = config.feedforward_dim[stack], config.conv_kernel[stack]
+        self.long_range = config.long_range
         # Never used; published checkpoints have it, so it is kept for their sake.
         self.bypass_scale = nn.Parameter(torch.full((dim,), 0.5))
         self.bypass = Bypass(dim, skip_rate=bypass_skip_rate)
@@ -96,12 +118,15 @@ class ZipformerLayer(Scheduled):
         self.feed_forward1 = FeedForward(dim, feedforward * 3 // 4, DROPOUT)
         self.feed_forward2 = FeedForward(dim, feedforward, DROPOUT)
         self.feed_forward3 = FeedForward(dim, feedforward * 5 // 4, DROPOUT)
-        self.nonlin_attention = NonlinAttention(dim, dim * 3 // 4)
+        if config.long_range == "nonlin_attention":
+            self.nonlin_attention = NonlinAttention(dim, dim * 3 // 4)
+        elif config.long_range == "mamba2":
+            self.mamba2 = Mamba2(dim, dim * 3 // 4, config.mamba_states, config.mamba_heads, config.mamba_groups)
         self.conv_module1 = ConvolutionModule(dim, kernel, config.causal)
         self.conv_module2 = ConvolutionModule(dim, kernel, config.causal)
         self.norm = BiasNorm(dim)
 
-        self.balance_nonlin = Balancer((0.3, 0.7), abs=(Schedule((0, 0.004), (4000, 0.02)), 100.0), prob=0.05)
+        self.balance_long_range = Balancer((0.3, 0.7), abs=(Schedule((0, 0.004), (4000, 0.02)), 100.0), prob=0.05)
         self.balance_ff2 = Balancer((0.3, 0.7), abs=(Schedule((0, 0.0), (4000, 0.1)), 2.0), prob=0.05)
         self.balance_ff3 = Balancer((0.3, 0.7), abs=(Schedule((0, 0.0), (4000, 0.2)), 4.0), prob=0.05)
         self.balance_norm = Balancer((0.45, 0.55), abs=(0.2, 4.0))
@@ -118,9 +143,14 @@ class ZipformerLayer(Scheduled):
             return torch.zeros(batch_size, *shape, device=device)
 
         dim, value_dim = self.bypass_scale.shape[0], self.self_attn1.value_dim
+        long_range: Any = ()
+        if self.long_range == "nonlin_attention":
+            long_range = NonlinState(zeros(left_context, self.nonlin_attention.hidden))
+        elif self.long_range == "mamba2":
+            long_range = self.mamba2.init_state(batch_size, device)
         return LayerState(
             key_BLQ=zeros(left_context, self.self_attn_weights.query_dim),
-            nonlin_BLN=zeros(left_context, self.nonlin_attention.hidden),
+            long_range=long_range,
             value1_BLV=zeros(left_context, value_dim),
             value2_BLV=zeros(left_context, value_dim),
             conv1_BDM=zeros(dim, self.conv_module1.cached),
@@ -150,8 +180,7 @@ class ZipformerLayer(Scheduled):
         weights, key = self.self_attn_weights(x, pos_PE, context, state and state.key_BLQ)
         x = x + self.feed_forward1(x)
 
-        mixed, nonlin = self.nonlin_attention(x, weights[:, 0], state and state.nonlin_BLN)
-        x = x + _masked(self.balance_nonlin(mixed), attention_mask)
+        x, long_range = self._mix_long_range(x, weights, context, attention_mask, state)
         mixed, value1 = self.self_attn1(x, weights, state and state.value1_BLV)
         x = x + _masked(mixed, attention_mask)
         mixed, conv1 = self._convolve(self.conv_module1, x, context, chunk, state and state.conv1_BDM)
@@ -169,7 +198,25 @@ class ZipformerLayer(Scheduled):
         if state is None:
             return x, None
         assert conv1 is not None and conv2 is not None
-        return x, LayerState(keep(key), keep(nonlin), keep(value1), keep(value2), conv1, conv2)
+        return x, LayerState(keep(key), long_range, keep(value1), keep(value2), conv1, conv2)
+
+    def _mix_long_range(
+        self, x: Tensor, weights: Tensor, context: Context, mask: Tensor | None, state: LayerState | None
+    ) -> tuple[Tensor, Any]:
+        """Adds the long-range module's output, if there is one; the new state is for streaming only."""
+        new_state: Any = ()
+        if self.long_range == "nonlin_attention":
+            mixed, gated = self.nonlin_attention(x, weights[:, 0], state and state.long_range.nonlin_BLN)
+            if state is not None:
+                new_state = NonlinState(gated[:, gated.shape[1] - state.key_BLQ.shape[1] :])
+        elif self.long_range == "mamba2":
+            if state is None:
+                mixed, _ = self.mamba2(x, context.padding_mask_BK)
+            else:
+                mixed, new_state = self.mamba2.stream(x, state.long_range)
+        else:
+            return x, new_state
+        return x + _masked(self.balance_long_range(mixed), mask), new_state
 
     def _convolve(
         self, module: ConvolutionModule, x: Tensor, context: Context, chunk: int, cache: Tensor | None
@@ -224,14 +271,20 @@ class Stack(nn.Module):
         return x_BTD
 
     def stream(
-        self, x_BTD: Tensor, state: tuple[LayerState, ...], processed_B: Tensor
+        self, x_BTD: Tensor, state: tuple[LayerState, ...], processed_B: Tensor | None
     ) -> tuple[Tensor, tuple[LayerState, ...]]:
-        """One chunk; processed_B counts the frames (of this stack) that each stream has had before."""
+        """One chunk; processed_B counts the frames (of this stack) that each stream has had before.
+
+        It may be None where there is no left context.
+        """
         left_context, frames = state[0].key_BLQ.shape[1], x_BTD.shape[1]
         pos_PE = self.positions(x_BTD, left_context)
-        # The left context fills from its end; the chunk itself (age <= 0) is always visible.
-        age_K = torch.arange(left_context, -frames, -1, device=x_BTD.device)
-        context = Context(None, age_K > processed_B[:, None])
+        context = Context(None, None)
+        if left_context:
+            assert processed_B is not None
+            # The left context fills from its end; the chunk itself (age <= 0) is always visible.
+            age_K = torch.arange(left_context, -frames, -1, device=x_BTD.device)
+            context = Context(None, age_K > processed_B[:, None])
         new_states = []
         for layer, layer_state in zip(self._layers(), state, strict=True):
             x_BTD, layer_state = layer.stream(x_BTD, pos_PE, context, layer_state)
@@ -265,10 +318,11 @@ class DownsampledStack(nn.Module):
         return self.out_combiner(x_BTD, upsample(y_BTD, self.factor, x_BTD.shape[1]))
 
     def stream(
-        self, x_BTD: Tensor, state: tuple[LayerState, ...], processed_B: Tensor
+        self, x_BTD: Tensor, state: tuple[LayerState, ...], processed_B: Tensor | None
     ) -> tuple[Tensor, tuple[LayerState, ...]]:
         """As Stack.stream, with processed_B at 50 Hz."""
-        y_BTD, state = self.encoder.stream(self.downsample(x_BTD), state, processed_B // self.factor)
+        processed_B = None if processed_B is None else processed_B // self.factor
+        y_BTD, state = self.encoder.stream(self.downsample(x_BTD), state, processed_B)
         return self.out_combiner(x_BTD, upsample(y_BTD, self.factor, x_BTD.shape[1])), state
 
 
@@ -314,14 +368,14 @@ class Zipformer(Scheduled):
         return self._finish(outputs), (lens_B + 1) // 2
 
     def stream(
-        self, x_BTD: Tensor, state: tuple[tuple[LayerState, ...], ...], processed_B: Tensor
+        self, x_BTD: Tensor, state: tuple[tuple[LayerState, ...], ...], processed_B: Tensor | None
     ) -> tuple[Tensor, tuple[tuple[LayerState, ...], ...]]:
         """One chunk of frames at 50 Hz -> half as many output frames, and the new state.
 
         The chunk must be a multiple of every stack's downsampling factor.
 
         Args:
-            processed_B: frames that each stream has had before this chunk, int64.
+            processed_B: frames that each stream has had before this chunk, int64; may be None without left context.
         """
         outputs, new_state = [], []
         for stack, dim, stack_state in zip(self._stacks(), self.config.dim, state, strict=True):

@@ -15,9 +15,28 @@ from ssm_asr.data.features import OnlineFbank
 from ssm_asr.encoder.attention import visible_left_context
 from ssm_asr.encoder.state import select_states, stack_states
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP, embed_frames, output_frames
+from ssm_asr.encoder.zipformer import ZipformerConfig
 from ssm_asr.search import make_search
 from ssm_asr.search.scorer import TransducerScorer
 from ssm_asr.transducer.model import StreamState, Transducer
+
+FEATURES_OF_ONE_FRAME = 9  # the least for which embed_frames is not 0
+
+
+def streaming_context(encoder: ZipformerConfig, chunk: int, left_context: int) -> int:
+    """The left context that chunks really see, in frames of 20 ms like the arguments.
+
+    Raises:
+        ValueError: if the model cannot stream, or not with this chunk or left context.
+    """
+    factor = max(encoder.downsampling)
+    if not encoder.causal:
+        raise ValueError("this model was trained without chunks (encoder.causal=false); use decode")
+    if chunk <= 0 or chunk % factor:
+        raise ValueError(f"chunk of {chunk} frames: give a multiple of {factor} (frames of 20 ms)")
+    if left_context < 0:
+        raise ValueError(f"left context of {left_context} frames: with chunks, give 0 or more (frames of 20 ms)")
+    return visible_left_context(chunk, left_context)
 
 
 def pad_to_chunks(features_TF: Tensor, chunk: int) -> Tensor:
@@ -46,6 +65,9 @@ def encode_as_streamed(
         Encoder output (B, S, D) and the number of valid frames of each utterance.
     """
     lens = lens_B.tolist()
+    # The convolutions need as much as makes one frame, be it padding.
+    missing = max(0, FEATURES_OF_ONE_FRAME - features_BTF.shape[1])
+    features_BTF = torch.nn.functional.pad(features_BTF, (0, 0, 0, missing), value=units.LOG_MEL_SILENCE)
     if chunk > 0:
         rows = [pad_to_chunks(row[:length].cpu(), chunk) for row, length in zip(features_BTF, lens, strict=True)]
         lens_B = torch.tensor([len(row) for row in rows], device=features_BTF.device)
@@ -54,6 +76,24 @@ def encode_as_streamed(
         )
     encoder_out, _ = model.encode(features_BTF, lens_B, chunk, left_context)
     return encoder_out, [valid_frames(length) for length in lens]
+
+
+def encode_by_chunks(model: Transducer, features_TF: Tensor, chunk: int, left_context: int) -> Tensor:
+    """Encodes one whole utterance as streaming does, chunk after chunk with explicit state.
+
+    Args:
+        left_context: in frames of 20 ms like chunk, as `streaming_context` gives it.
+
+    Returns:
+        Encoder output (S, D), the frames of the last chunk's padding cut off.
+    """
+    padded_TF = pad_to_chunks(features_TF, chunk)
+    state = model.init_state(1, left_context, features_TF.device)
+    parts = []
+    for start in range(0, len(padded_TF) - CHUNK_OVERLAP, 2 * chunk):
+        out_BSD, state = model.stream(padded_TF[None, start : start + 2 * chunk + CHUNK_OVERLAP], state)
+        parts.append(out_BSD[0])
+    return torch.cat(parts)[: valid_frames(len(features_TF))]
 
 
 class Stream:
@@ -65,6 +105,7 @@ class Stream:
         self._fbank = OnlineFbank()
         self._pending: list[Tensor] = []
         self._received = 0  # feature frames, padding not counted
+        self._encoded = 0  # feature frames
 
     def accept(self, samples_S: np.ndarray | Tensor) -> None:
         """Takes more audio: 16 kHz mono, in [-1, 1], any number of samples."""
@@ -74,9 +115,10 @@ class Stream:
 
     def finish(self, chunk: int) -> None:
         """Says that the audio has ended: the rest is padded with silence to a whole chunk."""
+        if self.frames_left is not None:
+            raise ValueError("finish() was called before: a stream ends once")
         self._add(self._fbank.finish())
-        done = int(self.state.processed_B[0])
-        self.frames_left = max(0, valid_frames(self._received) - done // units.OUTPUT_SUBSAMPLING)
+        self.frames_left = max(0, valid_frames(self._received) - self._encoded // units.SUBSAMPLING)
         chunks = -(-self.frames_left * units.OUTPUT_SUBSAMPLING // chunk)
         needed = 2 * chunk * chunks + CHUNK_OVERLAP if chunks else 0
         missing = needed - self.waiting
@@ -92,6 +134,7 @@ class Stream:
         """The next `frames` feature frames (T, F), of which the first `hop` will not be needed again."""
         features_TF = torch.cat(self._pending)
         self._pending = [features_TF[hop:]]
+        self._encoded += hop
         return features_TF[:frames]
 
     def _add(self, features_TF: Tensor) -> None:
@@ -120,20 +163,15 @@ class StreamingRecognizer:
     ) -> None:
         decode = loaded.experiment.decode
         self.chunk = decode.chunk_frames if chunk is None else chunk
-        self.left_context = decode.left_context_frames if left_context is None else left_context
-        encoder = loaded.experiment.model.encoder
-        factor = max(encoder.downsampling)
-        if not encoder.causal:
-            raise ValueError("this model was trained without chunks (encoder.causal=false); use decode")
-        if self.chunk <= 0 or self.chunk % factor:
-            raise ValueError(f"chunk of {self.chunk} frames: give a multiple of {factor} (frames of 20 ms)")
-        if self.left_context < 0:
-            raise ValueError(f"left context of {self.left_context} frames: streaming keeps 0 or more")
-        self.left_context = visible_left_context(self.chunk, self.left_context)
+        self.left_context = streaming_context(
+            loaded.experiment.model.encoder,
+            self.chunk,
+            decode.left_context_frames if left_context is None else left_context,
+        )
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.device = next(loaded.model.parameters()).device
         self._scorer = TransducerScorer(loaded.model, loaded.tokenizer.unk_id)
-        self.method, self.beam = method or decode.method, beam or decode.beam
+        self.method, self.beam = method or decode.method, decode.beam if beam is None else beam
         self._search = make_search(self.method, self._scorer, self.beam)
 
     @property
@@ -155,7 +193,13 @@ class StreamingRecognizer:
 
     @torch.inference_mode()
     def decode(self, streams: list[Stream]) -> None:
-        """Decodes one chunk of each stream, all in one batch; every stream must be ready."""
+        """Decodes one chunk of each stream, all in one batch.
+
+        Raises:
+            ValueError: if a stream is not ready.
+        """
+        if not all(self.ready(stream) for stream in streams):
+            raise ValueError("a stream without a whole chunk to decode: ask ready() first")
         features_BTF = torch.stack([stream.take(self.frames_needed, 2 * self.chunk) for stream in streams])
         state = stack_states([stream.state for stream in streams])
         encoder_out, state = self.model.stream(features_BTF.to(self.device), state)

@@ -4,6 +4,7 @@ Shapes: B batch, T feature frames (100 Hz), S output frames (25 Hz), D encoder w
 J joiner dim, F mels.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ class StreamState(NamedTuple):
 
     embed_BCTW: Tensor
     encoder: Any
-    processed_B: Tensor  # frames at 50 Hz that the encoder has had, int64
+    processed: tuple[Tensor, ...]  # (B,) int64: frames at 50 Hz that the encoder has had; empty without left context
 
 
 class Losses(NamedTuple):
@@ -83,7 +84,7 @@ class Transducer(nn.Module):
         return StreamState(
             self.encoder_embed.init_state(batch_size, device),
             self.encoder.init_state(batch_size, left_context, device),
-            torch.zeros(batch_size, dtype=torch.int64, device=device),
+            (torch.zeros(batch_size, dtype=torch.int64, device=device),) if left_context else (),
         )
 
     def stream(self, features_BTF: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
@@ -99,8 +100,9 @@ class Transducer(nn.Module):
                 f"{features_BTF.shape[1]} feature frames a chunk: give 2C + {CHUNK_OVERLAP}, C a multiple of {factor}"
             )
         x_BTD, embed = self.encoder_embed.stream(features_BTF, state.embed_BCTW)
-        out_BSD, encoder = self.encoder.stream(x_BTD, state.encoder, state.processed_B)
-        return out_BSD, StreamState(embed, encoder, state.processed_B + frames)
+        processed_B = state.processed[0] if state.processed else None
+        out_BSD, encoder = self.encoder.stream(x_BTD, state.encoder, processed_B)
+        return out_BSD, StreamState(embed, encoder, tuple(count_B + frames for count_B in state.processed))
 
     def forward(
         self,
@@ -136,4 +138,9 @@ class Transducer(nn.Module):
 
     def _ctc_loss(self, encoder_out_BSD: Tensor, frames_B: Tensor, tokens_BU: Tensor, lens_B: Tensor) -> Tensor:
         log_probs_SBV = self.ctc_output(encoder_out_BSD).float().transpose(0, 1)
-        return nn.functional.ctc_loss(log_probs_SBV, tokens_BU, frames_B, lens_B, reduction="none")
+        # An infinite loss of ctc_loss itself would have NaN gradients, whatever it is multiplied by.
+        ctc_B = nn.functional.ctc_loss(log_probs_SBV, tokens_BU, frames_B, lens_B, reduction="none", zero_infinity=True)
+        # Between two equal tokens there must be a blank.
+        positions_U = torch.arange(tokens_BU.shape[1], device=tokens_BU.device)[1:]
+        repeated_BU = (tokens_BU[:, 1:] == tokens_BU[:, :-1]) & (positions_U < lens_B[:, None])
+        return ctc_B.masked_fill(frames_B < lens_B + repeated_BU.sum(dim=1), math.inf)

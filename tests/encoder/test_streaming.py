@@ -56,8 +56,8 @@ def test_streams_of_different_ages_in_one_batch(model):
         out, state = model.stream(chunk, state)
         torch.testing.assert_close(out[0], alone[0][0, 8 * (i + 5) : 8 * (i + 6)], **TOLERANCE)
         torch.testing.assert_close(out[1], alone[1][0, 8 * i : 8 * (i + 1)], **TOLERANCE)
-    assert state.processed_B.tolist() == [12 * 16, 7 * 16]
-    assert select_states(state, [1]).processed_B.tolist() == [7 * 16]
+    assert state.processed[0].tolist() == [12 * 16, 7 * 16]
+    assert select_states(state, [1]).processed[0].tolist() == [7 * 16]
 
 
 def test_streaming_leaves_the_old_state_as_it_was(model):

@@ -1,0 +1,282 @@
+"""The Conformer encoder, its convolution module open to state-space models: whole-utterance, chunk-masked, streaming.
+
+Sources: Gulati et al. (arXiv 2005.08100); Shan et al. (arXiv 2309.08551) for the mixers. Self-attention with relative
+positions is that of Dai et al., "Transformer-XL" (arXiv 1901.02860), section 3.3. Two frames of 50 Hz are joined at the
+start, so that all layers run at 25 Hz.
+
+Shapes: B batch, T frames (at 50 Hz or 25 Hz, as said), E front-end dim, D channels, L left-context frames kept from
+before, K = L + T keys, P = K + T - 1 relative positions, H heads, Q dim of a head.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ssm_asr.encoder.attention import (
+    MASKED_SCORE,
+    Context,
+    RelativePositions,
+    chunk_mask,
+    shift_relative,
+    streaming_context,
+)
+from ssm_asr.encoder.batch_norm import MaskedBatchNorm
+from ssm_asr.encoder.mixer import MIXERS, make_mixer
+from ssm_asr.encoder.regularize import at_least_float32
+from ssm_asr.ssm.s4d import PARAMETERISATIONS
+
+# From 50 Hz, the rate of the front end, to 25 Hz.
+SUBSAMPLING = 2
+
+
+@dataclass
+class ConformerConfig:
+    """Size and shape of a Conformer. The defaults are size L of Gulati et al."""
+
+    layers: int = 17
+    dim: int = 512
+    heads: int = 8
+    feedforward_dim: int = 2048
+    embed_dim: int = 512  # of the 50 Hz frames from the front end
+    embed_channels: tuple[int, int, int] = (8, 32, 128)
+    mixer: str = "conv"  # none, conv, dir, com or rep
+    conv_kernel: int = 32  # taps of conv, and of the convolution in com
+    ssm_states: int = 4  # real numbers a channel, of dir, com and rep
+    ssm_param: str = "real"  # real or lin (complex pairs)
+    rep_length: int = 16  # taps of rep
+    dropout: float = 0.1
+    # Each training batch draws one chunk and one left context, in frames of 20 ms; -1 is all there is.
+    chunk_frames: tuple[int, ...] = (16, 32, 64, -1)
+    left_context_frames: tuple[int, ...] = (64, 128, 256, -1)
+
+    def __post_init__(self) -> None:
+        states_fit = self.ssm_states > 0 and (self.ssm_param != "lin" or self.ssm_states % 2 == 0)
+        for name, good, remedy in (
+            ("dim", self.dim % (2 * self.heads) == 0, f"a multiple of {2 * self.heads}, twice encoder.heads"),
+            ("mixer", self.mixer in MIXERS, f"one of {', '.join(MIXERS)}"),
+            ("conv_kernel", self.conv_kernel > 1, "2 or more"),
+            ("rep_length", self.rep_length > 1, "2 or more"),
+            ("ssm_param", self.ssm_param in PARAMETERISATIONS, f"one of {', '.join(PARAMETERISATIONS)}"),
+            ("ssm_states", states_fit, "1 or more, for lin an even number"),
+        ):
+            if not good:
+                raise ValueError(f"encoder.{name} is {getattr(self, name)!r}; give {remedy}")
+
+    @property
+    def causal(self) -> bool:
+        """Whether the model can stream."""
+        return True
+
+    @property
+    def downsampling(self) -> tuple[int, ...]:
+        """Frame rates of the layers, below 50 Hz; a chunk is a multiple of each."""
+        return (SUBSAMPLING,)
+
+    def draw_context(self) -> tuple[int, int]:
+        """A chunk and a left context for one training batch, from Python's `random`."""
+        return random.choice(self.chunk_frames), random.choice(self.left_context_frames)
+
+
+class LayerState(NamedTuple):
+    """What a layer keeps between chunks, at 25 Hz."""
+
+    key_BLD: Tensor
+    value_BLD: Tensor
+    mixer: Any  # of the mixer's own kind
+
+
+class RelativeAttention(nn.Module):
+    """Multi-head self-attention with scores (q + u)·k + (q + v)·linear_pos(position), divided by the root of Q."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj = nn.Linear(dim, 3 * dim)
+        self.linear_pos = nn.Linear(dim, dim, bias=False)
+        self.content_bias_HQ = nn.Parameter(torch.empty(heads, dim // heads))
+        self.position_bias_HQ = nn.Parameter(torch.empty(heads, dim // heads))
+        nn.init.xavier_uniform_(self.content_bias_HQ)
+        nn.init.xavier_uniform_(self.position_bias_HQ)
+        self.dropout = nn.Dropout(dropout)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(
+        self, x_BTD: Tensor, pos_PD: Tensor, context: Context, past: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output (B, T, D), and the keys and values (B, K, D) of which streaming keeps the last L.
+
+        Args:
+            past: keys and values (B, L, D) of the left context in streaming.
+        """
+        B, T, D = x_BTD.shape
+        query_BTD, key_BKD, value_BKD = self.in_proj(x_BTD).chunk(3, dim=-1)
+        if past is not None:
+            key_BKD, value_BKD = torch.cat([past[0], key_BKD], dim=1), torch.cat([past[1], value_BKD], dim=1)
+        query_BTHQ = query_BTD.reshape(B, T, self.heads, -1)
+        by_content = (query_BTHQ + self.content_bias_HQ).transpose(1, 2)
+        by_position = (query_BTHQ + self.position_bias_HQ).transpose(1, 2)
+        key, value = (x.reshape(B, x.shape[1], self.heads, -1).transpose(1, 2) for x in (key_BKD, value_BKD))
+        position = self.linear_pos(pos_PD).reshape(-1, self.heads, D // self.heads).transpose(0, 1)
+
+        scores_BHTK = by_content @ key.transpose(2, 3) + shift_relative(by_position @ position.transpose(1, 2))
+        scores_BHTK = at_least_float32(scores_BHTK) * key.shape[-1] ** -0.5
+        if context.chunk_mask_TK is not None:
+            scores_BHTK = scores_BHTK.masked_fill(context.chunk_mask_TK, MASKED_SCORE)
+        if context.padding_mask_BK is not None:
+            scores_BHTK = scores_BHTK.masked_fill(context.padding_mask_BK[:, None, None], MASKED_SCORE)
+        weights_BHTK = self.dropout(scores_BHTK.softmax(dim=-1).to(value.dtype))
+        mixed_BTD = (weights_BHTK @ value).transpose(1, 2).reshape(B, T, D)
+        return self.out_proj(mixed_BTD), key_BKD, value_BKD
+
+
+class ConvolutionModule(nn.Module):
+    """LayerNorm, Linear to 2D, GLU, mixer, batch norm, SiLU, Linear."""
+
+    def __init__(self, config: ConformerConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim)
+        self.in_proj = nn.Linear(config.dim, 2 * config.dim)
+        self.mixer = make_mixer(
+            config.mixer, config.dim, config.conv_kernel, config.ssm_states, config.ssm_param, config.rep_length
+        )
+        self.batch_norm = MaskedBatchNorm(config.dim)
+        self.out_proj = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x_BTD: Tensor, padding_mask_BT: Tensor | None) -> Tensor:
+        """Whole sequences. The mixer is causal, so that padding (True), which comes last, touches no valid frame."""
+        return self._finish(self.mixer(self._gated(x_BTD)), padding_mask_BT)
+
+    def stream(self, x_BTD: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One chunk and the mixer's state -> output and new state."""
+        mixed_BDT, state = self.mixer.stream(self._gated(x_BTD), state)
+        return self._finish(mixed_BDT, None), state
+
+    def _gated(self, x_BTD: Tensor) -> Tensor:
+        return nn.functional.glu(self.in_proj(self.norm(x_BTD)), dim=-1).transpose(1, 2)
+
+    def _finish(self, mixed_BDT: Tensor, padding_mask_BT: Tensor | None) -> Tensor:
+        normed_BDT = self.batch_norm(mixed_BDT, padding_mask_BT)
+        return self.out_proj(nn.functional.silu(normed_BDT).transpose(1, 2))
+
+
+def feed_forward(dim: int, hidden: int, dropout: float) -> nn.Sequential:
+    """LayerNorm, Linear, SiLU, dropout, Linear."""
+    return nn.Sequential(
+        nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.SiLU(), nn.Dropout(dropout), nn.Linear(hidden, dim)
+    )
+
+
+class ConformerLayer(nn.Module):
+    """Half a feed-forward, attention, convolution module, half a feed-forward, each added to its input; LayerNorm."""
+
+    def __init__(self, config: ConformerConfig) -> None:
+        super().__init__()
+        dim, hidden = config.dim, config.feedforward_dim
+        self.dim = dim
+        self.feed_forward1 = feed_forward(dim, hidden, config.dropout)
+        self.norm_attention = nn.LayerNorm(dim)
+        self.attention = RelativeAttention(dim, config.heads, config.dropout)
+        self.conv_module = ConvolutionModule(config)
+        self.feed_forward2 = feed_forward(dim, hidden, config.dropout)
+        self.norm_out = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def init_state(self, batch_size: int, left_context: int, device: torch.device | None = None) -> LayerState:
+        """The state at the start of a stream; left_context is in frames at 25 Hz."""
+        key_BLD = torch.zeros(batch_size, left_context, self.dim, device=device)
+        mixer = self.conv_module.mixer.init_state(batch_size, device)
+        return LayerState(key_BLD, torch.zeros_like(key_BLD), mixer)
+
+    def forward(self, x_BTD: Tensor, pos_PD: Tensor, context: Context) -> Tensor:
+        """A whole sequence, attention masked by `context`."""
+        x_BTD = x_BTD + 0.5 * self.dropout(self.feed_forward1(x_BTD))
+        mixed_BTD, _, _ = self.attention(self.norm_attention(x_BTD), pos_PD, context)
+        x_BTD = x_BTD + self.dropout(mixed_BTD)
+        x_BTD = x_BTD + self.dropout(self.conv_module(x_BTD, context.padding_mask_BK))
+        return self._finish(x_BTD)
+
+    def stream(self, x_BTD: Tensor, pos_PD: Tensor, context: Context, state: LayerState) -> tuple[Tensor, LayerState]:
+        """One chunk."""
+        frames = x_BTD.shape[1]
+        x_BTD = x_BTD + 0.5 * self.dropout(self.feed_forward1(x_BTD))
+        past = state.key_BLD, state.value_BLD
+        mixed_BTD, key_BKD, value_BKD = self.attention(self.norm_attention(x_BTD), pos_PD, context, past)
+        x_BTD = x_BTD + self.dropout(mixed_BTD)
+        mixed_BTD, mixer = self.conv_module.stream(x_BTD, state.mixer)
+        new_state = LayerState(key_BKD[:, frames:], value_BKD[:, frames:], mixer)
+        return self._finish(x_BTD + self.dropout(mixed_BTD)), new_state
+
+    def _finish(self, x_BTD: Tensor) -> Tensor:
+        return self.norm_out(x_BTD + 0.5 * self.dropout(self.feed_forward2(x_BTD)))
+
+
+class Conformer(nn.Module):
+    """All layers, from 50 Hz frames of width embed_dim to 25 Hz frames of width dim."""
+
+    def __init__(self, config: ConformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.out_channels = config.dim
+        self.subsampling = nn.Linear(SUBSAMPLING * config.embed_dim, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.positions = RelativePositions(config.dim)
+        self.layers = nn.ModuleList(ConformerLayer(config) for _ in range(config.layers))
+
+    def init_state(
+        self, batch_size: int, left_context: int, device: torch.device | None = None
+    ) -> tuple[LayerState, ...]:
+        """The state of every layer at the start of a stream, left_context in frames at 50 Hz."""
+        return tuple(layer.init_state(batch_size, left_context // SUBSAMPLING, device) for layer in self._layers())
+
+    def forward(self, x_BTE: Tensor, lens_B: Tensor, chunk: int, left_context: int) -> tuple[Tensor, Tensor]:
+        """Whole sequences, masked as in streaming.
+
+        Args:
+            x_BTE: frames at 50 Hz; lens_B: how many of them are not padding.
+            chunk, left_context: in frames at 50 Hz, -1 for all there is.
+
+        Returns:
+            (B, (T+1)//2, D), and its lengths.
+        """
+        frame_T = torch.arange(x_BTE.shape[1], device=x_BTE.device)
+        mask_TK = chunk_mask(len(frame_T), chunk, left_context, x_BTE.device)
+        context = Context(mask_TK, frame_T >= lens_B[:, None]).every(SUBSAMPLING)
+        # The last frame of an odd number is paired with itself, not with padding.
+        valid_BT = torch.minimum(frame_T, lens_B[:, None] - 1).clamp(min=0)
+        x_BTD = self._join_frames(x_BTE.gather(1, valid_BT[..., None].expand_as(x_BTE)))
+        pos_PD = self.positions(x_BTD)
+        for layer in self._layers():
+            x_BTD = layer(x_BTD, pos_PD, context)
+        return x_BTD, (lens_B + 1) // SUBSAMPLING
+
+    def stream(
+        self, x_BTE: Tensor, state: tuple[LayerState, ...], processed_B: Tensor | None
+    ) -> tuple[Tensor, tuple[LayerState, ...]]:
+        """One chunk of an even number of frames at 50 Hz -> half as many output frames, and the new state.
+
+        Args:
+            processed_B: frames at 50 Hz that each stream has had before this chunk, int64; may be None without left
+                context.
+        """
+        x_BTD, left_context = self._join_frames(x_BTE), state[0].key_BLD.shape[1]
+        pos_PD = self.positions(x_BTD, left_context)
+        processed_B = None if processed_B is None else processed_B // SUBSAMPLING
+        context = streaming_context(x_BTD.shape[1], left_context, processed_B)
+        new_states = []
+        for layer, layer_state in zip(self._layers(), state, strict=True):
+            x_BTD, layer_state = layer.stream(x_BTD, pos_PD, context, layer_state)
+            new_states.append(layer_state)
+        return x_BTD, tuple(new_states)
+
+    def _layers(self) -> list[ConformerLayer]:
+        return cast(list[ConformerLayer], self.layers)
+
+    def _join_frames(self, x_BTE: Tensor) -> Tensor:
+        """Pairs of frames side by side, projected to the width of the layers: (B, (T+1)//2, D)."""
+        if x_BTE.shape[1] % SUBSAMPLING:
+            x_BTE = torch.cat([x_BTE, x_BTE[:, -1:]], dim=1)
+        B, T, E = x_BTE.shape
+        return self.dropout(self.subsampling(x_BTE.reshape(B, T // SUBSAMPLING, SUBSAMPLING * E)))

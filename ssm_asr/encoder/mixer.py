@@ -1,0 +1,158 @@
+"""What mixes frames in the convolution module of a Conformer: a convolution, a state-space model, or both.
+
+Source: Shan et al., "Augmenting conformers with structured state-space sequence models for online speech recognition"
+(arXiv 2309.08551), section 3. All are causal at every frame, and treat each channel by itself.
+
+Shapes: B batch, D channels, T frames, L taps, K = L - 1 cached frames, N states of a channel.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssm_asr.ssm.s4d import S4D, causal_convolution, convolve_inside
+
+MIXERS = ("none", "conv", "dir", "com", "rep")
+
+
+class ConvState(NamedTuple):
+    """The last inputs of a convolution."""
+
+    conv_BDK: Tensor
+
+
+class SsmState(NamedTuple):
+    """The state of a state-space model."""
+
+    ssm_BDN: Tensor
+
+
+class ConvSsmState(NamedTuple):
+    """Both."""
+
+    conv_BDK: Tensor
+    ssm_BDN: Tensor
+
+
+class Mixer(nn.Module, ABC):
+    """Mixes frames over time: forward takes whole sequences (B, D, T) to (B, D, T)."""
+
+    @abstractmethod
+    def init_state(self, batch_size: int, device: torch.device | None = None) -> Any:
+        """The state at the start of a stream, all zeros."""
+
+    @abstractmethod
+    def stream(self, x_BDT: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """A chunk of any length: output (B, D, T) and the new state."""
+
+
+class NoMixer(Mixer):
+    """The identity: attention alone connects the frames."""
+
+    def init_state(self, batch_size: int, device: torch.device | None = None) -> tuple[()]:
+        return ()
+
+    def forward(self, x_BDT: Tensor) -> Tensor:
+        return x_BDT
+
+    def stream(self, x_BDT: Tensor, state: tuple[()]) -> tuple[Tensor, tuple[()]]:
+        return x_BDT, state
+
+
+class FiniteMixer(Mixer):
+    """A depthwise convolution: y_t = Σ_l taps_l·x_{t-l}."""
+
+    def __init__(self, channels: int, length: int) -> None:
+        super().__init__()
+        self.channels, self.length = channels, length
+
+    @abstractmethod
+    def taps(self) -> Tensor:
+        """The impulse response: (D, L)."""
+
+    def init_state(self, batch_size: int, device: torch.device | None = None) -> ConvState:
+        return ConvState(torch.zeros(batch_size, self.channels, self.length - 1, device=device))
+
+    def forward(self, x_BDT: Tensor) -> Tensor:
+        return causal_convolution(x_BDT, self.taps())
+
+    def stream(self, x_BDT: Tensor, state: ConvState) -> tuple[Tensor, ConvState]:
+        x_BDT = torch.cat([state.conv_BDK, x_BDT], dim=2)
+        return convolve_inside(x_BDT, self.taps()), ConvState(x_BDT[..., 1 - self.length :])
+
+
+class ConvMixer(FiniteMixer):
+    """`conv`: the taps are free parameters. There is no bias: batch norm or a state-space model follows."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__(channels, kernel)
+        self.weight_DL = nn.Parameter(torch.empty(channels, kernel).uniform_(-(kernel**-0.5), kernel**-0.5))
+
+    def taps(self) -> Tensor:
+        return self.weight_DL
+
+
+class ReparameterizedMixer(FiniteMixer):
+    """`rep`: the taps are the first ones of a state-space model's impulse response."""
+
+    def __init__(self, channels: int, length: int, states: int, parameterisation: str) -> None:
+        super().__init__(channels, length)
+        self.ssm = S4D(channels, states, parameterisation)
+
+    def taps(self) -> Tensor:
+        return self.ssm.impulse_response(self.length)
+
+
+class DropInMixer(Mixer):
+    """`dir`: a state-space model."""
+
+    def __init__(self, channels: int, states: int, parameterisation: str) -> None:
+        super().__init__()
+        self.ssm = S4D(channels, states, parameterisation)
+
+    def init_state(self, batch_size: int, device: torch.device | None = None) -> SsmState:
+        return SsmState(self.ssm.init_state(batch_size, device))
+
+    def forward(self, x_BDT: Tensor) -> Tensor:
+        return self.ssm(x_BDT)
+
+    def stream(self, x_BDT: Tensor, state: SsmState) -> tuple[Tensor, SsmState]:
+        y_BDT, ssm_BDN = self.ssm.stream(x_BDT, state.ssm_BDN)
+        return y_BDT, SsmState(ssm_BDN)
+
+
+class StackedMixer(Mixer):
+    """`com`: a short convolution, then a state-space model."""
+
+    def __init__(self, channels: int, kernel: int, states: int, parameterisation: str) -> None:
+        super().__init__()
+        self.conv = ConvMixer(channels, kernel)
+        self.ssm = S4D(channels, states, parameterisation)
+
+    def init_state(self, batch_size: int, device: torch.device | None = None) -> ConvSsmState:
+        return ConvSsmState(*self.conv.init_state(batch_size, device), self.ssm.init_state(batch_size, device))
+
+    def forward(self, x_BDT: Tensor) -> Tensor:
+        return self.ssm(self.conv(x_BDT))
+
+    def stream(self, x_BDT: Tensor, state: ConvSsmState) -> tuple[Tensor, ConvSsmState]:
+        x_BDT, conv_state = self.conv.stream(x_BDT, ConvState(state.conv_BDK))
+        y_BDT, ssm_BDN = self.ssm.stream(x_BDT, state.ssm_BDN)
+        return y_BDT, ConvSsmState(conv_state.conv_BDK, ssm_BDN)
+
+
+def make_mixer(kind: str, channels: int, conv_kernel: int, ssm_states: int, ssm_param: str, rep_length: int) -> Mixer:
+    """The mixer of that name, one of MIXERS; it uses those of the settings that it has."""
+    if kind == "none":
+        return NoMixer()
+    if kind == "conv":
+        return ConvMixer(channels, conv_kernel)
+    if kind == "dir":
+        return DropInMixer(channels, ssm_states, ssm_param)
+    if kind == "com":
+        return StackedMixer(channels, conv_kernel, ssm_states, ssm_param)
+    if kind == "rep":
+        return ReparameterizedMixer(channels, rep_length, ssm_states, ssm_param)
+    raise ValueError(f"mixer {kind!r}: give one of {', '.join(MIXERS)}")
