@@ -7,15 +7,12 @@ over the epochs between them: the default averages the last epochs that the conf
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from ssm_asr import checkpoint
 from ssm_asr.averaging import average_between
 from ssm_asr.config import from_dict
-
-
-def epochs(exp_dir: Path) -> list[int]:
-    """The epochs whose checkpoints are in an experiment directory, in order."""
-    return sorted(int(path.stem.split("-")[1]) for path in exp_dir.glob("epoch-*.pt"))
+from ssm_asr.experiment_dir import epochs
 
 
 def average(exp_dir: Path, epoch: int | None, last: int | None, out: Path) -> tuple[int, int]:
@@ -30,20 +27,38 @@ def average(exp_dir: Path, epoch: int | None, last: int | None, out: Path) -> tu
 
     Raises:
         CheckpointError: if a checkpoint is missing.
+        ValueError: if there is nothing to average.
     """
-    available = epochs(exp_dir)
-    if not available:
+    files = epochs(exp_dir)
+    if not files:
         raise checkpoint.CheckpointError(f"{exp_dir}: no epoch-*.pt; train first, or give another --exp-dir")
-    epoch = available[-1] if epoch is None else epoch
-    end = checkpoint.load(exp_dir / f"epoch-{epoch}.pt")
+    epoch = max(files) if epoch is None else epoch
+    end = _load_epoch(files, epoch, exp_dir)
     experiment = from_dict(end["config"])
-    start_epoch = max(0, epoch - (experiment.decode.average_epochs if last is None else last))
-    start = checkpoint.load(exp_dir / f"epoch-{start_epoch}.pt")["average"] if start_epoch else None
+    last = experiment.decode.average_epochs if last is None else last
+    if last < 1:
+        raise ValueError(f"--last {last}: give a positive number of epochs")
+    start_epoch = max(0, epoch - last)
+    start = _load_epoch(files, start_epoch, exp_dir)["average"] if start_epoch else None
+    if end["average"]["count"] == (start["count"] if start else 0):
+        raise ValueError(
+            f"{exp_dir}: the running mean was not updated in epochs {start_epoch + 1} to {epoch}; average more epochs, "
+            f"or train with a train.average_period below {experiment.train.average_period} batches"
+        )
     end["model"] = average_between(start, end["average"])
     del end["average"]
     end["progress"]["averaged_epochs"] = [start_epoch + 1, epoch]
     checkpoint.save(end, out)
     return start_epoch + 1, epoch
+
+
+def _load_epoch(files: dict[int, Path], epoch: int, exp_dir: Path) -> dict[str, Any]:
+    if epoch not in files:
+        there = ", ".join(map(str, files))
+        raise checkpoint.CheckpointError(
+            f"{exp_dir}: no epoch-{epoch}.pt; there are epochs {there}: give another --epoch or --last"
+        )
+    return checkpoint.load(files[epoch])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,9 +13,10 @@ one runs no code from it. Its entries:
 """
 
 import os
-import tempfile
+import pickle
+import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -58,27 +59,24 @@ def pack(
 
 
 def save(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Writes the file whole or not at all: to a temporary name beside it, flushed to disk, then renamed."""
+    """Writes the file whole or not at all: under a temporary name beside it, flushed to disk, then renamed.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # a temporary file is its owner's alone
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    """The process's file mode mask; it can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError about positions
+        raise CheckpointError(f"{path}: cannot be written ({error}); is the disk full?") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -88,24 +86,48 @@ def load(path: str | Path) -> dict[str, Any]:
         CheckpointError: if the file is missing, damaged, or something else.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            checkpoint = _read(file)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint; train first, or give another --checkpoint") from None
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason}); is the file whole?") from None
+        raise CheckpointError(f"{path}: no such checkpoint; train first, or give another path") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except pickle.UnpicklingError:
+        reason = "damaged, or holds more than tensors and plain values, which may be code"
+        raise CheckpointError(f"{path}: refused: {reason}") from None
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise CheckpointError(f"{path}: not a checkpoint of ssm_asr (no entry 'format')")
+        raise CheckpointError(f"{path}: no checkpoint of this program, or a damaged one; was it copied whole?")
     if checkpoint["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format {checkpoint['format']}, this version reads {FORMAT}")
+        raise CheckpointError(f"{path}: format {checkpoint['format']}, this version reads {FORMAT}; train anew")
     return checkpoint
 
 
+def _read(file: BinaryIO) -> Any:
+    """What torch.save wrote; None if the file is damaged or something else."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            whole = archive.testzip() is None  # torch itself does not compare the checksums
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True) if whole else None
+    except pickle.UnpicklingError:
+        raise
+    except Exception:  # zipfile and torch raise many kinds
+        return None
+
+
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
-    """The model of a checkpoint, built from the configuration it carries."""
+    """The model of a checkpoint, built from the configuration it carries.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, something else, or of a version with another configuration.
+    """
     checkpoint = load(path)
-    experiment = config.from_dict(checkpoint["config"])
-    tokenizer = Tokenizer.from_dict(checkpoint["tokens"])
-    model = Transducer(experiment.model, tokenizer.vocab_size)
-    model.load_state_dict(checkpoint["model"])
+    try:
+        experiment = config.from_dict(checkpoint["config"])
+        tokenizer = Tokenizer.from_dict(checkpoint["tokens"])
+        model = Transducer(experiment.model, tokenizer.vocab_size)
+        model.load_state_dict(checkpoint["model"])
+    except (config.ConfigError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: does not fit this version: {reason}") from None
     return Loaded(model.to(device).eval(), experiment, tokenizer, checkpoint["progress"])

@@ -4,6 +4,7 @@ A YAML file names only what differs from the defaults; `--set a.b=value` changes
 in the experiment directory and in every checkpoint.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -20,6 +21,16 @@ from ssm_asr.transducer.model import ModelConfig
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the field, the value and the remedy."""
+
+
+POSITIVE = (
+    *("tokens.vocab_size", "data.max_duration_s", "data.num_buckets"),
+    *("optim.base_lr", "optim.lr_batches", "optim.lr_epochs"),
+    *("train.num_epochs", "train.schedule_speed", "train.average_period", "train.log_every"),
+    *("train.validate_every", "train.checkpoint_every", "train.keep_checkpoints"),
+    *("decode.average_epochs", "decode.beam"),
+)
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 @dataclass
@@ -91,6 +102,11 @@ class Experiment:
         ):
             if value not in choices:
                 raise ConfigError(f"{name} is {value!r}; give one of {', '.join(choices)}")
+        for name in POSITIVE:
+            section, field_name = name.split(".")
+            value = getattr(getattr(self, section), field_name)
+            if value <= 0:
+                raise ConfigError(f"{name} is {value}; give a positive number")
 
 
 def load_experiment(path: str | Path, overrides: typing.Sequence[str] = ()) -> Experiment:
@@ -100,11 +116,13 @@ def load_experiment(path: str | Path, overrides: typing.Sequence[str] = ()) -> E
         ConfigError: for a missing file, an unknown field or a value of the wrong type.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        tree = _parse(Path(path).read_text(encoding="utf-8"), str(path)) or {}
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file in UTF-8") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a mapping of sections is expected, such as 'model:' and 'train:'")
     for override in overrides:
@@ -139,7 +157,14 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {override}: {section} is a value, not a section")
-    tree[last] = yaml.safe_load(value)
+    tree[last] = _parse(value, f"--set {override}")
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def _plain(value: Any) -> Any:
@@ -183,8 +208,9 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         if arguments[-1] is not Ellipsis and len(value) != len(arguments):
             raise ConfigError(f"{name} has {len(value)} entries; give {len(arguments)}")
         return tuple(_convert(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and type(value) in (int, str):  # a number without a point, such as 1e-3, is a text in YAML
+        with contextlib.suppress(ValueError):
+            return float(value)
     if type(value) is not hint:
-        raise ConfigError(f"{name} is {value!r}; give a {hint.__name__}")
+        raise ConfigError(f"{name} is {value!r}; give {TYPE_NAMES[hint]}")
     return value

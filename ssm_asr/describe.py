@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ssm_asr import units
-from ssm_asr.config import ConfigError, Experiment, load_experiment
-from ssm_asr.encoder.attention import visible_left_context
+from ssm_asr.config import Experiment, load_experiment
 from ssm_asr.encoder.state import state_sizes
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP
+from ssm_asr.search.recognizer import streaming_context
 from ssm_asr.transducer.model import Transducer
 
 FLOAT_BYTES = 4
@@ -26,11 +26,14 @@ def describe(experiment: Experiment, vocab_size: int, chunk: int, left_context: 
     Returns:
         parameters, parameters_by_part; for a causal model also state_floats, state_bytes (in float32),
         state_floats_by_kind and the times of a chunk.
+
+    Raises:
+        ValueError: if the model cannot stream with this chunk or left context.
     """
     encoder = experiment.model.encoder
     with torch.device("meta"):
         model = Transducer(experiment.model, vocab_size)
-        left_context = visible_left_context(chunk, left_context)
+        left_context = streaming_context(encoder, chunk, left_context) if encoder.causal else left_context
         state = model.init_state(1, left_context) if encoder.causal else None
     by_part = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     result: dict[str, Any] = {
@@ -88,12 +91,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         experiment = load_experiment(options.config, options.set)
-    except ConfigError as error:
+        chunk = experiment.decode.chunk_frames if options.chunk is None else options.chunk
+        left = experiment.decode.left_context_frames if options.left is None else options.left
+        facts = describe(experiment, options.vocab_size, chunk, left)
+    except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    chunk = experiment.decode.chunk_frames if options.chunk is None else options.chunk
-    left = experiment.decode.left_context_frames if options.left is None else options.left
-    facts = describe(experiment, options.vocab_size, chunk, left)
     print(json.dumps(facts, indent=2) if options.json else as_text(facts))
     return 0
 

@@ -16,22 +16,35 @@ class Place(NamedTuple):
     device: torch.device
 
 
-def join(device: str = "auto") -> Place:
-    """Joins the processes that torchrun started, if it did.
+def find_device(name: str) -> torch.device:
+    """The device of a name: auto (a GPU where there is one), cpu, cuda or cuda:N.
 
-    Args:
-        device: auto (a GPU where there is one), cpu, or cuda.
+    Raises:
+        ValueError: if there is no such device.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r}: give auto, cpu or cuda") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name}: this machine has {torch.cuda.device_count()} GPUs that PyTorch can use")
+    return device
+
+
+def join(device_name: str = "auto") -> Place:
+    """Joins the processes that torchrun started, if it did. See `find_device` for the name."""
+    device = find_device(device_name)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if device.startswith("cuda") and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     if world_size == 1:
-        return Place(0, 1, torch.device(device))
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return Place(dist.get_rank(), world_size, torch.device(device))
+        return Place(0, 1, device)
+    # Numbers that the host needs go through gloo, so that it does not wait for the GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Place(dist.get_rank(), world_size, device)
 
 
 def leave(place: Place) -> None:
@@ -77,6 +90,13 @@ def total(value_N: Tensor, place: Place) -> Tensor:
     if place.world_size > 1:
         dist.all_reduce(value_N)
     return value_N
+
+
+def gather(flags: list[bool], place: Place) -> list[list[bool]]:
+    """The flags of every process, in the order of their ranks; all have the same number of them."""
+    flags_RN = torch.zeros(place.world_size, len(flags), dtype=torch.int64)
+    flags_RN[place.rank] = torch.tensor(flags)
+    return total(flags_RN, place).bool().tolist()
 
 
 def _split(flat: Tensor, like: list[Tensor]) -> tuple[Tensor, ...]:

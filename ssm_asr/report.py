@@ -6,12 +6,13 @@ Prints a Markdown table, some references beside their hypotheses, and the checkp
 import argparse
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from ssm_asr import units
-from ssm_asr.results import SUMMARY
+from ssm_asr.results import SUMMARY, interval_text
 
 HEADER = (
     "| cuts | mode | search | chunk ms | left context ms | {rate} % [95 % interval] | state bytes a stream "
@@ -22,23 +23,32 @@ HEADER = (
 def find_summaries(exp_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
     """(directory, summary) of every decoding under an experiment directory, by cuts, mode, chunk and left context."""
     found = [(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in exp_dir.glob(f"*/{SUMMARY}")]
-    keys = ("cuts", "mode", "method", "chunk_frames", "left_context_frames")
-    return sorted(found, key=lambda item: [str(item[1][key]).zfill(8) for key in keys])
+
+    def order(item: tuple[Path, dict[str, Any]]) -> list[str | float]:
+        summary = item[1]
+        frames = [summary[key] for key in ("chunk_frames", "left_context_frames")]
+        return [
+            *(summary[key] for key in ("cuts", "mode", "method")),
+            *(n if n >= 0 else math.inf for n in frames),  # -1 is all there is
+        ]
+
+    return sorted(found, key=order)
 
 
 def table(summaries: list[dict[str, Any]]) -> str:
     """The Markdown table of summaries."""
-    unit = summaries[0]["unit"]
-    lines = [HEADER.format(rate="WER" if unit == "word" else "CER")]
+    rates = {"word": "WER", "char": "CER"}
+    units_used = {s["unit"] for s in summaries}
+    lines = [HEADER.format(rate=" or ".join(rates[unit] for unit in rates if unit in units_used))]
     for s in summaries:
-        low, high = s["interval"]
+        rate = f"{100 * s['error_rate']:.2f}" + (f" {rates[s['unit']]}" if len(units_used) > 1 else "")
         chunk, left = (
             str(units.chunk_ms(s[key])) if s[key] >= 0 else "all" for key in ("chunk_frames", "left_context_frames")
         )
         state = f"{s['state_bytes']:,}" if s["state_bytes"] else "–"
         lines.append(
             f"| {s['cuts']} | {s['mode']} | {s['method']} | {chunk} | {left} "
-            f"| {100 * s['error_rate']:.2f} [{100 * low:.2f}, {100 * high:.2f}] | {state} "
+            f"| {rate} {interval_text(s)} | {state} "
             f"| {s['real_time_factor']:.3f} ({s['device']}) |"
         )
     return "\n".join(lines)
@@ -48,7 +58,7 @@ def pairs(directory: Path, count: int) -> str:
     """References above hypotheses, spread evenly over a decoding's utterances."""
     with open(directory / "hypotheses.tsv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    step = max(1, len(rows) // count)
+    step = max(1, len(rows) // max(1, count))
     return "\n".join(
         f"  {row['id']}\n    ref {row['reference']}\n    hyp {row['hypothesis']}" for row in rows[::step][:count]
     )

@@ -8,10 +8,10 @@ batch depend on the seed and the batch's number alone.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import random
+import shlex
 import signal
 import sys
 from contextlib import nullcontext
@@ -19,18 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lhotse import CutSet, load_manifest
+from lhotse import CutSet
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ssm_asr import checkpoint, distributed, units
 from ssm_asr.averaging import RunningAverage
-from ssm_asr.config import ConfigError, Experiment, from_dict, load_experiment, to_yaml
+from ssm_asr.config import Experiment, load_experiment, to_yaml
 from ssm_asr.data.batches import Batch, eval_batches, train_batches
 from ssm_asr.data.filtering import filter_cuts
+from ssm_asr.data.store import read_cuts
 from ssm_asr.data.tokens import Tokenizer
 from ssm_asr.encoder.regularize import load_whitening_flags, set_batch_count, whitening_flags
+from ssm_asr.experiment_dir import fingerprint, make_ready, resumable
 from ssm_asr.optim import Eden, ScaledAdam
 from ssm_asr.transducer.model import Losses, Transducer
 
@@ -40,11 +42,7 @@ MAX_BAD_BATCHES = 20  # in a row, after which training has diverged
 
 
 class Trainer:
-    """One training run in one experiment directory.
-
-    Files in it: config.yaml, checkpoint-N.pt (after N batches; the last few, to resume from), epoch-N.pt and best.pt
-    (weights and their running mean), tensorboard/, bad_batches.jsonl if there were any.
-    """
+    """One training run in one experiment directory, whose files experiment_dir describes."""
 
     def __init__(
         self,
@@ -57,7 +55,8 @@ class Trainer:
         place: distributed.Place,
     ) -> None:
         self.experiment, self.tokenizer, self.exp_dir, self.place = experiment, tokenizer, exp_dir, place
-        self.train_cuts, self.valid_cuts, self.noise_cuts = train_cuts, valid_cuts, noise_cuts
+        self.train_cuts, self.noise_cuts = train_cuts, noise_cuts
+        self.valid_cuts = CutSet.from_cuts(list(valid_cuts)[place.rank :: place.world_size])
         self.epoch_audio_s = sum(cut.duration for cut in train_cuts)
         settings, optim = experiment.train, experiment.optim
         torch.manual_seed(settings.seed)
@@ -67,7 +66,7 @@ class Trainer:
         self.optimizer = ScaledAdam(self.model.parameters(), lr=optim.base_lr, clipping_scale=optim.clipping_scale)
         self.scheduler = Eden(self.optimizer, optim.lr_batches, optim.lr_epochs, warmup_batches=optim.warmup_batches)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=settings.precision == "fp16")
-        # Everything that says where the run is; saved and restored as it stands.
+        # Everything that says where the run is, the same in all processes; saved and restored as it stands.
         self.progress: dict[str, Any] = {
             "batch": 0,
             "epoch": 1,
@@ -77,15 +76,21 @@ class Trainer:
             "skipped_utterances": 0,
             "bad_batches": 0,
         }
-        self.data = _fingerprint(train_cuts, tokenizer)
+        self.data = fingerprint(train_cuts, tokenizer)
         self.bad_in_a_row = 0
-        self.writer = SummaryWriter(exp_dir / "tensorboard") if place.rank == 0 else None
+        self.writer: SummaryWriter | None = None
 
     def run(self) -> bool:
-        """Trains to the last epoch; False if a signal asked to stop before, after saving a checkpoint."""
+        """Trains to the last epoch; False if a signal asked to stop before, after saving a checkpoint.
+
+        Raises:
+            SystemExit: if training cannot go on; the message says why and what to do.
+        """
         settings = self.experiment.train
         self._resume()
-        stop = _StopOnSignal()
+        if self.place.rank == 0:
+            # What an interrupted run logged after its last checkpoint happens again.
+            self.writer = SummaryWriter(self.exp_dir / "tensorboard", purge_step=self.progress["batch"] + 1)
         bar = tqdm(
             total=round(self.epoch_audio_s * settings.num_epochs),
             initial=round(self.progress["audio_s"]),
@@ -96,15 +101,17 @@ class Trainer:
             mininterval=1.0,
             smoothing=0.05,
         )
-        while self.progress["epoch"] <= settings.num_epochs:
-            for batch in self._batches():
-                self._train_batch(batch, bar)
-                if stop.asked:
-                    self._save_to_resume()
-                    bar.close()
-                    return False
-            self._end_epoch()
-        bar.close()
+        try:
+            with bar, _StopOnSignal() as stop:
+                while self.progress["epoch"] <= settings.num_epochs:
+                    for batch in self._batches():
+                        if self._train_batch(batch, bar, stop):
+                            self._save_to_resume()
+                            return False
+                    self._end_epoch()
+        finally:
+            if self.writer:
+                self.writer.close()
         return True
 
     def _batches(self) -> Any:
@@ -120,23 +127,29 @@ class Trainer:
             noise_cuts=self.noise_cuts,
         )
 
-    def _train_batch(self, batch: Batch, bar: tqdm) -> None:
+    def _train_batch(self, batch: Batch, bar: tqdm, stop: "_StopOnSignal") -> bool:
+        """One step; whether any process has been asked to stop."""
         settings, progress = self.experiment.train, self.progress
         self._prepare_batch()
         losses = self._losses(batch.to(self.place.device))
-        loss = self._total(losses, batch)
+        seconds = float(batch.feature_lens_B.sum()) * units.FRAME_SHIFT_MS / 1000
+        loss, infeasible = self._total(losses, batch)
+        # All processes see the same counts, so that they stop, and give up, after the same batch.
+        counts = torch.tensor([seconds, infeasible, loss is None, stop.asked], dtype=torch.float64)
+        seconds, infeasible, bad, asked = distributed.total(counts, self.place).tolist()
         if loss is not None:
             self.scaler.scale(loss).backward()
-        if loss is not None or self.place.world_size > 1:
+        if bad < self.place.world_size:
             distributed.average_gradients(self.model, self.place)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self._count_bad(int(bad))
 
-        seconds = float(batch.feature_lens_B.sum()) * units.FRAME_SHIFT_MS / 1000 * self.place.world_size
         progress["batch"] += 1
         progress["batch_in_epoch"] += 1
         progress["audio_s"] += seconds
+        progress["skipped_utterances"] += int(infeasible)
         bar.update(round(seconds))
         if self.place.rank == 0:
             self.average.update(self.model, progress["batch"])
@@ -146,6 +159,7 @@ class Trainer:
             self._validate()
         if progress["batch"] % settings.checkpoint_every == 0:
             self._save_to_resume()
+        return asked > 0
 
     def _prepare_batch(self) -> None:
         """Moves all schedules to this batch, and seeds its random numbers, so that a resumed run draws the same."""
@@ -179,39 +193,52 @@ class Trainer:
                 left_context,
             )
 
-    def _weighted(self, losses: Losses) -> Tensor:
+    def _weighted(self, losses: Losses, batch: float = math.inf) -> Tensor:
+        """The loss of each utterance as it is weighted after so many batches; at last, unless said."""
         settings = self.experiment.train
-        warm = min(1.0, self.progress["batch"] / max(1, settings.loss_warmup_batches))
+        warm = min(1.0, batch / max(1, settings.loss_warmup_batches))
         simple_scale = 1.0 + (settings.simple_scale - 1.0) * warm
         total_B = simple_scale * losses.simple_B + (0.1 + 0.9 * warm) * losses.pruned_B
         return total_B if losses.ctc_B is None else total_B + settings.ctc_scale * losses.ctc_B
 
-    def _total(self, losses: Losses, batch: Batch) -> Tensor | None:
-        """The loss to differentiate, without utterances that no alignment fits; None if the batch is to be skipped."""
-        total_B = self._weighted(losses)
-        infeasible = int(torch.isposinf(total_B).sum())
-        self.progress["skipped_utterances"] += infeasible
-        total = torch.where(torch.isposinf(total_B), 0.0, total_B).sum()
-        if infeasible < len(batch.ids) and bool(torch.isfinite(total)):
-            self.bad_in_a_row = 0
-            return total
-        self.bad_in_a_row += 1
-        self.progress["bad_batches"] += 1
-        record = {"batch": self.progress["batch"], "losses": total_B.tolist(), "ids": list(batch.ids)}
+    def _total(self, losses: Losses, batch: Batch) -> tuple[Tensor | None, int]:
+        """The loss to differentiate, and how many utterances are not in it, since no alignment fits them.
+
+        The loss is None if the batch is to be skipped; it is then recorded in bad_batches.jsonl.
+        """
+        total_B = self._weighted(losses, self.progress["batch"])
+        infeasible_B = total_B.isposinf()
+        total = total_B.masked_fill(infeasible_B, 0.0).sum()
+        # The only time in a step that the host waits for the device.
+        infeasible, finite = torch.stack([infeasible_B.sum(), total.isfinite()]).tolist()
+        if finite and infeasible < len(batch.ids):
+            return total, infeasible
+        values = [value if math.isfinite(value) else str(value) for value in total_B.tolist()]
+        record = {"batch": self.progress["batch"], "losses": values, "ids": list(batch.ids)}
         with open(self.exp_dir / "bad_batches.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record).replace("NaN", '"nan"').replace("Infinity", '"inf"') + "\n")
+            file.write(json.dumps(record) + "\n")
+        return None, infeasible
+
+    def _count_bad(self, bad: int) -> None:
+        """Counts the batches skipped in this step, of all processes; gives up when nothing else comes."""
+        self.progress["bad_batches"] += bad
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad == self.place.world_size else 0
         if self.bad_in_a_row >= MAX_BAD_BATCHES:
             raise SystemExit(
                 f"{self.exp_dir}: {MAX_BAD_BATCHES} batches in a row had no finite loss (see bad_batches.jsonl); "
                 "lower optim.base_lr, or use train.precision=float32"
             )
-        return None
 
     def _log(self, losses: Losses, batch: Batch, bar: tqdm) -> None:
         """Losses in nats a feature frame, rates and gradient norms, to TensorBoard and the progress bar."""
+        if self.place.rank != 0:
+            return
         frames = float(batch.feature_lens_B.sum())
-        values = {f"train/{name[:-2]}": float(x.sum()) / frames for name, x in _named(losses)}
-        values["train/loss"] = float(self._weighted(losses).sum()) / frames
+        total_B = self._weighted(losses, self.progress["batch"])
+        values = {
+            f"train/{name}": float(x_B.detach()[x_B.isfinite()].sum()) / frames
+            for name, x_B in [*_named(losses), ("loss", total_B)]
+        }
         values["optim/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         values |= {f"optim/{name}": value for name, value in self.optimizer.statistics().items()}
         values |= {f"count/{name}": self.progress[name] for name in ("skipped_utterances", "bad_batches")}
@@ -225,15 +252,14 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """The loss on the validation cuts, shared out among the processes; keeps the best model."""
+        """The loss on the validation cuts, weighted as at the end so that all are comparable; keeps the best model."""
         self.model.eval()
         sums = torch.zeros(2, device=self.place.device, dtype=torch.float64)
         batches = eval_batches(self.valid_cuts, self.tokenizer, max_duration_s=self.experiment.data.max_duration_s)
-        for i, batch in enumerate(batches):
-            if i % self.place.world_size == self.place.rank:
-                loss_B = self._weighted(self._losses(batch.to(self.place.device)))
-                sums[0] += loss_B[torch.isfinite(loss_B)].sum()
-                sums[1] += batch.feature_lens_B.sum()
+        for batch in batches:
+            loss_B = self._weighted(self._losses(batch.to(self.place.device)))
+            sums[0] += loss_B[torch.isfinite(loss_B)].sum()
+            sums[1] += batch.feature_lens_B.sum()
         loss, frames = distributed.total(sums, self.place).tolist()
         self._write({"valid/loss": loss / frames})
         self.progress["valid_loss"] = loss / frames
@@ -262,18 +288,18 @@ class Trainer:
         training = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "whitening": whitening_flags(self.model),
+            "whitening": distributed.gather(whitening_flags(self.model), self.place),  # of each process
             "world_size": self.place.world_size,
             "data": self.data,
         }
         self._save(f"checkpoint-{self.progress['batch']}.pt", training=training)
         if self.place.rank == 0:
-            for old in resumable(self.exp_dir)[: -self.experiment.train.keep_checkpoints]:
+            for old in list(resumable(self.exp_dir).values())[: -self.experiment.train.keep_checkpoints]:
                 old.unlink()
 
     def _resume(self) -> None:
-        """Takes up the last checkpoint that can be read; without one, looks whether the largest batch fits."""
-        files = resumable(self.exp_dir)
+        """Takes up the last checkpoint; without one, looks whether the largest batch fits."""
+        files = list(resumable(self.exp_dir).values())
         if not files:
             self._try_largest_batch()
             return
@@ -287,7 +313,7 @@ class Trainer:
         self.average.load_state_dict(saved["average"])
         self.optimizer.load_state_dict(saved["training"]["optimizer"])
         self.scaler.load_state_dict(saved["training"]["scaler"])
-        load_whitening_flags(self.model, saved["training"]["whitening"])
+        load_whitening_flags(self.model, saved["training"]["whitening"][self.place.rank])
         self.progress = saved["progress"]
         if self.place.rank == 0:
             print(f"resumed from {files[-1]}: epoch {self.progress['epoch']}, batch {self.progress['batch']}")
@@ -314,12 +340,17 @@ class Trainer:
 
 
 class _StopOnSignal:
-    """Turns the first interrupt or termination into a request to stop after the current batch."""
+    """Within it, the first interrupt or termination only asks to stop after the current batch."""
 
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+    asked = False
+
+    def __enter__(self) -> "_StopOnSignal":
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: object) -> None:
         if self.asked:
@@ -329,45 +360,7 @@ class _StopOnSignal:
 
 
 def _named(losses: Losses) -> list[tuple[str, Tensor]]:
-    return [(name, value) for name, value in losses._asdict().items() if value is not None]
-
-
-def resumable(exp_dir: Path) -> list[Path]:
-    """checkpoint-N.pt files of an experiment directory, oldest first."""
-    return sorted(exp_dir.glob("checkpoint-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
-
-
-def _set_aside_other_run(exp_dir: Path, experiment: Experiment, data: str) -> None:
-    """Moves what another run left in the directory into its superseded-N, unless that run can go on as this one.
-
-    It can if model and data are the same; other settings may change on the way.
-    """
-    files = resumable(exp_dir)
-    if not files:
-        return
-    saved = checkpoint.load(files[-1])
-    before = from_dict(saved["config"])
-    if (before.model, before.tokens, saved["training"]["data"]) == (
-        experiment.model,
-        experiment.tokens,
-        data,
-    ):
-        return
-    number = 1 + len(list(exp_dir.glob("superseded-*")))
-    kept = exp_dir / f"superseded-{number}"
-    kept.mkdir()
-    for path in list(exp_dir.iterdir()):
-        if not path.name.startswith(("superseded-", ".stages")):
-            path.rename(kept / path.name)
-    print(f"{exp_dir}: held a run of another model or other data, which is now in {kept}; training starts anew")
-
-
-def _fingerprint(cuts: CutSet, tokenizer: Tokenizer) -> str:
-    """A short name for what a model is trained on: which cuts, how long, in which order, and the tokens."""
-    digest = hashlib.sha256(repr(tokenizer.symbols).encode())
-    for cut in cuts:
-        digest.update(f"{cut.id} {cut.duration}".encode())
-    return digest.hexdigest()[:16]
+    return [(name.removesuffix("_B"), value) for name, value in losses._asdict().items() if value is not None]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -383,27 +376,37 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     options = parser.parse_args(arguments)
     try:
-        experiment = load_experiment(options.config, options.set)
-        tokenizer = Tokenizer.load(options.tokens)
-    except (ConfigError, checkpoint.CheckpointError, FileNotFoundError) as error:
+        place = distributed.join(options.device)
+        trainer = _make_trainer(options, place)
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    place = distributed.join(options.device)
-    cuts, report = filter_cuts(load_manifest(options.train_cuts), tokenizer, experiment.data)
-    if place.rank == 0:
-        print(report.summary())
-        options.exp_dir.mkdir(parents=True, exist_ok=True)
-        _set_aside_other_run(options.exp_dir, experiment, _fingerprint(cuts, tokenizer))
-        (options.exp_dir / "config.yaml").write_text(to_yaml(experiment), encoding="utf-8")
-    valid_cuts = load_manifest(options.valid_cuts)
-    noise_cuts = load_manifest(options.noise_cuts) if options.noise_cuts else None
-    distributed.wait(place)
-    trainer = Trainer(experiment, tokenizer, options.exp_dir, cuts, valid_cuts, noise_cuts, place)
-    finished = trainer.run()
+    try:
+        finished = trainer.run()
+    except checkpoint.CheckpointError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     if place.rank == 0:
         _say_what_next(trainer, finished)
     distributed.leave(place)
     return 0 if finished else 130
+
+
+def _make_trainer(options: argparse.Namespace, place: distributed.Place) -> Trainer:
+    experiment = load_experiment(options.config, options.set)
+    tokenizer = Tokenizer.load(options.tokens)
+    cuts, report = filter_cuts(read_cuts(options.train_cuts).to_eager(), tokenizer, experiment.data)
+    valid_cuts = read_cuts(options.valid_cuts).to_eager()
+    noise_cuts = read_cuts(options.noise_cuts).to_eager() if options.noise_cuts else None
+    if place.rank == 0:
+        print(f"utterances to train on: {report.summary()}")
+        make_ready(options.exp_dir, experiment, fingerprint(cuts, tokenizer))
+        (options.exp_dir / "config.yaml").write_text(to_yaml(experiment), encoding="utf-8")
+    distributed.wait(place)
+    return Trainer(experiment, tokenizer, options.exp_dir, cuts, valid_cuts, noise_cuts, place)
 
 
 def _say_what_next(trainer: Trainer, finished: bool) -> None:
@@ -412,13 +415,15 @@ def _say_what_next(trainer: Trainer, finished: bool) -> None:
         print(f"stopped after {progress['batch']} batches; the same command goes on from there")
         return
     last = min(trainer.experiment.decode.average_epochs, epochs)
+    nonfinite = trainer.optimizer.statistics().get("nonfinite_steps", 0)
     (exp_dir / "trained.json").write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
     print(
         f"trained {progress['batch']} batches, {progress['audio_s'] / 3600:.2f} h of audio; "
-        f"best validation loss {progress['best_valid_loss']:.4f}; "
-        f"{progress['skipped_utterances']} utterances and {progress['bad_batches']} batches skipped\n"
-        f"next: python -m ssm_asr.average --exp-dir {exp_dir} --epoch {epochs} --last {last}\n"
-        f"then: python -m ssm_asr.decode --checkpoint {exp_dir}/averaged.pt --cuts CUTS"
+        f"best validation loss {progress['best_valid_loss']:.4f}\n"
+        f"skipped: {progress['skipped_utterances']} utterances without an alignment, {progress['bad_batches']} batches "
+        f"without a finite loss, {nonfinite:g} steps without finite gradients\n"
+        f"next: python -m ssm_asr.average --exp-dir {shlex.quote(str(exp_dir))} --epoch {epochs} --last {last}\n"
+        f"then: python -m ssm_asr.decode --checkpoint {shlex.quote(str(exp_dir / 'averaged.pt'))} --cuts CUTS"
     )
 
 

@@ -13,6 +13,7 @@ ASIDE = {
     "averaging": {"units"},
     "data": {"units"},
     "distributed": {"units"},
+    "experiment_dir": {"units", "config", "checkpoint", "data"},
     "optim": {"units"},
     "results": {"units", "scoring"},
     "scoring": {"units"},

@@ -33,6 +33,15 @@ if [ -n "$config" ] && [ ! -f "$(from_start_dir "$config")" ] && [ -f "$here/$co
 fi
 config="$(from_start_dir "$config")"
 
+# What can be wrong is found before anything is installed.
+[ -z "$corpus" ] || [ -d "$corpus" ] || _recipe_fail "--corpus $corpus: no such directory"
+[ -z "$musan" ] || [ -d "$musan" ] || _recipe_fail "--musan $musan: no such directory"
+[ -z "$config" ] || [ -f "$config" ] || _recipe_fail "--config $config: no such file"
+[[ "$small" =~ ^(digits|sentences)$ ]] || _recipe_fail "--small $small: give digits or sentences"
+for name in gpus jobs stream_limit; do
+    [[ "${!name}" =~ ^[0-9]+$ ]] || _recipe_fail "--${name/_/-} ${!name}: give a number"
+done
+
 bash "$root/tools/setup.sh" --extras "$([ -n "$corpus" ] || echo corpus)"
 source "$root/.venv/bin/activate"
 cd "$here"
@@ -40,7 +49,6 @@ cd "$here"
 perturb=()
 note=""
 if [ -n "$corpus" ]; then
-    [ -d "$corpus" ] || _recipe_fail "--corpus $corpus: no such directory"
     name="$(basename "$corpus")"
     perturb=(--speed-perturb)
     : "${config:=conf/zipformer_m.yaml}"

@@ -8,6 +8,7 @@ with that key. So neither the number of workers nor what was loaded before can c
 with exactly the batches that an uninterrupted run would have seen.
 """
 
+import signal
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache
@@ -204,6 +205,12 @@ def _duration_bins(cuts: CutSet, num_buckets: int) -> list[float]:
     return bins or [sample[0].duration]
 
 
+def _ignore_signals(worker: int) -> None:
+    """Leaves it to the training process to stop its workers: Ctrl-C reaches them, too, while it still needs them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _loader(jobs: _TrainingJobs | list[_Job], maker: _BatchMaker, num_workers: int) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(
         maker,
@@ -211,6 +218,7 @@ def _loader(jobs: _TrainingJobs | list[_Job], maker: _BatchMaker, num_workers: i
         batch_size=None,
         num_workers=num_workers,
         multiprocessing_context="spawn" if num_workers else None,
+        worker_init_fn=_ignore_signals,
         pin_memory=torch.cuda.is_available(),
         # Else the loader draws from the global generator, and training would not resume exactly.
         generator=torch.Generator(),

@@ -1,0 +1,202 @@
+"""Greedy and beam search against brute force on random logits.
+
+Shapes: B streams, T output frames, J joiner dim, V vocabulary, N hypotheses, C context size.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+import toy
+from torch import Tensor
+
+from ssm_asr.search import make_search
+from ssm_asr.search.scorer import TransducerScorer, context_of
+from ssm_asr.transducer.model import Transducer
+
+VOCAB, JOINER_DIM = 6, 5
+BLANK, UNK = 0, 2
+
+
+class RandomScorer:
+    """A transducer whose predictor and joiner are random, and which notes the contexts that it is asked for."""
+
+    blank_id, unk_id = BLANK, UNK
+
+    def __init__(self, context_size: int = 2, seed: int = 0, sharpness: float = 3.0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.context_size = context_size
+        self.embedding_CVJ = torch.randn(context_size, VOCAB + 1, JOINER_DIM, generator=generator)
+        self.output_JV = sharpness * torch.randn(JOINER_DIM, VOCAB, generator=generator)
+        self.asked: list[list[int]] = []
+
+    def predict(self, tokens_NC: Tensor) -> Tensor:
+        self.asked += tokens_NC.tolist()
+        rows = [self.embedding_CVJ[c, tokens_NC[:, c] + 1] for c in range(self.context_size)]
+        return torch.stack(rows).sum(dim=0)
+
+    def join(self, encoder_NJ: Tensor, decoder_NJ: Tensor) -> Tensor:
+        return torch.tanh(encoder_NJ + decoder_NJ) @ self.output_JV
+
+    def log_probs_V(self, encoder_J: Tensor, tokens: tuple[int, ...]) -> list[float]:
+        """The distribution over the next symbol, computed on its own."""
+        context = ([-1] * (self.context_size - 1) + [BLANK] + list(tokens))[-self.context_size :]
+        decoder_J = sum(self.embedding_CVJ[c, token + 1] for c, token in enumerate(context))
+        return (torch.tanh(encoder_J + decoder_J) @ self.output_JV).double().log_softmax(-1).tolist()
+
+
+def encoder_out(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, JOINER_DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def emits(symbol: int) -> tuple[int, ...]:
+    return () if symbol in (BLANK, UNK) else (symbol,)
+
+
+def brute_force_greedy(scorer: RandomScorer, encoder_TJ: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens and the frames at which they are emitted."""
+    tokens: tuple[int, ...] = ()
+    frames: tuple[int, ...] = ()
+    for t, encoder_J in enumerate(encoder_TJ):
+        log_probs = scorer.log_probs_V(encoder_J, tokens)
+        new = emits(log_probs.index(max(log_probs)))
+        tokens, frames = tokens + new, frames + (t,) * len(new)
+    return tokens, frames
+
+
+def all_sequences(scorer: RandomScorer, encoder_TJ: Tensor) -> dict[tuple[int, ...], float]:
+    """The log-probability of every token sequence, summed over its alignments of at most one symbol a frame."""
+    total: dict[tuple[int, ...], float] = {}
+    for symbols in itertools.product(range(VOCAB), repeat=len(encoder_TJ)):
+        tokens: tuple[int, ...] = ()
+        log_prob = 0.0
+        for encoder_J, symbol in zip(encoder_TJ, symbols, strict=True):
+            log_prob += scorer.log_probs_V(encoder_J, tokens)[symbol]
+            tokens += emits(symbol)
+        total[tokens] = total.get(tokens, 0.0) + math.exp(log_prob)
+    return {tokens: math.log(probability) for tokens, probability in total.items()}
+
+
+@pytest.mark.parametrize("context_size", [1, 2, 3])
+def test_greedy_is_the_best_symbol_of_each_frame(context_size: int) -> None:
+    emitted = 0
+    for seed in range(10):
+        scorer = RandomScorer(context_size, seed)
+        search = make_search("greedy", scorer)
+        encoder_BTJ = encoder_out(1, 30, seed=seed + 100)
+        (state,) = search.step(encoder_BTJ, [30], [search.start()])
+        assert (search.tokens(state), state.emitted_frames) == brute_force_greedy(scorer, encoder_BTJ[0])
+        emitted += len(state.tokens)
+    assert 50 < emitted < 250  # neither silence nor a symbol in every frame
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_wide_beam_finds_the_sum_over_all_alignments(seed: int) -> None:
+    scorer = RandomScorer(seed=seed, sharpness=1.0)
+    encoder_BTJ = encoder_out(1, 4, seed=seed)
+    expected = all_sequences(scorer, encoder_BTJ[0])
+    assert sum(map(math.exp, expected.values())) == pytest.approx(1.0)
+    search = make_search("beam", scorer, beam=VOCAB**4)
+    (state,) = search.step(encoder_BTJ, [4], [search.start()])
+    found = {hypothesis.tokens: hypothesis.log_prob for hypothesis in state}
+    assert found.keys() == expected.keys()
+    for tokens, log_prob in expected.items():
+        assert found[tokens] == pytest.approx(log_prob, abs=1e-5)
+    best = max(expected, key=lambda tokens: expected[tokens] / (len(tokens) + 1))
+    assert search.tokens(state) == best
+
+
+def test_a_wider_beam_is_no_worse() -> None:
+    """A beam of one is greedy search; wider ones come closer to the best sequence, and reach it."""
+    gaps = {beam: 0.0 for beam in (1, 2, 4, 64, 1296)}
+    for seed in range(10):
+        scorer = RandomScorer(seed=seed, sharpness=1.0)
+        encoder_BTJ = encoder_out(1, 4, seed=seed)
+        expected = all_sequences(scorer, encoder_BTJ[0])
+        score = {tokens: log_prob / (len(tokens) + 1) for tokens, log_prob in expected.items()}
+        for beam in gaps:
+            search = make_search("beam", scorer, beam)
+            (state,) = search.step(encoder_BTJ, [4], [search.start()])
+            assert len(state) <= beam
+            if beam == 1:
+                assert search.tokens(state) == brute_force_greedy(scorer, encoder_BTJ[0])[0]
+            gaps[beam] += max(score.values()) - score[search.tokens(state)]
+    assert gaps[1296] == 0.0
+    assert gaps[1] > gaps[4] > 0.0 and gaps[64] <= gaps[4]
+
+
+@pytest.mark.parametrize("method", ["greedy", "beam"])
+class TestBothSearches:
+    def test_batched_equals_single(self, method: str) -> None:
+        scorer = RandomScorer()
+        search = make_search(method, scorer)
+        encoder_BTJ, lens = encoder_out(5, 20), [20, 0, 13, 20, 1]
+        states = search.step(encoder_BTJ, lens, [search.start() for _ in lens])
+        for b, length in enumerate(lens):
+            (alone,) = search.step(encoder_BTJ[b : b + 1], [length], [search.start()])
+            assert search.tokens(states[b]) == search.tokens(alone)
+        assert search.tokens(states[1]) == ()
+
+    def test_chunked_equals_whole(self, method: str) -> None:
+        scorer = RandomScorer()
+        search = make_search(method, scorer)
+        encoder_BTJ, lens = encoder_out(2, 24), [24, 17]
+        whole = search.step(encoder_BTJ, lens, [search.start(), search.start()])
+        states = [search.start(), search.start()]
+        for start in range(0, 24, 5):
+            part = [max(0, min(5, length - start)) for length in lens]
+            before = list(states)
+            copies = [repr(state) for state in states]
+            states = search.step(encoder_BTJ[:, start : start + 5], part, states)
+            assert [repr(state) for state in before] == copies  # states are never changed in place
+        assert [search.tokens(state) for state in states] == [search.tokens(state) for state in whole]
+        assert len(search.tokens(whole[0])) > 3
+        if method == "greedy":
+            assert states == whole
+
+    def test_blank_and_unk_emit_nothing(self, method: str) -> None:
+        for symbol in (BLANK, UNK, 4):
+            scorer = RandomScorer()
+            scorer.join = lambda encoder_NJ, decoder_NJ, symbol=symbol: (
+                20.0 * torch.nn.functional.one_hot(torch.full((len(encoder_NJ),), symbol), VOCAB).float()
+            )
+            search = make_search(method, scorer)
+            (state,) = search.step(encoder_out(1, 3), [3], [search.start()])
+            assert search.tokens(state) == (() if symbol != 4 else (4, 4, 4))
+
+    @pytest.mark.parametrize(("context_size", "start"), [(1, [0]), (2, [-1, 0]), (3, [-1, -1, 0])])
+    def test_the_context_at_the_start(self, method: str, context_size: int, start: list[int]) -> None:
+        scorer = RandomScorer(context_size)
+        search = make_search(method, scorer)
+        search.step(encoder_out(1, 20), [20], [search.start()])
+        assert scorer.asked[0] == start
+        assert all(UNK not in context for context in scorer.asked)
+        # Blank stands for the start alone, before all tokens.
+        assert all(BLANK not in context[1:] or context == start for context in scorer.asked if context[0] > 0)
+
+
+def test_contexts() -> None:
+    scorer = RandomScorer(2)
+    assert [context_of(tokens, scorer) for tokens in ((), (5,), (5, 4), (5, 4, 3))] == [[-1, 0], [0, 5], [5, 4], [4, 3]]
+
+
+def test_unknown_methods_are_refused() -> None:
+    with pytest.raises(ValueError, match="search method 'best': give greedy or beam"):
+        make_search("best", RandomScorer())
+    with pytest.raises(ValueError, match="beam of 0: give a positive number"):
+        make_search("beam", RandomScorer(), 0)
+
+
+def test_the_scorer_of_a_model_predicts_as_training_does() -> None:
+    torch.manual_seed(0)
+    model = Transducer(toy.experiment().model, VOCAB).eval()
+    scorer = TransducerScorer(model, UNK)
+    tokens = [5, 3, 4, 4]
+    with torch.no_grad():
+        trained_UJ = model.joiner.decoder_proj(model.decoder(torch.tensor([[0, *tokens]])))[0]
+        contexts = [context_of(tokens[:n], scorer) for n in range(len(tokens) + 1)]
+        torch.testing.assert_close(scorer.predict(torch.tensor(contexts)), trained_UJ)
+        encoder_BTD = torch.randn(1, 5, 32)
+        expected = model.joiner(encoder_BTD[0], model.decoder(torch.tensor([[0, *tokens]]))[0])
+        torch.testing.assert_close(scorer.join(scorer.project(encoder_BTD)[0], trained_UJ), expected)

@@ -1,0 +1,144 @@
+"""Configurations: YAML to dataclasses and back, overrides, and a message for every mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ssm_asr.config import ConfigError, Experiment, from_dict, load_experiment, to_dict, to_yaml
+
+RECIPES = Path(__file__).parent.parent / "egs"
+
+
+def load(directory: Path, text: str, *overrides: str) -> Experiment:
+    path = directory / "experiment.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_experiment(path, overrides)
+
+
+def refusal(directory: Path, text: str, *overrides: str) -> str:
+    """The message for a file that cannot be used: one line, which names the file."""
+    with pytest.raises(ConfigError) as caught:
+        load(directory, text, *overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.removeprefix(f"{directory / 'experiment.yaml'}: ")
+
+
+def test_defaults(tmp_path: Path) -> None:
+    assert load(tmp_path, "") == Experiment()
+    assert load(tmp_path, "model: {}\n# nothing else") == Experiment()
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    text = """
+model: {ctc: true, encoder: {layers: [1, 1], downsampling: [1, 2], dim: [8, 8], unmasked_dim: [8, 8],
+        feedforward_dim: [8, 8], heads: [2, 2], conv_kernel: [7, 7], embed_channels: [1, 2, 3]}}
+data: {noise_snr_db: [5, 10.5], spec_augment: {probability: 0.5}}
+optim: {base_lr: 0.00001}
+"""
+    experiment = load(tmp_path, text)
+    assert experiment.model.encoder.embed_channels == (1, 2, 3)
+    assert experiment.data.noise_snr_db == (5.0, 10.5) and type(experiment.data.noise_snr_db[0]) is float
+    assert experiment.data.spec_augment.probability == 0.5
+    assert load(tmp_path, to_yaml(experiment)) == experiment
+    assert from_dict(to_dict(experiment)) == experiment
+    plain = yaml.safe_load(to_yaml(experiment))
+    assert plain == to_dict(experiment)
+    assert plain["train"]["seed"] == 42  # defaults are written out, too
+
+
+def test_overrides(tmp_path: Path) -> None:
+    text = "train: {num_epochs: 3}"
+    changed = load(
+        tmp_path,
+        text,
+        "train.num_epochs=5",
+        "model.encoder.causal=false",
+        "data.noise_snr_db=[1, 2]",
+        "optim.base_lr=1",
+    )
+    assert changed.train.num_epochs == 5
+    assert changed.model.encoder.causal is False
+    assert changed.data.noise_snr_db == (1.0, 2.0)
+    assert changed.optim.base_lr == 1.0 and type(changed.optim.base_lr) is float
+    assert load(tmp_path, text, " train.seed =7").train.seed == 7
+    # YAML takes a number without a point for a text.
+    assert load(tmp_path, "optim: {base_lr: 1e-3}", "optim.lr_batches=5e3").optim.base_lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trian: {num_epochs: 3}", "trian: no such field; did you mean train?"),
+        ("train: {num_epoch: 3}", "train.num_epoch: no such field; did you mean num_epochs?"),
+        ("model: {encoder: {lairs: [1]}}", "model.encoder.lairs: no such field; did you mean layers?"),
+        ("model: {xyzzy: 1}", "model.xyzzy: no such field"),
+        ("train: {1: 2}", "train.1: no such field"),
+        ("train: {num_epochs: many}", "train.num_epochs is 'many'; give a whole number"),
+        ("train: {num_epochs: 3.5}", "train.num_epochs is 3.5; give a whole number"),
+        ("train: {num_epochs: true}", "train.num_epochs is True; give a whole number"),
+        ("optim: {base_lr: fast}", "optim.base_lr is 'fast'; give a number"),
+        ("optim: {base_lr: true}", "optim.base_lr is True; give a number"),
+        ("model: {ctc: 1}", "model.ctc is 1; give true or false"),
+        ("tokens: {kind: 5}", "tokens.kind is 5; give a text"),
+        ("train: 5", "train is 5; a section with fields is expected"),
+        ("train:", "train is None; a section with fields is expected"),
+        ("tokens: {kind: bpm}", "tokens.kind is 'bpm'; give one of bpe, unigram, word, char"),
+        ("train: {precision: fp8}", "train.precision is 'fp8'; give one of float32, bf16, fp16"),
+        ("decode: {method: best}", "decode.method is 'best'; give one of greedy, beam"),
+        ("model: {rnnt_type: odd}", "model.rnnt_type is 'odd'; give one of regular, modified, constrained"),
+        ("train: {log_every: 0}", "train.log_every is 0; give a positive number"),
+        ("optim: {base_lr: -0.1}", "optim.base_lr is -0.1; give a positive number"),
+        ("model: {encoder: {layers: 2}}", "model.encoder.layers is 2; give a list"),
+        ("model: {encoder: {layers: [2, x]}}", "model.encoder.layers[1] is 'x'; give a whole number"),
+        ("model: {encoder: {embed_channels: [1, 2]}}", "model.encoder.embed_channels has 2 entries; give 3"),
+        ("data: {noise_snr_db: [1, 2, 3]}", "data.noise_snr_db has 3 entries; give 2"),
+        ("model: {encoder: {layers: [1, 1]}}", "encoder.downsampling has 6 entries; give 2, as encoder.layers has"),
+        ("- a\n- b", "a mapping of sections is expected, such as 'model:' and 'train:'"),
+    ],
+)
+def test_mistakes(tmp_path: Path, text: str, message: str) -> None:
+    assert refusal(tmp_path, text) == message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.num_epochs", "--set train.num_epochs: give name=value, for example train.num_epochs=10"),
+        ("train.num_epochs.x=1", "--set train.num_epochs.x=1: num_epochs is a value, not a section"),
+        ("train.seed=[1", "--set train.seed=[1: not YAML: while parsing a flow sequence"),
+        ("train.sed=1", "train.sed: no such field; did you mean seed?"),
+    ],
+)
+def test_wrong_overrides(tmp_path: Path, override: str, message: str) -> None:
+    assert refusal(tmp_path, "train: {num_epochs: 3}", override).startswith(message)
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    assert refusal(tmp_path, "train: {a: [1, 2").startswith("not YAML: while parsing a flow")
+    for path, message in (
+        (tmp_path / "none.yaml", "no such configuration file"),
+        (tmp_path, "cannot be read: Is a directory"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_experiment(path)
+        assert str(caught.value) == f"{path}: {message}"
+    binary = tmp_path / "model.pt"
+    binary.write_bytes(b"PK\x03\x04\xff\xfe")
+    with pytest.raises(ConfigError, match=r"model.pt: not a text file in UTF-8"):
+        load_experiment(binary)
+
+
+def test_yaml_cannot_run_code(tmp_path: Path) -> None:
+    witness = tmp_path / "witness"
+    message = refusal(tmp_path, f"train: !!python/object/apply:os.mkdir ['{witness}']")
+    assert message.startswith("not YAML: could not determine a constructor")
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/conf/*.yaml")), ids=lambda path: path.stem)
+def test_configurations_of_the_recipes(path: Path) -> None:
+    experiment = load_experiment(path)
+    assert from_dict(to_dict(experiment)) == experiment
+    assert path.read_text(encoding="utf-8").startswith("#"), "begin with a comment: purpose, command, cost, result"

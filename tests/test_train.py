@@ -1,0 +1,316 @@
+"""Training: it learns, resumes exactly, survives bad batches, and says what it does."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toy
+from lhotse import CutSet
+from tqdm import tqdm
+
+from ssm_asr import average, checkpoint, distributed, train
+from ssm_asr.data.batches import Batch, eval_batches
+from ssm_asr.experiment_dir import resumable
+
+BATCHES_AN_EPOCH = 7  # of the toy corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> toy.Corpus:
+    return toy.Corpus(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def straight(corpus: toy.Corpus) -> Path:
+    """The directory of an uninterrupted run of two epochs."""
+    exp_dir = corpus.directory / "straight"
+    assert train.main(corpus.arguments(exp_dir)) == 0
+    return exp_dir
+
+
+def before_batch(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) -> None:
+    """Does something once, when so many batches have been trained."""
+    real = train.Trainer._train_batch
+
+    def train_batch(self: train.Trainer, *args: Any) -> bool:
+        if self.progress["batch"] == number:
+            action()
+        return real(self, *args)
+
+    monkeypatch.setattr(train.Trainer, "_train_batch", train_batch)
+
+
+def crash() -> None:
+    raise RuntimeError("power failure")
+
+
+def test_files_of_a_run(straight: Path) -> None:
+    # The last 5 of those after 4, 7 (the epoch's end), 8, 12, 14 batches.
+    assert list(resumable(straight)) == [4, 7, 8, 12, 14]
+    names = {path.name for path in straight.iterdir() if not path.name.startswith("checkpoint-")}
+    assert names == {"best.pt", "config.yaml", "epoch-1.pt", "epoch-2.pt", "tensorboard", "trained.json"}
+    progress = checkpoint.load(straight / "checkpoint-14.pt")["progress"]
+    assert (progress["batch"], progress["epoch"], progress["batch_in_epoch"]) == (14, 3, 0)
+    assert progress == json.loads((straight / "trained.json").read_text())
+    best = checkpoint.load(straight / "best.pt")["progress"]
+    assert best["valid_loss"] == best["best_valid_loss"] == progress["best_valid_loss"] <= progress["valid_loss"]
+
+
+@pytest.mark.parametrize("after", [2, 6, 9], ids="stopped after {} batches".format)
+def test_a_stopped_run_resumes_exactly(
+    corpus: toy.Corpus, straight: Path, tmp_path: Path, after: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Amid an epoch, before the last batch of one (so nothing is left of it), and in the second one."""
+    arguments = corpus.arguments(tmp_path / "exp")
+    with pytest.MonkeyPatch.context() as patch:
+        before_batch(patch, after, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train.main(arguments) == 130
+    # The batch that had begun was finished.
+    assert list(resumable(tmp_path / "exp"))[-1] == after + 1
+    assert not (tmp_path / "exp" / "trained.json").exists()
+    assert "the same command goes on" in capsys.readouterr().out
+    torch.manual_seed(after), np.random.seed(after)  # the state of the generators must not matter
+    assert train.main(arguments) == 0
+    for name in ("checkpoint-14.pt", "epoch-1.pt", "epoch-2.pt", "best.pt"):
+        assert toy.differing(checkpoint.load(tmp_path / "exp" / name), checkpoint.load(straight / name)) == []
+
+
+def test_a_crashed_run_resumes_exactly(corpus: toy.Corpus, straight: Path, tmp_path: Path) -> None:
+    """From its last checkpoint, or, when that is damaged, from the one before."""
+    arguments = corpus.arguments(tmp_path / "exp")
+    for after, damaged in ((6, None), (10, "checkpoint-8.pt")):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="power failure"):
+            before_batch(patch, after, crash)
+            train.main(arguments)
+        if damaged:
+            os.truncate(tmp_path / "exp" / damaged, 5000)
+    assert train.main(arguments) == 0
+    assert (tmp_path / "exp" / "checkpoint-8.pt.damaged").exists()
+    for name in ("checkpoint-14.pt", "epoch-2.pt"):
+        assert toy.differing(checkpoint.load(tmp_path / "exp" / name), checkpoint.load(straight / name)) == []
+
+
+def test_tensorboard_has_every_batch_once(corpus: toy.Corpus, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = corpus.arguments(tmp_path / "exp", train={"log_every": 1})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
+        before_batch(patch, 6, crash)  # batches 5 and 6 are logged, but not in a checkpoint
+        train.main(arguments)
+    assert train.main(arguments) == 0
+    events = EventAccumulator(str(tmp_path / "exp" / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags >= {"train/loss", "train/simple", "train/pruned", "train/ctc", "optim/learning_rate", "optim/grad_norm"}
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 15))
+    assert [event.step for event in events.Scalars("valid/loss")] == [3, 6, 7, 9, 12, 14]
+
+
+def test_interrupt_from_the_terminal(corpus: toy.Corpus, tmp_path: Path) -> None:
+    """Ctrl-C reaches all processes, loaders too; what is saved is what an uninterrupted run has at that batch."""
+    # Many batches an epoch, so that the signal does not come while the loaders of another one start.
+    data = {"max_duration_s": 1.2, "num_buckets": 1}
+    arguments = corpus.arguments(tmp_path / "exp", train={"num_epochs": 100}, data={**data, "num_workers": 1})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ssm_asr.train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "exp" / "checkpoint-4.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, out
+    assert "stopping after this batch; interrupt again to stop at once" in out and "Traceback" not in out
+    last = max(resumable(tmp_path / "exp"))
+    assert last > 4
+    with pytest.MonkeyPatch.context() as patch:
+        before_batch(patch, last - 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert train.main(corpus.arguments(tmp_path / "again", train={"num_epochs": 100}, data=data)) == 130
+    one, other = (checkpoint.load(tmp_path / name / f"checkpoint-{last}.pt") for name in ("exp", "again"))
+    assert toy.differing(one, other) == [".config.data.num_workers"]
+
+
+def test_a_second_interrupt_stops_at_once(
+    corpus: toy.Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+
+    def interrupt_twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before_batch(monkeypatch, 5, interrupt_twice)
+    assert train.main(corpus.arguments(tmp_path / "exp")) == 130
+    assert list(resumable(tmp_path / "exp")) == [4]
+    assert "stopped at once; the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def make_trainer(corpus: toy.Corpus, exp_dir: Path, cuts: CutSet, **sections: dict) -> train.Trainer:
+    exp_dir.mkdir(exist_ok=True)
+    place = distributed.join("cpu")
+    return train.Trainer(toy.experiment(**sections), corpus.tokenizer, exp_dir, cuts, cuts, None, place)
+
+
+def loss_per_frame(trainer: train.Trainer, batch: Batch) -> float:
+    trainer.model.eval()
+    with torch.no_grad():
+        return float(trainer._weighted(trainer._losses(batch)).sum() / batch.feature_lens_B.sum())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+def test_four_utterances_are_learnt(corpus: toy.Corpus, tmp_path: Path, precision: str) -> None:
+    cuts = CutSet.from_file(corpus.train_cuts).to_eager().subset(first=4)
+    batch = next(eval_batches(cuts, corpus.tokenizer, max_duration_s=10.0))
+    quiet = {"log_every": 1000, "validate_every": 1000, "checkpoint_every": 1000}
+    trainer = make_trainer(corpus, tmp_path, cuts, train={"precision": precision, **quiet})
+    assert trainer.scaler.is_enabled() == (precision == "fp16")
+    before = loss_per_frame(trainer, batch)
+    stop = train._StopOnSignal()
+    for _ in range(50 if precision == "float32" else 25):
+        trainer._train_batch(batch, tqdm(disable=True), stop)
+    after = loss_per_frame(trainer, batch)
+    assert after < before * (0.15 if precision == "float32" else 0.5), (before, after)
+
+
+def test_batches_without_a_finite_loss(corpus: toy.Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cuts = toy.write_cuts(tmp_path / "data", "NaN-Infinity", 12)
+    toy.spoil(cuts, ["NaN-Infinity07"])
+    arguments = [*corpus.arguments(tmp_path / "exp"), "--train-cuts", str(cuts)]
+    assert train.main(arguments) == 0
+    records = [json.loads(line) for line in (tmp_path / "exp" / "bad_batches.jsonl").read_text().splitlines()]
+    assert len(records) == 2  # one an epoch
+    for record in records:
+        k = record["ids"].index("NaN-Infinity07")
+        assert record["losses"][k] == "nan" and len(record["losses"]) == len(record["ids"])
+        assert 0 <= record["batch"] < 14
+    saved = checkpoint.load(tmp_path / "exp" / "epoch-2.pt")
+    assert saved["progress"]["bad_batches"] == 2
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+    assert "2 batches without a finite loss" in capsys.readouterr().out
+
+
+def test_a_batch_without_a_finite_loss_changes_nothing(corpus: toy.Corpus, tmp_path: Path) -> None:
+    cuts = CutSet.from_file(corpus.train_cuts).to_eager().subset(first=4)
+    trainer = make_trainer(corpus, tmp_path, cuts)
+    batch = next(eval_batches(cuts, corpus.tokenizer, max_duration_s=10.0))
+    stop = train._StopOnSignal()
+    trainer._train_batch(batch, tqdm(disable=True), stop)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    batch.features_BTF[0, 3] = float("nan")
+    trainer._train_batch(batch, tqdm(disable=True), stop)
+    assert trainer.progress["batch"] == 2 and trainer.progress["bad_batches"] == 1
+    assert toy.differing(before, trainer.model.state_dict()) == []
+    trainer._train_batch(batch._replace(features_BTF=batch.features_BTF.nan_to_num()), tqdm(disable=True), stop)
+    assert len(toy.differing(before, trainer.model.state_dict())) > 50
+
+
+def test_many_bad_batches_in_a_row_end_the_run(corpus: toy.Corpus, tmp_path: Path) -> None:
+    cuts = toy.write_cuts(tmp_path / "data", "train", 9)
+    toy.spoil(cuts, [cut.id for cut in CutSet.from_file(cuts)])
+    arguments = corpus.arguments(tmp_path / "exp", train={"num_epochs": 20, "validate_every": 1000})
+    with pytest.raises(SystemExit) as caught:
+        train.main([*arguments, "--train-cuts", str(cuts)])
+    assert str(caught.value) == (
+        f"{tmp_path / 'exp'}: 20 batches in a row had no finite loss (see bad_batches.jsonl); "
+        "lower optim.base_lr, or use train.precision=float32"
+    )
+    assert len((tmp_path / "exp" / "bad_batches.jsonl").read_text().splitlines()) == 20
+
+
+def test_utterances_without_an_alignment_are_counted(
+    corpus: toy.Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many frames as tokens, but equal tokens need a blank between them under CTC: filtering cannot see that."""
+    cuts = CutSet.from_file(toy.write_cuts(tmp_path / "data", "train", 12)).to_eager()
+    longest = max(cuts, key=lambda cut: cut.duration)
+    longest.supervisions[0].text = "LOW " * 26
+    cuts.to_file(tmp_path / "cuts.jsonl.gz")
+    arguments = corpus.arguments(tmp_path / "exp", data={"num_buckets": 1})
+    assert train.main([*arguments, "--train-cuts", str(tmp_path / "cuts.jsonl.gz")]) == 0
+    progress = json.loads((tmp_path / "exp" / "trained.json").read_text())
+    assert (progress["skipped_utterances"], progress["bad_batches"]) == (2, 0)
+    out = capsys.readouterr().out
+    assert "kept 12, left out 0" in out
+    # The rest of the batch is trained on.
+    assert "2 utterances without an alignment" in out and "0 steps without finite gradients" in out
+
+
+def test_what_is_filtered_is_printed(corpus: toy.Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cuts = CutSet.from_file(corpus.train_cuts).to_eager()
+    for k, text in ((0, ""), (1, "TEN"), (2, "LOW " * 30)):
+        cuts[k].supervisions[0].text = text
+    cuts.to_file(tmp_path / "cuts.jsonl.gz")
+    arguments = [*corpus.arguments(tmp_path / "exp"), "--train-cuts", str(tmp_path / "cuts.jsonl.gz")]
+    arguments += ["--set", "train.num_epochs=1"]
+    assert train.main([*arguments, "--set", "data.max_utterance_s=1.1"]) == 0
+    first_line = capsys.readouterr().out.splitlines()[0]
+    assert first_line.startswith("utterances to train on: kept 14, left out 10: ")
+    for part in ("too long", "1 empty transcript (e.g. train00)", "1 token outside the vocabulary (e.g. train01)"):
+        assert part in first_line
+    assert train.main([*arguments, "--set", "data.max_utterance_s=0.1", "--set", "data.min_utterance_s=0"]) == 2
+    assert capsys.readouterr().err.startswith("no utterance left for training: kept 0, left out 24: ")
+
+
+def test_what_to_do_next(corpus: toy.Corpus, straight: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(corpus.arguments(straight)) == 0  # finished before: nothing is trained
+    out = capsys.readouterr().out
+    assert "trained 14 batches" in out
+    command = next(line for line in out.splitlines() if line.startswith("next: "))
+    words = shlex.split(command)
+    assert words[:4] == ["next:", "python", "-m", "ssm_asr.average"]
+    assert average.main(words[4:]) == 0
+    assert f"then: python -m ssm_asr.decode --checkpoint {straight}/averaged.pt --cuts" in out
+    assert (straight / "averaged.pt").exists()
+
+
+def test_more_epochs_go_on_and_another_model_begins_anew(
+    corpus: toy.Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exp_dir = tmp_path / "exp"
+    one_epoch = {"num_epochs": 1, "keep_checkpoints": 2}
+    assert train.main(corpus.arguments(exp_dir, train=one_epoch)) == 0
+    assert list(resumable(exp_dir)) == [4, 7]
+    assert train.main(corpus.arguments(exp_dir, train={**one_epoch, "num_epochs": 2})) == 0
+    assert list(resumable(exp_dir)) == [12, 14]
+    assert f"resumed from {exp_dir}/checkpoint-7.pt: epoch 2, batch 7" in capsys.readouterr().out
+    old = {path.name: path.stat().st_ino for path in exp_dir.iterdir()}
+    assert train.main(corpus.arguments(exp_dir, train=one_epoch, model={"ctc": False})) == 0
+    assert list(resumable(exp_dir)) == [4, 7]
+    assert {path.name: path.stat().st_ino for path in (exp_dir / "superseded-1").iterdir()} == old
+    assert "training starts anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--config", "no such configuration file"),
+        ("--tokens", "no tokens.txt and no bpe/unigram/word.model; make them with python -m ssm_asr.prepare tokens"),
+        ("--train-cuts", "no cut manifest"),
+        ("--valid-cuts", "no cut manifest"),
+        ("--noise-cuts", "no cut manifest"),
+        ("--device", "give auto, cpu or cuda"),
+    ],
+)
+def test_what_is_missing_is_one_line(
+    corpus: toy.Corpus, tmp_path: Path, option: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "missing.jsonl.gz"
+    assert train.main([*corpus.arguments(tmp_path / "exp"), option, str(missing)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and str(missing) in error
+    assert not (tmp_path / "exp").exists()

@@ -1,0 +1,357 @@
+"""The programs after training: what they print, what they write, and what they say to a mistake."""
+
+import importlib
+import itertools
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import toy
+from lhotse import CutSet
+
+from ssm_asr import average, checkpoint, decode, describe, report, stream, train
+from ssm_asr.averaging import RunningAverage
+from ssm_asr.config import load_experiment
+
+ROOT = Path(__file__).parent.parent
+CONF = ROOT / "egs" / "librispeech" / "conf"
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of an untrained toy model."""
+    path = tmp_path_factory.mktemp("exp") / "model.pt"
+    toy.write_checkpoint(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cuts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.write_cuts(tmp_path_factory.mktemp("cuts"), "test-tones", 7)
+
+
+def hypotheses(directory: Path) -> dict[str, tuple[str, str]]:
+    rows = (directory / "hypotheses.tsv").read_text(encoding="utf-8").splitlines()
+    assert rows[0] == "id\treference\thypothesis"
+    return {row.split("\t")[0]: tuple(row.split("\t")[1:]) for row in rows[1:]}
+
+
+@pytest.mark.parametrize("verb", ["train", "average", "decode", "stream", "describe", "report", "prepare"])
+def test_help(verb: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [verb, "--help"])
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(f"ssm_asr.{verb}").main()
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert f"python -m ssm_asr.{verb}" in out and out.count("--") > 2
+
+
+# --- decode and stream
+
+
+@pytest.mark.parametrize("chunk", [16, 32])
+def test_decode_and_stream_agree(model: Path, cuts: Path, chunk: int, tmp_path: Path, capsys: Captured) -> None:
+    common = ["--checkpoint", str(model), "--cuts", str(cuts), "--chunk", str(chunk), "--left", "64"]
+    assert decode.main([*common, "--out", str(tmp_path / "decode"), "--device", "cpu"]) == 0
+    assert stream.main([*common, "--out", str(tmp_path / "stream")]) == 0
+    out = capsys.readouterr().out
+    assert out.count("test-tones: WER ") == 2 and "ms a chunk" in out and "real-time factor" in out
+    decoded, streamed = (hypotheses(tmp_path / name) for name in ("decode", "stream"))
+    assert decoded == streamed and len(decoded) == 7
+    assert len({hypothesis for _, hypothesis in decoded.values()}) > 4
+    masked, chunked = (
+        json.loads((tmp_path / name / "summary.json").read_text(encoding="utf-8")) for name in ("decode", "stream")
+    )
+    for key in ("error_rate", "interval", "errors", "chunk_frames", "left_context_frames", "method", "utterances"):
+        assert masked[key] == chunked[key], key
+    assert (masked["mode"], chunked["mode"]) == ("chunk-masked", "streaming")
+    facts = json.loads(describe_json(model, chunk, capsys))
+    assert masked["state_bytes"] is None and chunked["state_bytes"] == facts["state_bytes"]
+    assert chunked["audio_s"] == pytest.approx(masked["audio_s"], abs=0.01)
+    assert chunked["lag_ms"] > facts["largest_delay_ms"]
+    assert chunked["real_time_factor"] > 0
+
+
+def describe_json(model: Path, chunk: int, capsys: Captured) -> str:
+    config = model.parent / "config.yaml"
+    config.write_text(json.dumps(checkpoint.load(model)["config"]), encoding="utf-8")
+    vocab_size = checkpoint.load_model(model).tokenizer.vocab_size
+    options = ["--config", str(config), "--vocab-size", str(vocab_size), "--chunk", str(chunk), "--left", "64"]
+    assert describe.main([*options, "--json"]) == 0
+    return capsys.readouterr().out
+
+
+def test_defaults_are_the_checkpoints(model: Path, cuts: Path) -> None:
+    assert decode.main(["--checkpoint", str(model), "--cuts", str(cuts)]) == 0
+    summary = json.loads((model.parent / "decode-test-tones-chunk16-left64-greedy" / "summary.json").read_text())
+    assert (summary["chunk_frames"], summary["left_context_frames"], summary["beam"]) == (16, 64, None)
+    assert summary["checkpoint"] == str(model)
+    options = ["--chunk", "-1", "--method", "beam", "--beam", "2"]
+    assert decode.main(["--checkpoint", str(model), "--cuts", str(cuts), *options]) == 0
+    summary = json.loads((model.parent / "decode-test-tones-chunk-1-left-1-beam" / "summary.json").read_text())
+    assert (summary["mode"], summary["chunk_frames"], summary["beam"]) == ("whole utterance", -1, 2)
+
+
+def test_the_left_context_that_is_seen_is_the_one_reported(model: Path, cuts: Path, tmp_path: Path) -> None:
+    """A chunk of 128 sees whole chunks of left context: decode and stream say so alike."""
+    for verb in (decode, stream):
+        options = ["--checkpoint", str(model), "--cuts", str(cuts), "--chunk", "128", "--left", "64"]
+        assert verb.main([*options, "--out", str(tmp_path)]) == 0
+        assert json.loads((tmp_path / "summary.json").read_text())["left_context_frames"] == 128
+
+
+def test_a_model_without_chunks_decodes_whole_utterances(cuts: Path, tmp_path: Path, capsys: Captured) -> None:
+    encoder = {**toy.EXPERIMENT["model"]["encoder"], "causal": False}
+    toy.write_checkpoint(tmp_path / "full.pt", model={"encoder": encoder})
+    options = ["--checkpoint", str(tmp_path / "full.pt"), "--cuts", str(cuts)]
+    assert decode.main([*options, "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["mode"] == "whole utterance"
+    assert stream.main(options) == 2
+    assert capsys.readouterr().err.endswith(
+        "this model was trained without chunks (encoder.causal=false); use decode\n"
+    )
+
+
+@pytest.mark.parametrize("verb", [decode, stream])
+def test_several_manifests_do_not_overwrite_each_other(
+    verb: object, model: Path, cuts: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    other = toy.write_cuts(tmp_path / "data", "other", 2)
+    options = ["--checkpoint", str(model), "--cuts", str(cuts), str(other), "--out", str(tmp_path / "out")]
+    assert verb.main(options) == 0
+    name = verb.__name__.removeprefix("ssm_asr.")
+    folders = {f"{name}-{part}-chunk16-left64-greedy": count for part, count in (("test-tones", 7), ("other", 2))}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == folders.keys()
+    for folder, count in folders.items():
+        assert len(hypotheses(tmp_path / "out" / folder)) == count
+
+
+def test_limit_and_units(model: Path, cuts: Path, tmp_path: Path, capsys: Captured) -> None:
+    options = ["--checkpoint", str(model), "--cuts", str(cuts), "--limit", "3", "--unit", "char"]
+    assert stream.main([*options, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "test-tones: the first 3 of 7 utterances\n" in out and "CER " in out
+    assert list(hypotheses(tmp_path)) == ["test-tones00", "test-tones01", "test-tones02"]
+
+
+def test_stream_prints_what_comes(model: Path, tmp_path: Path, capsys: Captured) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(path, toy.tones("LOW HIGH MID LOW MID HIGH LOW LOW HIGH"), 16000)
+    assert stream.main(["--checkpoint", str(model), "--wav", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{path} (3.25 s)"
+    partial = [line.split(" s  ") for line in lines if " s  " in line]
+    times, texts = [float(time) for time, _ in partial], [text for _, text in partial]
+    assert len(partial) > 3 and times == sorted(times) and 0.4 < times[0] < 1.0 and times[-1] <= 3.25
+    assert len(set(texts)) == len(texts)
+    assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
+    assert lines[-2] == f"  final      {texts[-1]}"
+    assert " ms a chunk (95 % below " in lines[-1] and ", lag " in lines[-1] and "real-time factor" in lines[-1]
+
+
+def test_unusable_audio_is_passed_over(model: Path, tmp_path: Path, capsys: Captured) -> None:
+    sound = toy.tones("LOW HIGH MID")
+    good, stereo, cut, text, empty = (tmp_path / f"{name}.wav" for name in ("good", "stereo", "cut", "text", "empty"))
+    soundfile.write(good, sound, 16000)
+    soundfile.write(stereo, np.stack([sound, sound], axis=1), 16000)
+    cut.write_bytes(good.read_bytes()[:20000])
+    text.write_text("not audio")
+    empty.touch()
+    missing = tmp_path / "missing.wav"
+    bad = {
+        stereo: "not mono: 2 channels; take the first with: sox",
+        cut: "truncated audio",
+        text: "truncated or no audio",
+        empty: "empty audio",
+        missing: "no such file",
+    }
+    assert stream.main(["--checkpoint", str(model), "--wav", *map(str, bad), str(good)]) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == len(bad)
+    for line, (path, reason) in zip(lines, bad.items(), strict=True):
+        assert line.startswith(f"{path}: {reason}")
+    assert f"{good} (1.15 s)" in captured.out and "  final  " in captured.out
+
+
+@pytest.mark.parametrize("verb", [decode, stream])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--checkpoint", "none.pt"], "none.pt: no such checkpoint; train first, or give another path"),
+        (["--checkpoint", "cuts.jsonl.gz"], "cuts.jsonl.gz: no checkpoint of this program, or a damaged one"),
+        (["--cuts", "none.jsonl.gz"], "none.jsonl.gz: no cut manifest (FileNotFoundError"),
+        (["--cuts", "silent.jsonl.gz"], "silent.jsonl.gz: no cut has a transcript, so nothing can be scored"),
+        (["--cuts", "slow.jsonl.gz"], "slow.jsonl.gz: audio at [8000] Hz, not 16000"),
+        (["--chunk", "15"], "chunk of 15 frames: give a multiple of 2 (frames of 20 ms)"),
+        (["--chunk", "0"], "chunk of 0 frames: give a multiple of 2 (frames of 20 ms)"),
+        (["--method", "beam", "--beam", "0"], "beam of 0: give a positive number"),
+        (["--device", "gpu"], "device 'gpu': give auto, cpu or cuda"),
+    ],
+)
+def test_mistakes_are_one_line(
+    verb: object,
+    options: list[str],
+    message: str,
+    model: Path,
+    cuts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Captured,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("cuts.jsonl.gz").write_bytes(cuts.read_bytes())
+    some = CutSet.from_file(cuts).to_eager().subset(first=2)
+    some.map(lambda cut: cut.drop_features().resample(8000)).to_file("slow.jsonl.gz")
+    some.drop_supervisions().to_file("silent.jsonl.gz")
+    assert verb.main(["--checkpoint", str(model), "--cuts", str(cuts), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message) and error.count("\n") == 1
+
+
+# --- describe
+
+
+@pytest.mark.parametrize(("vocab_size", "parameters"), [(500, 66110931), (3266, 71783997)])
+@pytest.mark.parametrize(("left", "floats"), [(64, 286593), (128, 462721), (256, 814977)])
+def test_describe_in_numbers(vocab_size: int, parameters: int, left: int, floats: int, capsys: Captured) -> None:
+    options = ["--config", str(CONF / "zipformer_m.yaml"), "--vocab-size", str(vocab_size)]
+    for chunk in (16, 32, 64):
+        assert describe.main([*options, "--chunk", str(chunk), "--left", str(left), "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["parameters"] == sum(facts["parameters_by_part"].values()) == parameters
+        assert facts["state_floats"] == sum(facts["state_floats_by_kind"].values()) == floats
+        assert facts["state_bytes"] == 4 * floats
+        assert (facts["chunk_ms"], facts["left_context_ms"]) == (20 * chunk, 20 * left)
+        assert facts["look_ahead_ms"] == 130 and facts["largest_delay_ms"] == 20 * chunk + 130
+    assert facts["frame_rates_hz"] == [50, 25, 12.5, 6.25, 12.5, 25] and facts["output_rate_hz"] == 25
+
+
+def test_describe_for_a_reader(capsys: Captured) -> None:
+    options = ["--config", str(CONF / "zipformer_m.yaml"), "--vocab-size", "500"]
+    assert describe.main([*options, "--chunk", "16", "--left", "64"]) == 0
+    out = capsys.readouterr().out
+    for text in ("66,110,931", "286,593 floats, 1,146,372 bytes a stream", "chunk 16 frames = 320 ms", "130 ms"):
+        assert text in out
+    assert describe.main([*options, "--set", "model.encoder.causal=false"]) == 0
+    out = capsys.readouterr().out
+    assert "65,549,011" in out and out.endswith("no streaming: encoder.causal is false\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--config", "none.yaml"], "none.yaml: no such configuration file"),
+        (["--chunk", "20"], "chunk of 20 frames: give a multiple of 8 (frames of 20 ms)"),
+        (["--chunk", "0"], "chunk of 0 frames"),
+        (["--left", "-1"], "left context of -1 frames: with chunks, give 0 or more"),
+        (["--set", "model.encoder.layers=2"], f"{CONF}/zipformer_m.yaml: model.encoder.layers is 2; give a list"),
+    ],
+)
+def test_mistakes_to_describe(options: list[str], message: str, capsys: Captured) -> None:
+    config = ["--config", str(CONF / "zipformer_m.yaml"), "--vocab-size", "500"]
+    assert describe.main([*config, *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message) and error.count("\n") == 1
+
+
+# --- average
+
+
+@pytest.fixture(scope="module")
+def epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three epochs of two batches; after batch n, every weight is n. The mean is updated with every batch."""
+    exp_dir = tmp_path_factory.mktemp("epochs")
+    loaded = toy.write_checkpoint(exp_dir / "unused.pt", decode={"average_epochs": 2}, train={"average_period": 2})
+    mean = RunningAverage(1)
+    for batch in range(1, 7):
+        with torch.no_grad():
+            for p in loaded.model.parameters():
+                p.fill_(batch)
+        mean.update(loaded.model, batch)
+        if batch % 2 == 0:
+            parts = (loaded.experiment, loaded.tokenizer, loaded.model.state_dict(), {"batch": batch})
+            packed = checkpoint.pack(*parts, average=mean.state_dict())
+            checkpoint.save(packed, exp_dir / f"epoch-{batch // 2}.pt")
+    return exp_dir
+
+
+@pytest.mark.parametrize(
+    ("options", "mean", "covered"),
+    [
+        ([], 4.5, "2 to 3"),  # the configuration's two epochs: (3 + 4 + 5 + 6) / 4
+        (["--last", "1"], 5.5, "3 to 3"),
+        (["--last", "9"], 3.5, "1 to 3"),
+        (["--epoch", "2", "--last", "1"], 3.5, "2 to 2"),
+    ],
+)
+def test_average(epochs: Path, tmp_path: Path, options: list[str], mean: float, covered: str, capsys: Captured) -> None:
+    out = tmp_path / "averaged.pt"
+    assert average.main(["--exp-dir", str(epochs), "--out", str(out), *options]) == 0
+    assert capsys.readouterr().out == f"{out}: mean of the weights over epochs {covered}\n"
+    model = checkpoint.load_model(out).model
+    assert all(torch.allclose(p, torch.full_like(p, mean)) for p in model.parameters())
+    assert "average" not in checkpoint.load(out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epoch", "9"], "no epoch-9.pt; there are epochs 1, 2, 3: give another --epoch or --last"),
+        (["--last", "0"], "--last 0: give a positive number of epochs"),
+    ],
+)
+def test_mistakes_to_average(epochs: Path, options: list[str], message: str, capsys: Captured) -> None:
+    assert average.main(["--exp-dir", str(epochs), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_nothing_to_average(epochs: Path, tmp_path: Path, capsys: Captured) -> None:
+    assert average.main(["--exp-dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"{tmp_path}: no epoch-*.pt; train first, or give another --exp-dir\n"
+    for number in (1, 2):  # no update of the mean in between
+        (tmp_path / f"epoch-{number}.pt").write_bytes((epochs / "epoch-1.pt").read_bytes())
+    assert average.main(["--exp-dir", str(tmp_path), "--last", "1"]) == 2
+    assert "the running mean was not updated in epochs 2 to 2; average more epochs, or" in capsys.readouterr().err
+
+
+# --- from training to the table
+
+
+def test_from_training_to_the_report(tmp_path: Path, capsys: Captured) -> None:
+    corpus = toy.Corpus(tmp_path, num_train=12)
+    exp_dir = tmp_path / "exp"
+    assert train.main(corpus.arguments(exp_dir, train={"num_epochs": 1})) == 0
+    assert average.main(["--exp-dir", str(exp_dir)]) == 0
+    averaged = ["--checkpoint", str(exp_dir / "averaged.pt"), "--cuts", str(corpus.valid_cuts)]
+    assert decode.main(averaged) == 0 and stream.main(averaged) == 0
+    assert report.main(["--exp-dir", str(exp_dir)]) == 0
+    assert capsys.readouterr().out.count("| valid | ") == 2
+    assert load_experiment(exp_dir / "config.yaml") == toy.experiment(train={"num_epochs": 1})
+    # epoch-N.pt and best.pt serve decoding, too.
+    assert decode.main([*averaged, "--checkpoint", str(exp_dir / "best.pt")]) == 0
+
+
+# --- tools/check_streaming.py
+
+
+def test_check_of_streaming(model: Path, cuts: Path, capsys: Captured) -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "check_streaming.py"))
+    options = ["--checkpoint", str(model), "--cuts", str(cuts), "--chunks", "4,16", "--limit", "3"]
+    assert tool["main"](options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("3 utterances, 2.") and lines[-1] == "all within 0.0001"
+    assert [line.split()[:2] for line in lines[2:4]] == [["80", "1280"], ["320", "1280"]]
+    assert all(float(line.split()[2]) < 1e-5 < 1.0 < float(line.split()[3]) for line in lines[2:4])
+
+    exact = tool["encode_by_chunks"]
+    tool["main"].__globals__["encode_by_chunks"] = lambda *args: exact(*args) + 2e-4
+    assert tool["main"](options) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "FAILED: above 0.0001"
+    assert tool["main"]([*options, "--chunks", "5"]) == 2

@@ -1,0 +1,87 @@
+"""Check that streaming equals the chunk-masked pass: python tools/check_streaming.py --checkpoint FILE --cuts FILE
+
+For each chunk size, encodes whole utterances twice from the same features: chunk after chunk with explicit state, and
+in one pass masked to chunks. Prints the worst absolute difference of the outputs; fails if one is above 1e-4.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ssm_asr import units
+from ssm_asr.checkpoint import load_model
+from ssm_asr.data.batches import load_features
+from ssm_asr.data.store import read_cuts
+from ssm_asr.distributed import find_device
+from ssm_asr.search.recognizer import encode_as_streamed, encode_by_chunks, streaming_context
+from ssm_asr.transducer.model import Transducer
+
+TOLERANCE = 1e-4
+
+
+@torch.inference_mode()
+def worst_difference(
+    model: Transducer, utterances: list[torch.Tensor], chunk: int, left_context: int
+) -> tuple[float, float]:
+    """Largest absolute difference over all utterances and frames, and the largest absolute output.
+
+    Args:
+        utterances: features (T, F) of each.
+        chunk, left_context: in frames of 20 ms.
+    """
+    worst = largest = 0.0
+    for features_TF in tqdm(utterances, desc=f"chunk {chunk}", unit="utt", leave=False):
+        streamed_SD = encode_by_chunks(model, features_TF, chunk, left_context)
+        lens_B = torch.tensor([len(features_TF)], device=features_TF.device)
+        whole_BSD, (valid,) = encode_as_streamed(model, features_TF[None], lens_B, chunk, left_context)
+        if valid:
+            worst = max(worst, float((streamed_SD - whole_BSD[0, :valid]).abs().max()))
+            largest = max(largest, float(streamed_SD.abs().max()))
+    return worst, largest
+
+
+def chunk_list(text: str) -> list[int]:
+    """Numbers with commas between them."""
+    return [int(part) for part in text.split(",")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint of a causal model")
+    parser.add_argument("--cuts", required=True, type=Path, help="lhotse cuts")
+    parser.add_argument(
+        "--chunks", type=chunk_list, default="8,16,32,64,128", help="in frames of 20 ms (default: 8,16,32,64,128)"
+    )
+    parser.add_argument("--left", type=int, default=64, help="left context in frames of 20 ms (default: 64)")
+    parser.add_argument("--limit", type=int, default=20, help="first so many utterances; 0 is all (default: 20)")
+    parser.add_argument("--device", default="cpu", help="auto, cpu or cuda (default: cpu)")
+    options = parser.parse_args(arguments)
+    try:
+        device = find_device(options.device)
+        loaded = load_model(options.checkpoint, device)
+        contexts = {
+            chunk: streaming_context(loaded.experiment.model.encoder, chunk, options.left) for chunk in options.chunks
+        }
+        cuts = read_cuts(options.cuts)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    chosen = cuts.subset(first=options.limit) if options.limit else cuts
+    utterances = [load_features(cut).to(device) for cut in chosen]
+    seconds = sum(len(features_TF) for features_TF in utterances) * units.FRAME_SHIFT_MS / 1000
+    print(f"{len(utterances)} utterances, {seconds:.1f} s\nchunk ms  left ms  worst difference  largest output")
+    failed = False
+    for chunk, left in contexts.items():
+        worst, largest = worst_difference(loaded.model, utterances, chunk, left)
+        print(f"{units.chunk_ms(chunk):8d} {units.chunk_ms(left):8d} {worst:17.2e} {largest:15.2f}")
+        failed |= not worst <= TOLERANCE  # NaN fails, too
+    print(f"{'FAILED: above' if failed else 'all within'} {TOLERANCE:g}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
