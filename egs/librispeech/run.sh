@@ -45,6 +45,8 @@ done
 bash "$root/tools/setup.sh" --extras "$([ -n "$corpus" ] || echo corpus)"
 source "$root/.venv/bin/activate"
 cd "$here"
+# Threads that wait should sleep: spinning, they hold one another up as soon as other programs run.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
 perturb=()
 note=""
