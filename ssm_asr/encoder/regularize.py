@@ -101,9 +101,9 @@ class _BalancerFunction(torch.autograd.Function):
             sign_r = torch.sign(rms - rms.clamp(min_rms, max_rms))
             slope = sign_r / (rms * rms) - sign_m * m / (std * std)
             offset = sign_m * (1 + m * mean / std) / std
-            size = (offset * offset + 2 * offset * slope * mean + slope * slope * square).clamp(min=1e-40).sqrt()
-            factor = ctx.grad_scale / size
-            push = torch.addcmul(offset * factor, x, slope * factor)
+            # The rms of offset + slope·x over frames, without squares that overflow where a channel is all zeros.
+            size = torch.hypot(offset + slope * mean, slope * std).clamp(min=1e-20)
+            push = torch.addcmul(offset / size, x, slope / size) * ctx.grad_scale
             return (grad + grad.abs() * push.to(grad.dtype)), None, None, None
 
 

@@ -63,6 +63,15 @@ def test_balancer_gradient(case):
     assert not torch.equal(dx, GOLDEN[f"Balancer{case}/grad_y"])
 
 
+def test_balancer_gradient_of_a_channel_of_zeros_is_finite():
+    x, grad_y = torch.randn(40, 4, 6), torch.randn(40, 4, 6)
+    x[..., 2] = 0.0
+    _, dx = gradient(Balancer(prob=1.0), x, grad_y)
+    assert bool(dx.isfinite().all())
+    # A vector of 160 numbers and rms 1 has none above the root of 160.
+    assert bool(((dx - grad_y).abs() <= 0.04 * grad_y.abs() * 160**0.5).all())
+
+
 @pytest.mark.parametrize("case", range(3))
 def test_whiten_gradient(case):
     settings = json.loads(GOLDEN[f"Whiten{case}/kwargs"])
