@@ -31,6 +31,14 @@ class CheckpointError(ValueError):
     """A file that is no checkpoint of this project, or does not fit; the message names file and remedy."""
 
 
+class WarmStart(NamedTuple):
+    """What a warm start copied and what it left out, as parameter names."""
+
+    copied: list[str]
+    kept: list[str]  # parameters of the model that the checkpoint lacks, or has in another shape
+    unused: list[str]  # parameters of the checkpoint that the model lacks
+
+
 class Loaded(NamedTuple):
     """A model ready for use, in evaluation mode, with all that belongs to it."""
 
@@ -131,3 +139,20 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path}: does not fit this version: {reason}") from None
     return Loaded(model.to(device).eval(), experiment, tokenizer, checkpoint["progress"])
+
+
+def warm_start(model: Transducer, path: str | Path) -> WarmStart:
+    """Copies every weight of a checkpoint that the model has by the same name and shape.
+
+    Raises:
+        CheckpointError: if the file is no checkpoint, or nothing in it fits.
+    """
+    weights = load(path)["model"]
+    state = model.state_dict()
+    copied = [name for name in state if name in weights and weights[name].shape == state[name].shape]
+    if not copied:
+        raise CheckpointError(f"{path}: none of its weights has the name and shape of one of this model's")
+    model.load_state_dict({name: weights[name] for name in copied}, strict=False)
+    return WarmStart(
+        copied, [name for name in state if name not in copied], [name for name in weights if name not in state]
+    )

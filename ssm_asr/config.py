@@ -1,7 +1,7 @@
 """One experiment, whole: model, tokens, data, optimiser, training and decoding, as dataclasses.
 
-A YAML file names only what differs from the defaults; `--set a.b=value` changes single fields; the result is saved
-in the experiment directory and in every checkpoint.
+A YAML file names only what differs from the defaults, or from the file that it calls its `base`; `--set a.b=value`
+changes single fields; the result is saved in the experiment directory and in every checkpoint.
 """
 
 import contextlib
@@ -50,6 +50,7 @@ class OptimConfig:
     lr_epochs: float = 3.5
     warmup_batches: int = 500
     clipping_scale: float = 2.0
+    ssm_lr_scale: float = 0.1  # of the few parameters that set the dynamics of state-space models
 
 
 @dataclass
@@ -115,8 +116,21 @@ def load_experiment(path: str | Path, overrides: typing.Sequence[str] = ()) -> E
     Raises:
         ConfigError: for a missing file, an unknown field or a value of the wrong type.
     """
+    tree = _read(Path(path), ())
+    for override in overrides:
+        _override(tree, override)
     try:
-        tree = _parse(Path(path).read_text(encoding="utf-8"), str(path)) or {}
+        return from_dict(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The tree of a file, laid over that of its base, whose path is relative to the file."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: is its own base")
+    try:
+        tree = _parse(path.read_text(encoding="utf-8"), str(path)) or {}
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except OSError as error:
@@ -125,12 +139,21 @@ def load_experiment(path: str | Path, overrides: typing.Sequence[str] = ()) -> E
         raise ConfigError(f"{path}: not a text file in UTF-8") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a mapping of sections is expected, such as 'model:' and 'train:'")
-    for override in overrides:
-        _override(tree, override)
-    try:
-        return from_dict(tree)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base is {base!r}; give the name of a configuration file")
+    return _overlay(_read(path.parent / base, (*seen, path.resolve())), tree)
+
+
+def _overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`under` with what `over` says, section by section."""
+    merged = dict(under)
+    for key, value in over.items():
+        below = under.get(key)
+        merged[key] = _overlay(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def from_dict(tree: dict[str, Any]) -> Experiment:
@@ -194,12 +217,19 @@ def _build(cls: Any, tree: Any, name: str) -> Any:
         raise ConfigError(str(error)) from None
 
 
+def _of_kind(classes: tuple[Any, ...], tree: Any, name: str) -> Any:
+    """The dataclass whose `kind` a section names, by default the first."""
+    kinds = {cls.kind: cls for cls in classes}
+    kind = tree.get("kind", classes[0].kind) if isinstance(tree, dict) else classes[0].kind
+    if kind not in kinds:
+        raise ConfigError(f"{name}.kind is {kind!r}; give one of {', '.join(kinds)}")
+    return kinds[kind]
+
+
 def _convert(hint: Any, value: Any, name: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, name)
+        return _build(_of_kind(arguments, value, name), value, name)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, name)
     if origin is tuple:

@@ -11,9 +11,11 @@ import argparse
 import json
 import math
 import random
+import re
 import shlex
 import signal
 import sys
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from ssm_asr.data.tokens import Tokenizer
 from ssm_asr.encoder.regularize import load_whitening_flags, set_batch_count, whitening_flags
 from ssm_asr.experiment_dir import fingerprint, make_ready, resumable
 from ssm_asr.optim import Eden, ScaledAdam
+from ssm_asr.ssm.parameters import ssm_parameters
 from ssm_asr.transducer.model import Losses, Transducer
 
 REFERENCE_BATCH_S = 600.0
@@ -63,7 +66,9 @@ class Trainer:
         self.model = Transducer(experiment.model, tokenizer.vocab_size).to(place.device)
         distributed.share_weights(self.model, place)
         self.average = RunningAverage(settings.average_period)
-        self.optimizer = ScaledAdam(self.model.parameters(), lr=optim.base_lr, clipping_scale=optim.clipping_scale)
+        self.optimizer = ScaledAdam(
+            parameter_groups(self.model, optim.ssm_lr_scale), lr=optim.base_lr, clipping_scale=optim.clipping_scale
+        )
         self.scheduler = Eden(self.optimizer, optim.lr_batches, optim.lr_epochs, warmup_batches=optim.warmup_batches)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=settings.precision == "fp16")
         # Everything that says where the run is, the same in all processes; saved and restored as it stands.
@@ -359,6 +364,21 @@ class _StopOnSignal:
         print("\nstopping after this batch; interrupt again to stop at once", file=sys.stderr)
 
 
+def parameter_groups(model: torch.nn.Module, ssm_lr_scale: float) -> list[dict[str, Any]]:
+    """All trainable parameters; those of state-space dynamics apart, with a learning rate of their own."""
+    apart = ssm_parameters(model)
+    ids = {id(p) for p in apart}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
+    groups: list[dict[str, Any]] = [{"params": others}]
+    return [*groups, {"params": apart, "lr_scale": ssm_lr_scale}] if apart else groups
+
+
+def summarise(names: list[str]) -> str:
+    """Parameter names without the numbers of stacks and layers, each once, with how often it occurs."""
+    counts = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names)
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
+
+
 def _named(losses: Losses) -> list[tuple[str, Tensor]]:
     return [(name.removesuffix("_B"), value) for name, value in losses._asdict().items() if value is not None]
 
@@ -373,6 +393,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--noise-cuts", type=Path, help="lhotse cuts of noise to mix in (default: none)")
     parser.add_argument("--tokens", required=True, type=Path, help="directory that 'prepare tokens' wrote")
     parser.add_argument("--exp-dir", required=True, type=Path, help="where everything of this run goes")
+    parser.add_argument("--init-from", type=Path, help="start from the weights of this checkpoint that fit")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     options = parser.parse_args(arguments)
     try:
@@ -406,7 +427,14 @@ def _make_trainer(options: argparse.Namespace, place: distributed.Place) -> Trai
         make_ready(options.exp_dir, experiment, fingerprint(cuts, tokenizer))
         (options.exp_dir / "config.yaml").write_text(to_yaml(experiment), encoding="utf-8")
     distributed.wait(place)
-    return Trainer(experiment, tokenizer, options.exp_dir, cuts, valid_cuts, noise_cuts, place)
+    trainer = Trainer(experiment, tokenizer, options.exp_dir, cuts, valid_cuts, noise_cuts, place)
+    if options.init_from:
+        warm = checkpoint.warm_start(trainer.model, options.init_from)
+        if place.rank == 0:
+            print(f"{options.init_from}: copied {len(warm.copied)} weights")
+            for what, names in (("not in it, left as they start", warm.kept), ("in it, of no use here", warm.unused)):
+                print(f"  {what}: {summarise(names) or 'none'}")
+    return trainer
 
 
 def _say_what_next(trainer: Trainer, finished: bool) -> None:

@@ -1,11 +1,13 @@
 """Configurations: YAML to dataclasses and back, overrides, and a message for every mistake."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from ssm_asr.config import ConfigError, Experiment, from_dict, load_experiment, to_dict, to_yaml
+from ssm_asr.encoder.conformer import ConformerConfig
 
 RECIPES = Path(__file__).parent.parent / "egs"
 
@@ -142,3 +144,30 @@ def test_configurations_of_the_recipes(path: Path) -> None:
     experiment = load_experiment(path)
     assert from_dict(to_dict(experiment)) == experiment
     assert path.read_text(encoding="utf-8").startswith("#"), "begin with a comment: purpose, command, cost, result"
+
+
+def test_a_base_lies_under_what_a_file_says(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "model: {ctc: true, encoder: {dropout: 0.2, kind: conformer}}\ntrain: {seed: 3}\n"
+    )
+    (tmp_path / "over.yaml").write_text("base: base.yaml\nmodel: {encoder: {dropout: 0.3}}\n")
+    experiment = load_experiment(tmp_path / "over.yaml", ["train.num_epochs=4"])
+    assert experiment.model.ctc and experiment.train.seed == 3 and experiment.train.num_epochs == 4
+    assert experiment.model.encoder == ConformerConfig(dropout=0.3)
+    assert from_dict(to_dict(experiment)) == experiment
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("base: over.yaml", "is its own base"),
+        ("base: other.yaml", "other.yaml: no such configuration file"),
+        ("base: 3", "base is 3; give the name of a configuration file"),
+        ("model: {encoder: {kind: lstm}}", "model.encoder.kind is 'lstm'; give one of zipformer, conformer"),
+        ("model: {encoder: {kind: conformer, downsampling: [1]}}", "model.encoder.downsampling: no such field"),
+    ],
+)
+def test_bases_and_kinds_that_cannot_be(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "over.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_experiment(tmp_path / "over.yaml")

@@ -54,6 +54,28 @@ def _time_warp(features_TF: torch.Tensor, max_shift: int, rng: np.random.Generat
     return torch.cat(warped)
 
 
+def join_utterances(features: list[torch.Tensor], longest_pause: int, rng: np.random.Generator) -> torch.Tensor:
+    """Utterances (T, F) end to end, with pauses of up to `longest_pause` frames at the level of the quietest sounds."""
+    floor_F = features[0].amin(dim=0)
+    parts = [features[0]]
+    for features_TF in features[1:]:
+        pause = int(rng.integers(longest_pause + 1))
+        # A floor that did not vary at all would be unlike any recording.
+        ripple = torch.from_numpy(rng.normal(0.0, 0.5, (pause, len(floor_F))).astype(np.float32))
+        parts += [floor_F + ripple, features_TF]
+    return torch.cat(parts)
+
+
+def draw_groups(count: int, most: int, rng: np.random.Generator) -> list[list[int]]:
+    """0 … count - 1 in order, cut into groups of random sizes from 1 to `most`."""
+    groups, start = [], 0
+    while start < count:
+        end = min(count, start + int(rng.integers(1, most + 1)))
+        groups.append(list(range(start, end)))
+        start = end
+    return groups
+
+
 def add_noise(
     features_TF: torch.Tensor, noise_TF: torch.Tensor, snr_db: float, rng: np.random.Generator
 ) -> torch.Tensor:

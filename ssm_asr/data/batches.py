@@ -24,12 +24,12 @@ from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 from lhotse.features import FeatureExtractor
 from torch.nn.utils.rnn import pad_sequence
 
-from ssm_asr.data.augment import add_noise, spec_augment
-from ssm_asr.data.config import DataConfig, SpecAugmentConfig
+from ssm_asr.data.augment import add_noise, draw_groups, join_utterances, spec_augment
+from ssm_asr.data.config import DataConfig
 from ssm_asr.data.features import make_fbank
 from ssm_asr.data.filtering import text_of
 from ssm_asr.data.tokens import Tokenizer
-from ssm_asr.units import LOG_MEL_SILENCE
+from ssm_asr.units import FRAME_SHIFT_MS, LOG_MEL_SILENCE
 
 CUTS_TO_ESTIMATE_BUCKETS = 10000
 
@@ -84,21 +84,28 @@ def _fbank() -> FeatureExtractor:
 class _BatchMaker(torch.utils.data.Dataset):
     """Turns a job into a Batch; runs in the workers."""
 
-    def __init__(self, tokenizer: Tokenizer, augment: SpecAugmentConfig | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: DataConfig | None) -> None:
+        """Without a configuration, nothing is augmented."""
         self._tokenizer = tokenizer
-        self._augment = augment
+        self._config = config
 
     def __getitem__(self, job: _Job) -> Batch:
         rng = np.random.default_rng(job.key)
         features = [self._features(*item, rng) for item in zip(job.cuts, job.noises, strict=True)]
-        texts = [text_of(cut) for cut in job.cuts]
+        texts, ids = [text_of(cut) for cut in job.cuts], [cut.id for cut in job.cuts]
+        if self._config is not None and rng.random() < self._config.join_probability:
+            groups = draw_groups(len(ids), self._config.join_most, rng)
+            pause = round(self._config.join_pause_s * 1000 / FRAME_SHIFT_MS)
+            features = [join_utterances([features[i] for i in group], pause, rng) for group in groups]
+            texts = [" ".join(texts[i] for i in group) for group in groups]
+            ids = ["+".join(ids[i] for i in group) for group in groups]
         tokens = [torch.tensor(self._tokenizer.encode(text), dtype=torch.int64) for text in texts]
         return Batch(
             pad_sequence(features, batch_first=True, padding_value=LOG_MEL_SILENCE),
             torch.tensor([len(features_TF) for features_TF in features]),
             pad_sequence(tokens, batch_first=True, padding_value=0),
             torch.tensor([len(tokens_U) for tokens_U in tokens]),
-            [cut.id for cut in job.cuts],
+            ids,
             texts,
         )
 
@@ -106,8 +113,8 @@ class _BatchMaker(torch.utils.data.Dataset):
         features_TF = load_features(cut)
         if noise is not None:
             features_TF = add_noise(features_TF, load_features(noise.cut), noise.snr_db, rng)
-        if self._augment is not None:
-            features_TF = spec_augment(features_TF, self._augment, rng)
+        if self._config is not None:
+            features_TF = spec_augment(features_TF, self._config.spec_augment, rng)
         return features_TF
 
 
@@ -180,7 +187,7 @@ def train_batches(
         )
     sampler.set_epoch(epoch)
     jobs = _TrainingJobs(sampler, config, noise_cuts, (seed, epoch, rank), start_batch)
-    return iter(_loader(jobs, _BatchMaker(tokenizer, config.spec_augment), config.num_workers))
+    return iter(_loader(jobs, _BatchMaker(tokenizer, config), config.num_workers))
 
 
 def eval_batches(cuts: CutSet, tokenizer: Tokenizer, *, max_duration_s: float, num_workers: int = 0) -> Iterator[Batch]:

@@ -31,4 +31,9 @@ class DataConfig:
     spec_augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
     noise_probability: float = 0.5  # of mixing noise into an utterance, where noise cuts are given
     noise_snr_db: tuple[float, float] = (10.0, 20.0)  # drawn evenly from this range
+    # Models that carry their state for hours must have seen more than single utterances: in some batches, random
+    # numbers of utterances are joined end to end, with pauses of the first one's quietest sound between them.
+    join_probability: float = 0.0  # of a batch to be joined
+    join_most: int = 10  # utterances in one
+    join_pause_s: float = 2.0  # longest pause; drawn evenly from 0 to it
     num_workers: int = 2  # processes that load batches; 0: the training process loads them itself

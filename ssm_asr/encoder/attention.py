@@ -66,7 +66,7 @@ def chunk_mask(frames: int, chunk: int, left_context: int, device: torch.device)
     return hidden_TK
 
 
-def streaming_context(frames: int, left_context: int, processed_B: Tensor | None) -> Context:
+def context_of_chunk(frames: int, left_context: int, processed_B: Tensor | None) -> Context:
     """The context of a chunk of `frames` after the left context, which fills from its end as a stream grows older.
 
     Args:

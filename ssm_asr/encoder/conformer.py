@@ -20,8 +20,8 @@ from ssm_asr.encoder.attention import (
     Context,
     RelativePositions,
     chunk_mask,
+    context_of_chunk,
     shift_relative,
-    streaming_context,
 )
 from ssm_asr.encoder.batch_norm import MaskedBatchNorm
 from ssm_asr.encoder.mixer import MIXERS, make_mixer
@@ -36,6 +36,7 @@ SUBSAMPLING = 2
 class ConformerConfig:
     """Size and shape of a Conformer. The defaults are size L of Gulati et al."""
 
+    kind: str = "conformer"
     layers: int = 17
     dim: int = 512
     heads: int = 8
@@ -264,7 +265,7 @@ class Conformer(nn.Module):
         x_BTD, left_context = self._join_frames(x_BTE), state[0].key_BLD.shape[1]
         pos_PD = self.positions(x_BTD, left_context)
         processed_B = None if processed_B is None else processed_B // SUBSAMPLING
-        context = streaming_context(x_BTD.shape[1], left_context, processed_B)
+        context = context_of_chunk(x_BTD.shape[1], left_context, processed_B)
         new_states = []
         for layer, layer_state in zip(self._layers(), state, strict=True):
             x_BTD, layer_state = layer.stream(x_BTD, pos_PD, context, layer_state)

@@ -22,6 +22,7 @@ from ssm_asr.encoder.attention import (
     RelativePositions,
     SelfAttention,
     chunk_mask,
+    context_of_chunk,
 )
 from ssm_asr.encoder.convolution import ConvolutionModule
 from ssm_asr.encoder.modules import BiasNorm, Bypass, Downsample, FeedForward, set_channels, upsample
@@ -35,6 +36,7 @@ DROPOUT = Schedule((0, 0.3), (20000, 0.1))
 class ZipformerConfig:
     """Size and shape of a Zipformer; one entry a stack where there are several. The defaults are size M."""
 
+    kind: str = "zipformer"
     layers: tuple[int, ...] = (2, 2, 3, 4, 3, 2)
     downsampling: tuple[int, ...] = (1, 2, 4, 8, 4, 2)  # frame rate below 50 Hz
     dim: tuple[int, ...] = (192, 256, 384, 512, 384, 256)
@@ -73,6 +75,11 @@ class ZipformerConfig:
                     raise ValueError(f"encoder.dim {dim}: ¾ of it must divide by mamba_heads and by mamba_groups")
             if self.mamba_heads % self.mamba_groups:
                 raise ValueError(f"encoder.mamba_heads {self.mamba_heads}: give a multiple of mamba_groups")
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the 50 Hz frames that the front end makes."""
+        return self.dim[0]
 
     def draw_context(self) -> tuple[int, int]:
         """A chunk and a left context for one training batch, from Python's `random`."""
@@ -277,14 +284,9 @@ class Stack(nn.Module):
 
         It may be None where there is no left context.
         """
-        left_context, frames = state[0].key_BLQ.shape[1], x_BTD.shape[1]
+        left_context = state[0].key_BLQ.shape[1]
         pos_PE = self.positions(x_BTD, left_context)
-        context = Context(None, None)
-        if left_context:
-            assert processed_B is not None
-            # The left context fills from its end; the chunk itself (age <= 0) is always visible.
-            age_K = torch.arange(left_context, -frames, -1, device=x_BTD.device)
-            context = Context(None, age_K > processed_B[:, None])
+        context = context_of_chunk(x_BTD.shape[1], left_context, processed_B)
         new_states = []
         for layer, layer_state in zip(self._layers(), state, strict=True):
             x_BTD, layer_state = layer.stream(x_BTD, pos_PE, context, layer_state)

@@ -15,15 +15,14 @@ from ssm_asr.data.features import OnlineFbank
 from ssm_asr.encoder.attention import visible_left_context
 from ssm_asr.encoder.state import select_states, stack_states
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP, embed_frames, output_frames
-from ssm_asr.encoder.zipformer import ZipformerConfig
 from ssm_asr.search import make_search
 from ssm_asr.search.scorer import TransducerScorer
-from ssm_asr.transducer.model import StreamState, Transducer
+from ssm_asr.transducer.model import EncoderConfig, StreamState, Transducer
 
 FEATURES_OF_ONE_FRAME = 9  # the least for which embed_frames is not 0
 
 
-def streaming_context(encoder: ZipformerConfig, chunk: int, left_context: int) -> int:
+def streaming_context(encoder: EncoderConfig, chunk: int, left_context: int) -> int:
     """The left context that chunks really see, in frames of 20 ms like the arguments.
 
     Raises:

@@ -11,18 +11,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ssm_asr.encoder.conformer import Conformer, ConformerConfig
 from ssm_asr.encoder.modules import scaled_linear
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP, ConvSubsampling
 from ssm_asr.encoder.zipformer import DROPOUT, Zipformer, ZipformerConfig
 from ssm_asr.transducer.predictor import Joiner, Predictor
 from ssm_asr.transducer.pruned_loss import pruned_transducer_loss
 
+EncoderConfig = ZipformerConfig | ConformerConfig
+
 
 @dataclass
 class ModelConfig:
     """Everything about the model but the size of the vocabulary."""
 
-    encoder: ZipformerConfig = field(default_factory=ZipformerConfig)
+    encoder: EncoderConfig = field(default_factory=ZipformerConfig)
     predictor_dim: int = 512
     joiner_dim: int = 512
     context_size: int = 2  # tokens that the predictor sees
@@ -57,8 +60,8 @@ class Transducer(nn.Module):
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
         encoder = config.encoder
-        self.encoder_embed = ConvSubsampling(encoder.dim[0], encoder.embed_channels, DROPOUT)
-        self.encoder = Zipformer(encoder)
+        self.encoder_embed = ConvSubsampling(encoder.embed_dim, encoder.embed_channels, DROPOUT)
+        self.encoder = Zipformer(encoder) if isinstance(encoder, ZipformerConfig) else Conformer(encoder)
         width = self.encoder.out_channels
         self.decoder = Predictor(vocab_size, config.predictor_dim, config.context_size)
         self.joiner = Joiner(width, config.predictor_dim, config.joiner_dim, vocab_size)

@@ -238,3 +238,17 @@ def test_lazy_cuts_stay_lazy_when_filtered(manifest: Path, tokenizer: Tokenizer)
     assert kept.is_lazy and report.num_kept == 14
     ids = [i for batch in train_batches(kept, config, tokenizer, epoch=1, seed=1) for i in batch.ids]
     assert sorted(ids) == [f"utt{k:02d}" for k in range(14)]
+
+
+def test_joined_batches_hold_all_speech_and_all_tokens(stored: CutSet, tokenizer: Tokenizer) -> None:
+    plain = replace(CONFIG, spec_augment=SpecAugmentConfig(probability=0.0))
+    joined = replace(plain, join_probability=1.0, join_most=3, join_pause_s=0.5)
+    some_joined = False
+    for one, other in zip(batches(stored, tokenizer, plain), batches(stored, tokenizer, joined), strict=True):
+        assert [name for group in other.ids for name in group.split("+")] == one.ids
+        assert " ".join(other.texts) == " ".join(one.texts)
+        assert other.token_lens_B.sum() == one.token_lens_B.sum()
+        joints = len(one.ids) - len(other.ids)
+        some_joined |= joints > 0
+        assert 0 <= other.feature_lens_B.sum() - one.feature_lens_B.sum() <= 50 * joints
+    assert some_joined
