@@ -14,7 +14,9 @@ one runs no code from it. Its entries:
 
 import os
 import pickle
+import re
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -37,6 +39,14 @@ class WarmStart(NamedTuple):
     copied: list[str]
     kept: list[str]  # parameters of the model that the checkpoint lacks, or has in another shape
     unused: list[str]  # parameters of the checkpoint that the model lacks
+
+    def summary(self) -> str:
+        """A few lines for a reader; stacks and layers are counted, not named."""
+        lines = [f"copied {len(self.copied)} weights"]
+        for what, names in (("not in it, left as they start", self.kept), ("in it, of no use here", self.unused)):
+            counts = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names)
+            lines.append(f"  {what}: {', '.join(f'{name} ({n})' for name, n in counts.items()) or 'none'}")
+        return "\n".join(lines)
 
 
 class Loaded(NamedTuple):

@@ -7,6 +7,7 @@ import argparse
 import csv
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
     (options.exp_dir / "report.md").write_text(text + "\n", encoding="utf-8")
     last_dir, last = found[-1]
     print(f"\n{text}\n\nfrom {last['cuts']}, {last['mode']}:\n{pairs(last_dir, options.pairs)}")
-    print(
-        f"\ncheckpoint: {last['checkpoint']}\n"
-        f"try: python -m ssm_asr.stream --checkpoint {last['checkpoint']} --wav FILE"
-    )
+    model = shlex.quote(str(Path(last["checkpoint"]).resolve()))  # a recipe runs elsewhere than where it is called
+    print(f"\ncheckpoint: {model}\ntry: {sys.executable} -m ssm_asr.stream --checkpoint {model} --wav FILE")
     return 0
 
 

@@ -11,11 +11,9 @@ import argparse
 import json
 import math
 import random
-import re
 import shlex
 import signal
 import sys
-from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,7 @@ from ssm_asr.data.tokens import Tokenizer
 from ssm_asr.encoder.regularize import load_whitening_flags, set_batch_count, whitening_flags
 from ssm_asr.experiment_dir import fingerprint, make_ready, resumable
 from ssm_asr.optim import Eden, ScaledAdam
-from ssm_asr.ssm.parameters import ssm_parameters
+from ssm_asr.ssm.parameters import parameter_groups
 from ssm_asr.transducer.model import Losses, Transducer
 
 REFERENCE_BATCH_S = 600.0
@@ -364,21 +362,6 @@ class _StopOnSignal:
         print("\nstopping after this batch; interrupt again to stop at once", file=sys.stderr)
 
 
-def parameter_groups(model: torch.nn.Module, ssm_lr_scale: float) -> list[dict[str, Any]]:
-    """All trainable parameters; those of state-space dynamics apart, with a learning rate of their own."""
-    apart = ssm_parameters(model)
-    ids = {id(p) for p in apart}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
-    groups: list[dict[str, Any]] = [{"params": others}]
-    return [*groups, {"params": apart, "lr_scale": ssm_lr_scale}] if apart else groups
-
-
-def summarise(names: list[str]) -> str:
-    """Parameter names without the numbers of stacks and layers, each once, with how often it occurs."""
-    counts = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names)
-    return ", ".join(f"{name} ({count})" for name, count in counts.items())
-
-
 def _named(losses: Losses) -> list[tuple[str, Tensor]]:
     return [(name.removesuffix("_B"), value) for name, value in losses._asdict().items() if value is not None]
 
@@ -431,9 +414,7 @@ def _make_trainer(options: argparse.Namespace, place: distributed.Place) -> Trai
     if options.init_from:
         warm = checkpoint.warm_start(trainer.model, options.init_from)
         if place.rank == 0:
-            print(f"{options.init_from}: copied {len(warm.copied)} weights")
-            for what, names in (("not in it, left as they start", warm.kept), ("in it, of no use here", warm.unused)):
-                print(f"  {what}: {summarise(names) or 'none'}")
+            print(f"{options.init_from}: {warm.summary()}")
     return trainer
 
 

@@ -15,6 +15,10 @@ import toy
 
 from ssm_asr import checkpoint
 from ssm_asr.checkpoint import CheckpointError
+from ssm_asr.config import Experiment
+from ssm_asr.data.tokens import Tokenizer
+from ssm_asr.encoder.zipformer import ZipformerConfig
+from ssm_asr.transducer.model import ModelConfig, Transducer
 
 
 def plain(**entries: Any) -> dict[str, Any]:
@@ -166,3 +170,32 @@ def test_checkpoints_of_another_version(tmp_path: Path) -> None:
             checkpoint.load_model(path)
         assert str(caught.value).startswith(f"{path}: does not fit this version: {reason}")
         assert "\n" not in str(caught.value)
+
+
+def test_warm_start_copies_all_that_fits_and_says_what_it_left_out(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    sizes = {"layers": (1, 1), "downsampling": (1, 2), "dim": (32, 48), "unmasked_dim": (32, 32), "heads": (4, 4)}
+    sizes |= {"feedforward_dim": (48, 64), "conv_kernel": (7, 7)}
+    settings = {"mamba_heads": 4, "mamba_groups": 2, "mamba_states": 8}
+    zipformer, sammo = (
+        ModelConfig(ZipformerConfig(**sizes, **settings, long_range=kind), 24, 28)
+        for kind in ("nonlin_attention", "mamba2")
+    )
+    tokenizer = Tokenizer("char", symbols=["<blk>", "A", "B", "<unk>", "<sos/eos>"])
+    source, target = Transducer(zipformer, 5), Transducer(sammo, 5)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    path = tmp_path / "zipformer.pt"
+    checkpoint.save(checkpoint.pack(Experiment(model=zipformer), tokenizer, source.state_dict(), {}), path)
+    warm = checkpoint.warm_start(target, path)
+    assert all(".mamba2." in name for name in warm.kept) and len(warm.kept) == 16
+    assert all(".nonlin_attention." in name for name in warm.unused) and len(warm.unused) == 8
+    for name, value in target.state_dict().items():
+        assert torch.equal(value, before[name] if name in warm.kept else source.state_dict()[name])
+    assert "mamba2.dt_bias (1)" in warm.summary() and "nonlin_attention.in_proj.weight (1)" in warm.summary()
+
+
+def test_warm_start_from_a_model_with_nothing_in_common(tmp_path: Path) -> None:
+    path = tmp_path / "other.pt"
+    torch.save({"format": checkpoint.FORMAT, "model": {"w": torch.zeros(3)}}, path)
+    with pytest.raises(checkpoint.CheckpointError, match="none of its weights has the name and shape"):
+        checkpoint.warm_start(Transducer(ModelConfig(ZipformerConfig(), 24, 28), 5), path)

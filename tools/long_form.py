@@ -81,12 +81,12 @@ def main() -> int:
             print(error, file=sys.stderr)
             return 2
         recognizer = StreamingRecognizer(loaded, options.chunk, options.left)
-        unit = scoring_unit(loaded, None)
-        for count, pause in tqdm(pauses, desc=f"{path.parent.name}", unit="length"):
+        unit, name = scoring_unit(loaded, None), f"{path.parent.name}/{path.stem}"
+        for count, pause in tqdm(pauses, desc=name, unit="length"):
             result, length_s = measure(recognizer, cuts, count, pause, unit)
             low, high = bootstrap_interval(result.errors_U, result.totals_U)
             rows.append(
-                f"| {path.parent.name} | {count} | {length_s:.0f} | {pause:g} "
+                f"| {name} | {count} | {length_s:.0f} | {pause:g} "
                 f"| {100 * result.rate:.2f} [{100 * low:.2f}, {100 * high:.2f}] "
                 f"| {result.substitutions} / {result.deletions} / {result.insertions} |"
             )
