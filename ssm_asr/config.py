@@ -148,7 +148,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`under` with what `over` says, section by section."""
+    """`under` with what `over` says, section by section; a section of another kind shares no fields, and replaces."""
+    if "kind" in over and over["kind"] != under.get("kind"):
+        return over
     merged = dict(under)
     for key, value in over.items():
         below = under.get(key)

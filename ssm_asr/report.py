@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exp-dir", required=True, type=Path, help="directory with results of decode and stream")
     parser.add_argument("--pairs", type=int, default=4, help="references and hypotheses to show (default: 4)")
+    parser.add_argument("--at-most", type=float, metavar="PERCENT", help="fail if an error rate is higher")
     parser.add_argument("--note", default="", help="a line to put above the table, such as what the speech is")
     options = parser.parse_args(arguments)
     found = find_summaries(options.exp_dir)
@@ -84,6 +85,10 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\n{text}\n\nfrom {last['cuts']}, {last['mode']}:\n{pairs(last_dir, options.pairs)}")
     model = shlex.quote(str(Path(last["checkpoint"]).resolve()))  # a recipe runs elsewhere than where it is called
     print(f"\ncheckpoint: {model}\ntry: {sys.executable} -m ssm_asr.stream --checkpoint {model} --wav FILE")
+    worst = max(100 * summary["error_rate"] for _, summary in found)
+    if options.at_most is not None and worst > options.at_most:
+        print(f"error rate of {worst:.2f} %, above the {options.at_most:g} % allowed", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -157,6 +157,13 @@ def test_a_base_lies_under_what_a_file_says(tmp_path: Path) -> None:
     assert from_dict(to_dict(experiment)) == experiment
 
 
+def test_an_encoder_of_another_kind_replaces_that_of_the_base(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("model: {ctc: true, encoder: {downsampling: [1, 1, 1, 1, 1, 1]}}")
+    (tmp_path / "over.yaml").write_text("base: base.yaml\nmodel: {encoder: {kind: conformer, dim: 96, heads: 4}}")
+    model = load_experiment(tmp_path / "over.yaml").model
+    assert model.ctc and model.encoder == ConformerConfig(dim=96, heads=4)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

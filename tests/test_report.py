@@ -88,3 +88,10 @@ def test_report_of_both_units_and_of_nothing(tmp_path: Path, capsys: Captured) -
     assert report.main(["--exp-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "| WER or CER % [" in out and "| 33.33 WER [" in out and " CER [" in out
+
+
+def test_report_fails_above_a_limit(tmp_path: Path, capsys: Captured) -> None:
+    write_summary(tmp_path, "one")  # 33.33 %
+    assert report.main(["--exp-dir", str(tmp_path), "--at-most", "34"]) == 0
+    assert report.main(["--exp-dir", str(tmp_path), "--at-most", "33"]) == 1
+    assert "error rate of 33.33 %, above the 33 % allowed" in capsys.readouterr().err
