@@ -12,8 +12,8 @@ Without --corpus a small corpus of made speech is used: a smoke test of a quarte
 Stages: 1 data, 2 manifests, 3 features, 4 tokens, 5 noise, 6 train, 7 average, 8 decode, 9 stream, 10 report.
 A stage is skipped when its outputs are complete and its inputs have not changed." 10
 option corpus "" DIR "LibriSpeech or mini LibriSpeech, whichever parts are there"
-option small digits SIZE "the corpus to make without --corpus: digits or sentences"
-option config "" FILE "what to train (default: conf/zipformer_tiny.yaml, with --corpus conf/zipformer_m.yaml)"
+option small digits SIZE "the corpus to make without --corpus: digits, or sentences (larger, for a GPU)"
+option config "" FILE "what to train (default: conf/zipformer_tiny.yaml; with sentences zipformer_s, with --corpus zipformer_m)"
 list set A.B=VALUE "change a field of the configuration; repeatable"
 option exp_dir "" DIR "experiment directory (default: exp/CORPUS-CONFIG)"
 option musan "" DIR "MUSAN; without it, noises are made from the training speech"
@@ -58,6 +58,9 @@ if [ -n "$corpus" ]; then
 else
     name="small-$small"
     make_options=(--size "$small")
+    if [ "$small" = sentences ]; then
+        : "${config:=conf/zipformer_s.yaml}"
+    fi
     : "${config:=conf/zipformer_tiny.yaml}"
     note="The speech is made (synthetic): these figures say that the recipe works, not how good a model is."
     if "$ci"; then

@@ -1,0 +1,59 @@
+"""The long-form measurement joins all utterances, with the pauses that it says."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+from lhotse.utils import fastcopy
+
+ROOT = Path(__file__).parent.parent
+RATE_HZ = 16000
+
+
+@pytest.fixture(scope="module")
+def long_form() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("long_form", ROOT / "tools" / "long_form.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Tone(MonoCut):
+    """A cut whose audio needs no file: its own number, again and again."""
+
+    def load_audio(self, *args: object, **kwargs: object) -> np.ndarray:
+        return np.full((1, round(self.duration * RATE_HZ)), float(self.id), dtype=np.float32)
+
+
+@pytest.fixture
+def cuts() -> CutSet:
+    def tone(k: int) -> Tone:
+        recording = Recording(str(k), [], RATE_HZ, RATE_HZ, 1.0)
+        segment = SupervisionSegment(str(k), str(k), 0.0, 1.0, text=f"WORD{k}")
+        return Tone(str(k), 0.0, 1.0, 0, supervisions=[fastcopy(segment)], recording=recording)
+
+    return CutSet.from_cuts(tone(k) for k in range(1, 8))
+
+
+@pytest.mark.parametrize("count, pause_s", [(1, 0.0), (3, 0.0), (4, 2.0), (30, 2.0)])
+def test_joined_audio_holds_every_utterance_once(
+    long_form: ModuleType, cuts: CutSet, count: int, pause_s: float
+) -> None:
+    groups = list(long_form.joined(cuts, count, pause_s))
+    words = " ".join(text for _, _, text in groups).split()
+    assert sorted(words) == [f"WORD{k}" for k in range(1, 8)]
+    assert len(groups) == -(-7 // count)
+    for _, samples_S, text in groups:
+        joints = len(text.split()) - 1
+        assert len(samples_S) == RATE_HZ * (joints + 1 + pause_s * (joints // 2))
+        loud = samples_S[np.abs(samples_S) > 0.5].reshape(-1, RATE_HZ)
+        assert [f"WORD{round(k)}" for k in loud[:, 0]] == text.split()
+
+
+def test_the_order_is_always_the_same(long_form: ModuleType, cuts: CutSet) -> None:
+    first, second = ([name_text for *_, name_text in long_form.joined(cuts, 3, 0.0)] for _ in range(2))
+    assert first == second != [text for *_, text in long_form.joined(CutSet.from_cuts(reversed(list(cuts))), 3, 0.0)]
