@@ -3,6 +3,8 @@
 audio (16 kHz) -> features (100 Hz) -> encoder frames (50 Hz) -> output frames (25 Hz)
 """
 
+from typing import Any
+
 SAMPLE_RATE_HZ = 16000
 NUM_MELS = 80
 
@@ -20,6 +22,16 @@ OUTPUT_FRAME_MS = FRAME_SHIFT_MS * SUBSAMPLING
 
 # What features are padded with: below the log-mel energy of any recording.
 LOG_MEL_SILENCE = -23.025850929940457  # log(1e-10)
+
+
+def embed_frames(feature_frames: Any) -> Any:
+    """Encoder frames (50 Hz) of so many feature frames, an int or a tensor of lengths; 8 or fewer give none."""
+    return (feature_frames - 7) // EMBED_SUBSAMPLING
+
+
+def output_frames(feature_frames: int) -> int:
+    """Output frames (25 Hz) of an utterance of so many feature frames; 0 if there are too few."""
+    return max(0, (embed_frames(feature_frames) + 1) // OUTPUT_SUBSAMPLING)
 
 
 def chunk_ms(chunk_frames: int) -> int:

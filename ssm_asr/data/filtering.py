@@ -9,12 +9,7 @@ from lhotse.utils import compute_num_frames
 from ssm_asr.data.config import DataConfig
 from ssm_asr.data.report import Report
 from ssm_asr.data.tokens import Tokenizer
-from ssm_asr.units import FRAME_SHIFT_MS, SAMPLE_RATE_HZ
-
-
-def num_output_frames(num_features: int) -> int:
-    """Encoder output frames (25 Hz) of this many feature frames (100 Hz); 0 if there are too few."""
-    return max(0, ((num_features - 7) // 2 + 1) // 2)
+from ssm_asr.units import FRAME_SHIFT_MS, SAMPLE_RATE_HZ, output_frames
 
 
 def num_feature_frames(cut: Cut) -> int:
@@ -77,7 +72,7 @@ def _objection(cut: Cut, tokenizer: Tokenizer, config: DataConfig) -> tuple[str,
     ids = tokenizer.encode(text)
     if tokenizer.unk_id in ids:
         return "token outside the vocabulary", text
-    num_frames = num_output_frames(num_feature_frames(cut))
+    num_frames = output_frames(num_feature_frames(cut))
     if len(ids) > num_frames:
         return "fewer frames than tokens", f"{num_frames} output frames, {len(ids)} tokens"
     return "", ""

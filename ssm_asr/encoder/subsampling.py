@@ -5,8 +5,6 @@ Source: Yao et al. (arXiv 2310.11230), section 3.1.
 Shapes: B batch, T feature frames, S = (T - 7) // 2 encoder frames, F = 80 mels, C channels, W = 19 frequencies left.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -18,16 +16,6 @@ from ssm_asr.encoder.regularize import Balancer, Dropout, ScaleGradient, Schedul
 LOOK_AHEAD = 3
 # A chunk of C encoder frames is computed from 2C + 13 feature frames, and the next starts 2C later.
 CHUNK_OVERLAP = 13
-
-
-def embed_frames(feature_frames: Any) -> Any:
-    """Encoder frames (50 Hz) of so many feature frames (ints or a tensor of lengths)."""
-    return (feature_frames - 7) // units.EMBED_SUBSAMPLING
-
-
-def output_frames(feature_frames: Any) -> Any:
-    """Output frames (25 Hz) of so many feature frames (ints or a tensor of lengths)."""
-    return (embed_frames(feature_frames) + 1) // units.OUTPUT_SUBSAMPLING
 
 
 class ConvNeXt(Scheduled):
@@ -104,7 +92,7 @@ class ConvSubsampling(nn.Module):
         """(B, T, F) -> (B, S, D), and the lengths in encoder frames."""
         # On a CPU the 7×7 depthwise convolution is several times faster with the channels last.
         x = features_BTF[:, None].contiguous(memory_format=torch.channels_last)
-        return self._finish(self.convnext(self.conv(x))), embed_frames(lens_B)
+        return self._finish(self.convnext(self.conv(x))), units.embed_frames(lens_B)
 
     def init_state(self, batch_size: int, device: torch.device | None = None) -> Tensor:
         """The ConvNeXt inputs before the first chunk: (B, C, 3, W) zeros."""

@@ -14,7 +14,7 @@ from ssm_asr.checkpoint import Loaded
 from ssm_asr.data.features import OnlineFbank
 from ssm_asr.encoder.attention import visible_left_context
 from ssm_asr.encoder.state import select_states, stack_states
-from ssm_asr.encoder.subsampling import CHUNK_OVERLAP, embed_frames, output_frames
+from ssm_asr.encoder.subsampling import CHUNK_OVERLAP
 from ssm_asr.search import make_search
 from ssm_asr.search.scorer import TransducerScorer
 from ssm_asr.transducer.model import EncoderConfig, StreamState, Transducer
@@ -40,14 +40,9 @@ def streaming_context(encoder: EncoderConfig, chunk: int, left_context: int) -> 
 
 def pad_to_chunks(features_TF: Tensor, chunk: int) -> Tensor:
     """Features of a whole utterance, padded with silence to the 2·C·n + 13 frames that n whole chunks take."""
-    chunks = -(-max(1, embed_frames(features_TF.shape[0])) // chunk)
+    chunks = -(-max(1, units.embed_frames(features_TF.shape[0])) // chunk)
     missing = 2 * chunk * chunks + CHUNK_OVERLAP - features_TF.shape[0]
     return torch.nn.functional.pad(features_TF, (0, 0, 0, missing), value=units.LOG_MEL_SILENCE)
-
-
-def valid_frames(feature_frames: int) -> int:
-    """Output frames of an utterance that are not padding."""
-    return max(0, output_frames(feature_frames))
 
 
 def encode_as_streamed(
@@ -74,7 +69,7 @@ def encode_as_streamed(
             features_BTF.device
         )
     encoder_out, _ = model.encode(features_BTF, lens_B, chunk, left_context)
-    return encoder_out, [valid_frames(length) for length in lens]
+    return encoder_out, [units.output_frames(length) for length in lens]
 
 
 def encode_by_chunks(model: Transducer, features_TF: Tensor, chunk: int, left_context: int) -> Tensor:
@@ -92,7 +87,7 @@ def encode_by_chunks(model: Transducer, features_TF: Tensor, chunk: int, left_co
     for start in range(0, len(padded_TF) - CHUNK_OVERLAP, 2 * chunk):
         out_BSD, state = model.stream(padded_TF[None, start : start + 2 * chunk + CHUNK_OVERLAP], state)
         parts.append(out_BSD[0])
-    return torch.cat(parts)[: valid_frames(len(features_TF))]
+    return torch.cat(parts)[: units.output_frames(len(features_TF))]
 
 
 class Stream:
@@ -117,7 +112,7 @@ class Stream:
         if self.frames_left is not None:
             raise ValueError("finish() was called before: a stream ends once")
         self._add(self._fbank.finish())
-        self.frames_left = max(0, valid_frames(self._received) - self._encoded // units.SUBSAMPLING)
+        self.frames_left = max(0, units.output_frames(self._received) - self._encoded // units.SUBSAMPLING)
         chunks = -(-self.frames_left * units.OUTPUT_SUBSAMPLING // chunk)
         needed = 2 * chunk * chunks + CHUNK_OVERLAP if chunks else 0
         missing = needed - self.waiting

@@ -14,10 +14,10 @@ from tones import NUM_UTTERANCES, WORDS
 from ssm_asr.data.augment import add_noise, spec_augment
 from ssm_asr.data.batches import Batch, eval_batches, load_features, train_batches
 from ssm_asr.data.config import DataConfig, SpecAugmentConfig
-from ssm_asr.data.filtering import filter_cuts, num_output_frames
+from ssm_asr.data.filtering import filter_cuts
 from ssm_asr.data.store import prepare_cuts
 from ssm_asr.data.tokens import Tokenizer, train_tokenizer
-from ssm_asr.units import LOG_MEL_SILENCE
+from ssm_asr.units import LOG_MEL_SILENCE, output_frames
 
 CONFIG = DataConfig(max_duration_s=6.0, num_buckets=3, num_workers=0)
 
@@ -166,7 +166,7 @@ def test_noise_reaches_the_batches(stored: CutSet, tokenizer: Tokenizer) -> None
 
 
 def test_output_frames() -> None:
-    assert [num_output_frames(t) for t in (0, 6, 7, 8, 9, 12, 13, 100)] == [0, 0, 0, 0, 1, 1, 2, 23]
+    assert [output_frames(t) for t in (0, 6, 7, 8, 9, 12, 13, 100)] == [0, 0, 0, 0, 1, 1, 2, 23]
 
 
 def test_filter_reports_every_cut_it_drops(stored: CutSet, tokenizer: Tokenizer) -> None:

@@ -9,7 +9,6 @@ import toy
 
 from ssm_asr.checkpoint import Loaded
 from ssm_asr.data.features import OnlineFbank, make_fbank
-from ssm_asr.encoder.subsampling import output_frames
 from ssm_asr.search import make_search
 from ssm_asr.search.recognizer import (
     Stream,
@@ -17,10 +16,9 @@ from ssm_asr.search.recognizer import (
     encode_as_streamed,
     encode_by_chunks,
     streaming_context,
-    valid_frames,
 )
 from ssm_asr.search.scorer import TransducerScorer
-from ssm_asr.units import LOG_MEL_SILENCE, NUM_MELS
+from ssm_asr.units import LOG_MEL_SILENCE, NUM_MELS, output_frames
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +91,7 @@ def test_recognised_tokens_are_those_of_the_masked_pass(loaded: Loaded, chunk: i
         expected = offline_tokens(loaded, online_features(samples_S), chunk, 64)
         tokens, stream = recognise(recognizer, samples_S, block_samples)
         assert tokens == expected
-        assert stream.search_state.frames == valid_frames(len(online_features(samples_S)))
+        assert stream.search_state.frames == output_frames(len(online_features(samples_S)))
         assert recognizer.text(stream) == loaded.tokenizer.decode(tokens)
     assert len(set(expected)) >= 3 and len(expected) < 0.9 * stream.search_state.frames  # the comparison says something
 
@@ -128,7 +126,7 @@ def test_very_short_audio(loaded: Loaded, num_samples: int, chunk: int) -> None:
     samples_S = recording(1)[:num_samples]
     tokens, stream = recognise(recognizer, samples_S, 160)
     features_TF = online_features(samples_S)
-    assert stream.search_state.frames == valid_frames(len(features_TF))
+    assert stream.search_state.frames == output_frames(len(features_TF))
     expected = offline_tokens(loaded, features_TF, chunk, 64) if len(features_TF) else ()
     assert tokens == expected
     if num_samples < 1000:
@@ -154,7 +152,7 @@ def test_short_utterances_in_a_whole_pass(loaded: Loaded) -> None:
             features_BTF = torch.full((len(lens), max(lens), NUM_MELS), LOG_MEL_SILENCE)
             with torch.inference_mode():
                 out_BTD, valid = encode_as_streamed(loaded.model, features_BTF, torch.tensor(lens), chunk, 64)
-            assert valid == [valid_frames(n) for n in lens] and out_BTD.shape[1] >= max(valid)
+            assert valid == [output_frames(n) for n in lens] and out_BTD.shape[1] >= max(valid)
             assert out_BTD.isfinite().all()
 
 
