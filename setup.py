@@ -23,10 +23,12 @@ setup(
         "pyyaml",
         "tensorboard",
         "tqdm",
+        "matplotlib",
     ],
     extras_require={
-        "corpus": ["hibari-tts", "onnxruntime"],  # to make the small corpus
-        "export": ["onnx", "onnxruntime", "onnxscript", "sherpa-onnx"],
+        # To make the small corpora; pyopenjtalk-plus imports sudachipy and pydantic without asking for them.
+        "corpus": ["hibari-tts", "onnxruntime", "pyopenjtalk-plus", "sudachipy", "sudachidict-core", "pydantic"],
+        "export": ["onnx", "onnxruntime", "onnxconverter-common", "sherpa-onnx"],
         "dev": ["mypy", "pytest", "ruff", "types-PyYAML", "types-tqdm"],
     },
 )
