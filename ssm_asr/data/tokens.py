@@ -21,6 +21,7 @@ BLANK, SOS_EOS, UNK = "<blk>", "<sos/eos>", "<unk>"
 SENTENCEPIECE_KINDS = ("bpe", "unigram", "word")
 KINDS = (*SENTENCEPIECE_KINDS, "char")
 UNKNOWN_MARK = "⁇"  # what <unk> is decoded to
+WORD_START = "▁"
 
 
 class Tokenizer:
@@ -39,7 +40,10 @@ class Tokenizer:
     blank_id = 0
 
     def __init__(self, kind: str, model: bytes | None = None, symbols: list[str] | None = None) -> None:
-        """From a serialised sentencepiece model, or for kind `char` from the list of symbols."""
+        """From a serialised sentencepiece model, or from the list of symbols, which is enough for kind `char`.
+
+        Of the other kinds, symbols alone give a tokenizer that decodes but cannot encode.
+        """
         self.kind = kind
         self._model = model
         self._pieces: sentencepiece.SentencePieceProcessor | None = None
@@ -58,10 +62,20 @@ class Tokenizer:
         """Number of tokens, blank included."""
         return len(self.symbols)
 
+    @property
+    def can_encode(self) -> bool:
+        """Whether texts can be divided into tokens: False for word pieces without their sentencepiece model."""
+        return self._pieces is not None or self.kind == "char"
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; what the vocabulary lacks becomes `unk_id`. Kind `char` ignores spaces."""
+        """Token ids of a text; what the vocabulary lacks becomes `unk_id`. Kind `char` ignores spaces.
+
+        A tokenizer that cannot encode gives `unk_id` for every word.
+        """
         if self._pieces is not None:
             return self._pieces.encode(text)
+        if not self.can_encode:
+            return [self.unk_id] * len(text.split())
         return [
             self.unk_id if char in (BLANK, UNK, SOS_EOS) else self._ids.get(char, self.unk_id)
             for char in text
@@ -73,7 +87,10 @@ class Tokenizer:
         kept = [int(i) for i in ids if int(i) not in self._special_ids]
         if self._pieces is not None:
             return " ".join(self._pieces.decode(kept).split())
-        return "".join(UNKNOWN_MARK if i == self.unk_id else self.symbols[i] for i in kept)
+        if self.kind == "char":
+            return "".join(UNKNOWN_MARK if i == self.unk_id else self.symbols[i] for i in kept)
+        text = "".join(f" {UNKNOWN_MARK} " if i == self.unk_id else self.symbols[i] for i in kept)
+        return " ".join(text.replace(WORD_START, " ").split())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain strings, lists and tensors from which `from_dict` makes the same tokenizer."""
@@ -101,25 +118,55 @@ class Tokenizer:
         (directory / "tokens.txt").write_text("".join(lines), encoding="utf-8")
 
     @classmethod
-    def load(cls, directory: Path | str) -> "Tokenizer":
-        """Read what `save` wrote.
+    def load(cls, path: Path | str, to_encode: bool = True) -> "Tokenizer":
+        """Read what `save` wrote, or the tokens of a published model.
+
+        Args:
+            path: the directory, or one file: a sentencepiece model (*.model) or tokens.txt.
+            to_encode: False accepts the tokens.txt of word pieces without their sentencepiece model.
 
         Raises:
-            FileNotFoundError: if the directory has neither a sentencepiece model nor a tokens.txt.
+            FileNotFoundError: if there is neither a sentencepiece model nor a tokens.txt.
+            ValueError: if the file holds no tokens, or cannot serve to encode.
         """
-        directory = Path(directory)
-        for kind in SENTENCEPIECE_KINDS:
-            model = directory / f"{kind}.model"
-            if model.is_file():
-                return cls(kind, model=model.read_bytes())
-        tokens = directory / "tokens.txt"
-        if not tokens.is_file():
+        path = Path(path)
+        names = [*(f"{kind}.model" for kind in SENTENCEPIECE_KINDS), "tokens.txt"]
+        files = [path / name for name in names] if path.is_dir() else [path]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
             raise FileNotFoundError(
-                f"{directory}: no tokens.txt and no {'/'.join(SENTENCEPIECE_KINDS)}.model; "
+                f"{path}: no tokens.txt and no {'/'.join(SENTENCEPIECE_KINDS)}.model; "
                 "make them with python -m ssm_asr.prepare tokens"
             )
-        lines = tokens.read_text(encoding="utf-8").splitlines()
-        return cls("char", symbols=[line.rsplit(" ", 1)[0] for line in lines])
+        try:
+            tokenizer = cls._from_file(file)
+        except (ValueError, RuntimeError) as error:  # sentencepiece raises RuntimeError
+            raise ValueError(f"{file}: no tokens that can be used: {' '.join(str(error).split())}") from None
+        if to_encode and not tokenizer.can_encode:
+            raise ValueError(f"{file}: word pieces cannot be found in a text by their list; give their bpe.model")
+        return tokenizer
+
+    @classmethod
+    def _from_file(cls, file: Path) -> "Tokenizer":
+        if file.suffix == ".model":
+            return cls(file.stem if file.stem in SENTENCEPIECE_KINDS else "bpe", model=file.read_bytes())
+        symbols = _parse_symbols(file.read_text(encoding="utf-8"))
+        return cls("bpe" if any(symbol.startswith(WORD_START) for symbol in symbols) else "char", symbols=symbols)
+
+
+def _parse_symbols(text: str) -> list[str]:
+    """The symbols of a tokens.txt by id, without those at its end (#0, #1, …) that only decoding graphs use."""
+    rows = [line.split() for line in text.split("\n") if line.strip()]
+    wrong = next((row for row in rows if len(row) != 2 or not row[1].isdecimal()), None)
+    if wrong is not None:
+        raise ValueError(f"the line {' '.join(wrong)!r} is not 'symbol id'")
+    rows.sort(key=lambda row: int(row[1]))
+    if [int(i) for _, i in rows] != list(range(len(rows))):
+        raise ValueError(f"the ids of its {len(rows)} symbols are not 0 to {len(rows) - 1}")
+    symbols = [symbol for symbol, _ in rows]
+    while symbols and re.fullmatch(r"#\d+", symbols[-1]):
+        symbols.pop()
+    return symbols
 
 
 def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int | None = None) -> Tokenizer:

@@ -85,3 +85,35 @@ def test_clear_errors(tmp_path: Path) -> None:
         train_tokenizer(ENGLISH, "phone", 100)
     with pytest.raises(FileNotFoundError, match=r"prepare tokens"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_pieces_without_their_model_decode_alike(kind: str, tmp_path: Path) -> None:
+    tokenizer = make(kind)
+    tokenizer.save(tmp_path)
+    with pytest.raises(ValueError, match=r"tokens.txt: word pieces .*; give their bpe.model$"):
+        Tokenizer.load(tmp_path / "tokens.txt")
+    pieces = Tokenizer.load(tmp_path / "tokens.txt", to_encode=False)
+    assert tokenizer.can_encode and not pieces.can_encode
+    assert pieces.symbols == tokenizer.symbols and pieces.kind == "bpe"
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        ids = torch.randint(tokenizer.vocab_size, (9,), generator=rng).tolist()
+        assert pieces.decode(ids) == tokenizer.decode(ids)
+    assert pieces.encode("THE CAT") == [pieces.unk_id] * 2
+    again = pickle.loads(pickle.dumps(Tokenizer.from_dict(pieces.to_dict())))
+    assert again.decode(range(22)) == pieces.decode(range(22)) and not again.can_encode
+
+
+def test_files_of_published_models(tmp_path: Path) -> None:
+    tokenizer = make("bpe")
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path / "bpe.model").encode(ENGLISH[0]) == tokenizer.encode(ENGLISH[0])
+    tokens = tmp_path / "lang" / "tokens.txt"
+    tokens.parent.mkdir()
+    tokens.write_text("<unk>\t2\r\n<blk> 0\n<sos/eos> 1\n#1 3\n本 4\n#0 5\n#1 6\n\n", encoding="utf-8")
+    char = Tokenizer.load(tokens.parent)
+    assert (char.kind, char.symbols) == ("char", ["<blk>", "<sos/eos>", "<unk>", "#1", "本"])
+    (tmp_path / "bpe.model").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"^.*bpe.model: no tokens that can be used: [^\n]*$"):
+        Tokenizer.load(tmp_path)
