@@ -24,6 +24,7 @@ setup(
         "tensorboard",
         "tqdm",
         "matplotlib",
+        "jinja2",
     ],
     extras_require={
         # To make the small corpora; pyopenjtalk-plus imports sudachipy and pydantic without asking for them.
