@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from ssm_asr.data.config import DataConfig
+from ssm_asr.encoder.weight_noise import WeightNoiseConfig
 from ssm_asr.transducer.model import ModelConfig
 
 
@@ -65,6 +66,7 @@ class TrainConfig:
     loss_warmup_batches: int = 2000  # over which simple_scale goes 1 -> simple_scale and the pruned scale .1 -> 1
     simple_scale: float = 0.5
     ctc_scale: float = 0.2  # with model.ctc
+    weight_noise: WeightNoiseConfig = field(default_factory=WeightNoiseConfig)
     average_period: int = 200  # batches between updates of the running mean of the weights
     log_every: int = 50  # batches
     validate_every: int = 3000  # batches; also at the end of every epoch

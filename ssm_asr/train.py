@@ -32,6 +32,7 @@ from ssm_asr.data.filtering import filter_cuts
 from ssm_asr.data.store import read_cuts
 from ssm_asr.data.tokens import Tokenizer
 from ssm_asr.encoder.regularize import load_whitening_flags, set_batch_count, whitening_flags
+from ssm_asr.encoder.weight_noise import noisy_weights, variational_noise
 from ssm_asr.experiment_dir import fingerprint, make_ready, resumable
 from ssm_asr.optim import Eden, ScaledAdam
 from ssm_asr.ssm.parameters import parameter_groups
@@ -63,6 +64,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = Transducer(experiment.model, tokenizer.vocab_size).to(place.device)
         distributed.share_weights(self.model, place)
+        self.noisy_weights = noisy_weights(self.model, settings.weight_noise.parts)
         self.average = RunningAverage(settings.average_period)
         self.optimizer = ScaledAdam(
             parameter_groups(self.model, optim.ssm_lr_scale), lr=optim.base_lr, clipping_scale=optim.clipping_scale
@@ -134,14 +136,15 @@ class Trainer:
         """One step; whether any process has been asked to stop."""
         settings, progress = self.experiment.train, self.progress
         self._prepare_batch()
-        losses = self._losses(batch.to(self.place.device))
+        with variational_noise(self.noisy_weights, settings.weight_noise.deviation_at(progress["batch"])):
+            losses = self._losses(batch.to(self.place.device))
+            loss, infeasible = self._total(losses, batch)
+            if loss is not None:
+                self.scaler.scale(loss).backward()
         seconds = float(batch.feature_lens_B.sum()) * units.FRAME_SHIFT_MS / 1000
-        loss, infeasible = self._total(losses, batch)
         # All processes see the same counts, so that they stop, and give up, after the same batch.
         counts = torch.tensor([seconds, infeasible, loss is None, stop.asked], dtype=torch.float64)
         seconds, infeasible, bad, asked = distributed.total(counts, self.place).tolist()
-        if loss is not None:
-            self.scaler.scale(loss).backward()
         if bad < self.place.world_size:
             distributed.average_gradients(self.model, self.place)
             self.scaler.step(self.optimizer)

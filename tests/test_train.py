@@ -100,6 +100,22 @@ def test_a_crashed_run_resumes_exactly(corpus: toy.Corpus, straight: Path, tmp_p
         assert toy.differing(checkpoint.load(tmp_path / "exp" / name), checkpoint.load(straight / name)) == []
 
 
+def test_weight_noise_begins_when_told_and_resumes_exactly(corpus: toy.Corpus, straight: Path, tmp_path: Path) -> None:
+    noise = {"deviation": 0.05, "from_batch": 4, "parts": ["encoder", "joiner"]}
+    for name, stopped in (("noisy", False), ("resumed", True)):
+        arguments = corpus.arguments(tmp_path / name, train={"num_epochs": 1, "weight_noise": noise})
+        if stopped:
+            with pytest.MonkeyPatch.context() as patch:
+                before_batch(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+                assert train.main(arguments) == 130
+        assert train.main(arguments) == 0
+    noisy, resumed = (checkpoint.load(tmp_path / name / "checkpoint-7.pt") for name in ("noisy", "resumed"))
+    assert toy.differing(noisy, resumed) == []
+    for batch, same in ((4, True), (7, False)):
+        one, other = (checkpoint.load(path / f"checkpoint-{batch}.pt") for path in (tmp_path / "noisy", straight))
+        assert (toy.differing(one["model"], other["model"]) == []) is same
+
+
 def test_tensorboard_has_every_batch_once(corpus: toy.Corpus, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

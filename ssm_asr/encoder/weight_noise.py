@@ -2,9 +2,51 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from ssm_asr.ssm.parameters import ssm_parameters
+
+
+@dataclass
+class WeightNoiseConfig:
+    """How much noise, from when on, and on which weights. Common: 0.075 on the predictor, once training is stable."""
+
+    deviation: float = 0.0  # of the noise, the same for all weights; 0: off
+    from_batch: int = 0  # batches trained before it begins
+    # Whose weights: the parts of the model, or any beginnings of parameter names. The predictor is named "decoder".
+    parts: tuple[str, ...] = ("decoder",)
+
+    def __post_init__(self) -> None:
+        for name, value in (("deviation", self.deviation), ("from_batch", self.from_batch)):
+            if value < 0:
+                raise ValueError(f"train.weight_noise.{name} is {value}; give 0 or more")
+
+    def deviation_at(self, batch: int) -> float:
+        """That of the next batch, after so many."""
+        return self.deviation if batch >= self.from_batch else 0.0
+
+
+def noisy_weights(model: nn.Module, parts: Iterable[str]) -> list[nn.Parameter]:
+    """The weights under these names: matrices and kernels, since noise on biases and scales would act quite otherwise.
+
+    Parameters of state-space dynamics, which act through exponentials, are left out as well.
+
+    Raises:
+        ValueError: if there are none under one of the names.
+    """
+    apart = {id(parameter) for parameter in ssm_parameters(model)}
+    weights = {name: p for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in apart}
+    found: dict[str, nn.Parameter] = {}
+    for part in parts:
+        under = {name: p for name, p in weights.items() if f"{name}.".startswith(f"{part}.")}
+        if not under:
+            known = ", ".join(dict.fromkeys(name.split(".")[0] for name in weights))
+            raise ValueError(f"train.weight_noise.parts has {part!r}, which names no weights; give some of {known}")
+        found |= under
+    return list(found.values())
 
 
 @contextmanager

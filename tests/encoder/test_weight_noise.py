@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ssm_asr.encoder.weight_noise import variational_noise
+from ssm_asr.encoder.conformer import Conformer, ConformerConfig
+from ssm_asr.encoder.weight_noise import WeightNoiseConfig, noisy_weights, variational_noise
 
 
 @pytest.fixture
@@ -62,3 +63,24 @@ def test_no_noise_draws_nothing(model):
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match="-1"), variational_noise(model.parameters(), -1.0):
         pass
+
+
+def test_it_begins_after_so_many_batches():
+    noise = WeightNoiseConfig(deviation=0.1, from_batch=3)
+    assert [noise.deviation_at(batch) for batch in range(5)] == [0.0, 0.0, 0.0, 0.1, 0.1]
+    assert WeightNoiseConfig().deviation_at(10**6) == 0.0, "off unless asked for"
+    for settings in ({"deviation": -0.1}, {"from_batch": -1}):
+        with pytest.raises(ValueError, match=r"train.weight_noise.\w+ is -[\d.]+; give 0 or more"):
+            WeightNoiseConfig(**settings)
+
+
+def test_weights_are_chosen_by_part_without_biases_and_state_spaces():
+    model = Conformer(ConformerConfig(layers=2, dim=16, heads=2, feedforward_dim=32, embed_dim=8, mixer="com"))
+    chosen = {id(p) for p in noisy_weights(model, ("layers.1", "subsampling", "layers.1.attention"))}
+    names = [name for name, p in model.named_parameters() if id(p) in chosen]
+    assert len(names) == len(chosen) and "subsampling.weight" in names and "subsampling.bias" not in names
+    assert all(name.startswith(("subsampling.", "layers.1.")) for name in names)
+    assert "layers.1.conv_module.mixer.conv.weight_DL" in names
+    assert not any(".ssm." in name or name.endswith("bias") or "norm" in name for name in names)
+    with pytest.raises(ValueError, match="has 'layer', which names no weights; give some of subsampling, layers"):
+        noisy_weights(model, ("layer",))
