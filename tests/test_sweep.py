@@ -142,7 +142,7 @@ def test_verdicts(sweep: ModuleType, tmp_path: Path) -> None:
             }
             write_results(tmp_path / f"{cell.name}{seed}", refs, hyps, "word", {})
             runs.append(sweep.Run(cell, seed, tmp_path, tmp_path / f"{cell.name}{seed}", ()))
-    rows = sweep.make_rows(grid, runs, 10)
+    rows, resampled = sweep.make_rows(grid, runs, 10)
     assert [row["verdict"] for row in rows] == ["baseline", "tie", "better", "worse"]
     good = rows[2]
     assert good["mean"] == pytest.approx(np.mean(list(good["rates"].values())))
@@ -151,6 +151,17 @@ def test_verdicts(sweep: ModuleType, tmp_path: Path) -> None:
     assert low < good["difference"] < high and good["difference"] == pytest.approx(good["mean"] - rows[0]["mean"])
     text = sweep.table(rows, grid, "test", ["exp/x: failed"])
     assert text.count("\n| ") == 5 and "- exp/x: failed" in text and "Of 3 comparisons" in text
+    # Series are compared in the mean over what both have of the axis.
+    for row, series, x in zip(rows, ["a", "b", "a", "b"], [1.0, 1.0, 2.0, 4.0], strict=True):
+        row |= {"series": series, "x": x}
+    (pair,) = sweep.compare_series(rows, resampled)
+    assert pair["x"] == [1.0] and pair["verdict"] == "tie"
+    rows[3]["x"] = 2.0  # now worse, too, by half of what "bad" is worse than "good"
+    (pair,) = sweep.compare_series(rows, resampled)
+    assert pair["x"] == [1.0, 2.0] and pair["verdict"] == "a better"
+    assert pair["mean_b"] - pair["mean_a"] == pytest.approx((0.6 - 0.02) / 2, abs=0.03)
+    low, high = pair["difference_interval"]
+    assert low < pair["mean_b"] - pair["mean_a"] < high and "a better" in sweep.series_table([pair], "WER")
     # Without the baseline's results there are rates, but no verdicts.
-    alone = sweep.make_rows(grid, [run for run in runs if run.cell.name == "good"], 10)
+    alone, _ = sweep.make_rows(grid, [run for run in runs if run.cell.name == "good"], 10)
     assert [row["verdict"] for row in alone] == ["baseline missing"]

@@ -240,14 +240,17 @@ def resampled_rates(errors_SU: Rates, totals_U: Rates, utterances_RU: Rates, see
     return errors_R / (utterances_RU @ totals_U)
 
 
-def make_rows(grid: Grid, finished: list[Run], vocab_size: int) -> list[dict[str, Any]]:
-    """A row a cell with at least one result; rates are fractions, differences those from the baseline."""
+def make_rows(grid: Grid, finished: list[Run], vocab_size: int) -> tuple[list[dict[str, Any]], dict[str, Rates]]:
+    """A row a cell with at least one result, and the resampled rates (R,) of each.
+
+    Rates are fractions, differences those from the baseline.
+    """
     scores: dict[str, dict[int, Any]] = {}
     for run in finished:
         unit = json.loads((run.result / SUMMARY).read_text(encoding="utf-8"))["unit"]
         scores.setdefault(run.cell.name, {})[run.seed] = read_score(run.result, unit)
     if not scores:
-        return []
+        return [], {}
     first = next(score for seeds in scores.values() for score in seeds.values())
     totals_U = first.totals_U.astype(np.float64)
     utterances = len(totals_U)
@@ -273,7 +276,41 @@ def make_rows(grid: Grid, finished: list[Run], vocab_size: int) -> list[dict[str
         )
     for row in rows:
         row |= _difference(row, rows, resampled, grid.baseline)
-    return rows
+    return rows, resampled
+
+
+def compare_series(rows: list[dict[str, Any]], resampled: dict[str, Rates]) -> list[dict[str, Any]]:
+    """How the series compare, two at a time, in the mean over the values of the axis that both have."""
+    series: dict[str, dict[float, dict[str, Any]]] = {}
+    for row in rows:
+        if row["x"] is not None:
+            series.setdefault(row["series"], {})[row["x"]] = row
+    pairs = []
+    for (name_a, a), (name_b, b) in itertools.combinations(series.items(), 2):
+        shared = sorted(a.keys() & b.keys())
+        if not shared:
+            continue
+        means = [float(np.mean([line[x]["mean"] for x in shared])) for line in (a, b)]
+        drawn = np.mean([resampled[b[x]["name"]] - resampled[a[x]["name"]] for x in shared], axis=0)
+        low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
+        verdict = f"{name_b} better" if high < 0 else f"{name_a} better" if low > 0 else "tie"
+        pair: dict[str, Any] = {"a": name_a, "b": name_b, "x": shared, "mean_a": means[0], "mean_b": means[1]}
+        pairs.append(pair | {"difference_interval": [low, high], "verdict": verdict})
+    return pairs
+
+
+def series_table(pairs: list[dict[str, Any]], rate: str) -> str:
+    """The comparisons of series in Markdown."""
+    lines = []
+    for pair in pairs:
+        low, high = pair["difference_interval"]
+        difference = f"{100 * (pair['mean_b'] - pair['mean_a']):+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+        means = [f"{100 * pair[key]:.2f}" for key in ("mean_a", "mean_b")]
+        lines.append(
+            [pair["a"], pair["b"], ", ".join(f"{x:g}" for x in pair["x"]), *means, difference, pair["verdict"]]
+        )
+    columns = ["A", "B", "at", f"A, {rate} %", f"B, {rate} %", "B less A [95 %]", "verdict"]
+    return markdown(Table("Series, two at a time", "Means over the values of the axis that both have.", columns, lines))
 
 
 def _difference(
@@ -325,12 +362,8 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         dash = figures.DASHES[sharing.index(name) % len(figures.DASHES)]
         means = [100 * row["mean"] for row in line]
         bars = [[100 * abs(row[side] - row["mean"]) for row in line] for side in ("low", "high")]
-        style: dict[str, Any] = {
-            "color": colour,
-            "linestyle": dash,
-            "marker": figures.MARKERS[k % len(figures.MARKERS)],
-        }
-        style |= {"linewidth": 1.6}
+        marker = figures.MARKERS[k % len(figures.MARKERS)]
+        style: dict[str, Any] = {"color": colour, "linestyle": dash, "marker": marker, "linewidth": 1.6}
         right.plot([row["state_bytes"] for row in line], means, label=name, **style)
         if line[0]["x"] is None:
             left.axhline(means[0], color=colour, linestyle=":", linewidth=1.6)
@@ -375,9 +408,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         grid = read_grid(options.grid, options.set)
         if options.seeds:
-            grid = Grid(
-                grid.config, tuple(map(int, options.seeds.split(","))), grid.baseline, grid.cells, grid.left_out
-            )
+            grid = replace(grid, seeds=tuple(map(int, options.seeds.split(","))))
         vocab_size = Tokenizer.load(options.tokens).vocab_size
         runs = plan(grid, options)
         todo = [run for run in runs if not is_finished(run)]
@@ -393,14 +424,18 @@ def main(arguments: list[str] | None = None) -> int:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     cuts = decode.cuts_name(options.test_cuts)
-    rows = make_rows(grid, [run for run in runs if is_finished(run)], vocab_size)
+    rows, resampled = make_rows(grid, [run for run in runs if is_finished(run)], vocab_size)
     if not rows:
         print(f"{options.out}: no run has a result\n{chr(10).join(failures)}", file=sys.stderr)
         return 1
     text = table(rows, grid, cuts, failures)
+    pairs = compare_series(rows, resampled)
+    if pairs:
+        text += "\n" + series_table(pairs, figures.rate_name(rows))
     stem = options.out / f"sweep-{cuts}"
     stem.with_suffix(".md").write_text(text, encoding="utf-8")
-    tree = {"commit": current_commit(), "cuts": cuts, "overrides": options.set, "cells": rows, "failures": failures}
+    tree = {"commit": current_commit(), "cuts": cuts, "overrides": options.set}
+    tree |= {"cells": rows, "series": pairs, "failures": failures}
     stem.with_suffix(".json").write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     figures.save(draw, rows, stem)
     print(text)
