@@ -20,10 +20,13 @@ from ssm_asr.encoder.regularize import (
     Scheduled,
     Whiten,
     at_least_float32,
+    never,
     penalize_large,
 )
+from ssm_asr.ssm import kernels
 
 MASKED_SCORE = -1000.0
+LARGE_SCORE, LARGE_SCORE_PENALTY = 25.0, 1e-4
 
 
 class Context(NamedTuple):
@@ -155,19 +158,36 @@ class AttentionWeights(Scheduled):
             key_BKQ = torch.cat([keys_BLQ, key_BKQ], dim=1)
         query = query_BTQ.reshape(B, T, self.heads, -1).transpose(1, 2)
         key = key_BKQ.reshape(B, key_BKQ.shape[1], self.heads, -1).permute(0, 2, 3, 1)
-        scores_BHTK = query @ key
-        if not self.chance(self.pos_skip_rate):
+        position_BHTP, skip = None, self.chance(self.pos_skip_rate)
+        if isinstance(skip, Tensor) or not skip:
             pos_query = pos_query.reshape(B, T, self.heads, -1).transpose(1, 2)
             pos_key = self.linear_pos(pos_PE).reshape(-1, self.heads, self.pos_head_dim).permute(1, 2, 0)
-            scores_BHTK = scores_BHTK + shift_relative(pos_query @ pos_key)
-        if scores_BHTK.requires_grad and self.chance(0.1):
-            scores_BHTK = penalize_large(scores_BHTK, limit=25.0, penalty=1e-4)
-        scores_BHTK = at_least_float32(scores_BHTK)
-        if context.chunk_mask_TK is not None:
-            scores_BHTK = scores_BHTK.masked_fill(context.chunk_mask_TK, MASKED_SCORE)
-        if context.padding_mask_BK is not None:
-            scores_BHTK = scores_BHTK.masked_fill(context.padding_mask_BK[:, None, None], MASKED_SCORE)
-        return scores_BHTK.softmax(dim=-1).to(x_BTD.dtype), key_BKQ
+            pos_query = pos_query * (1 - skip) if isinstance(skip, Tensor) else pos_query
+            position_BHTP = pos_query @ pos_key
+        penalty = LARGE_SCORE_PENALTY * self.chance(0.1)
+        return weights_of_scores(query @ key, position_BHTP, context, penalty).to(x_BTD.dtype), key_BKQ
+
+
+def weights_of_scores(
+    scores_BHTK: Tensor, position_BHTP: Tensor | None, context: Context, penalty: float | Tensor
+) -> Tensor:
+    """Softmax of the scores plus those of relative positions, if any; scores over a limit are penalised in training."""
+    if position_BHTP is not None and scores_BHTK.shape[2] > 1 and kernels.usable(scores_BHTK):
+        from ssm_asr.encoder.kernels.attention import attention_weights  # only where Triton is installed
+
+        if not isinstance(penalty, Tensor):
+            penalty = torch.full((), penalty, device=scores_BHTK.device)
+        return attention_weights(scores_BHTK, position_BHTP, *context, LARGE_SCORE, penalty)
+    if position_BHTP is not None:
+        scores_BHTK = scores_BHTK + shift_relative(position_BHTP)
+    if scores_BHTK.requires_grad and not never(penalty):
+        scores_BHTK = penalize_large(scores_BHTK, LARGE_SCORE, penalty)
+    scores_BHTK = at_least_float32(scores_BHTK)
+    if context.chunk_mask_TK is not None:
+        scores_BHTK = scores_BHTK.masked_fill(context.chunk_mask_TK, MASKED_SCORE)
+    if context.padding_mask_BK is not None:
+        scores_BHTK = scores_BHTK.masked_fill(context.padding_mask_BK[:, None, None], MASKED_SCORE)
+    return scores_BHTK.softmax(dim=-1)
 
 
 class SelfAttention(nn.Module):
@@ -212,7 +232,9 @@ class NonlinAttention(Scheduled):
         gated_BKN = self.whiten_x(x) * torch.tanh(self.balance_gate(gate))
         if gated_BLN is not None:
             gated_BKN = torch.cat([gated_BLN, gated_BKN], dim=1)
-        if self.chance(self.constant_rate):
+        constant = self.chance(self.constant_rate)
+        if not never(constant):
             visible = (weights_BTK > 0).to(weights_BTK.dtype)
-            weights_BTK = visible / visible.sum(dim=-1, keepdim=True)
+            even_BTK = visible / visible.sum(dim=-1, keepdim=True)
+            weights_BTK = torch.where(constant > 0, even_BTK, weights_BTK) if isinstance(constant, Tensor) else even_BTK
         return self.whiten_out(self.out_proj((weights_BTK @ gated_BKN) * y)), gated_BKN

@@ -277,7 +277,8 @@ class Conformer(nn.Module):
 
     def _join_frames(self, x_BTE: Tensor) -> Tensor:
         """Pairs of frames side by side, projected to the width of the layers: (B, (T+1)//2, D)."""
-        if x_BTE.shape[1] % SUBSAMPLING:
-            x_BTE = torch.cat([x_BTE, x_BTE[:, -1:]], dim=1)
+        missing = -x_BTE.shape[1] % SUBSAMPLING
+        if missing:
+            x_BTE = torch.cat([x_BTE, x_BTE[:, -1:].expand(-1, missing, -1)], dim=1)
         B, T, E = x_BTE.shape
         return self.dropout(self.subsampling(x_BTE.reshape(B, T // SUBSAMPLING, SUBSAMPLING * E)))

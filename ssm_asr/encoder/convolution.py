@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssm_asr.encoder.modules import SwooshR, scaled_linear
 from ssm_asr.encoder.regularize import Balancer, Schedule, Whiten
+from ssm_asr.ssm import kernels
 
 
 class ChunkCausalConv(nn.Module):
@@ -32,6 +33,8 @@ class ChunkCausalConv(nn.Module):
         """(B, D, T) -> (B, D, T); chunk is in frames, -1 for the whole sequence."""
         B, D, T = x_BDT.shape
         chunk = T if chunk < 0 else chunk
+        if kernels.usable(x_BDT):
+            return self._by_kernel(x_BDT.transpose(1, 2), chunk).transpose(1, 2)
         causal_BDT = self.causal_conv(nn.functional.pad(x_BDT, (self.cached, 0)))
         n = -(-T // chunk)
         chunks = nn.functional.pad(x_BDT, (0, n * chunk - T)).reshape(B, D, n, chunk)
@@ -44,6 +47,14 @@ class ChunkCausalConv(nn.Module):
         x_padded = torch.cat([cache_BDM, x_BDC], dim=2)
         out_BDC = self.causal_conv(x_padded) + self._inside(x_BDC)
         return out_BDC, x_padded[..., x_padded.shape[2] - self.cached :]
+
+    def _by_kernel(self, x_BTD: Tensor, chunk: int) -> Tensor:
+        from ssm_asr.encoder.kernels.depthwise import chunk_causal_conv  # only where Triton is installed
+
+        causal, inside = self.causal_conv, self.chunkwise_conv
+        assert causal.bias is not None and inside.bias is not None
+        edge_CD = 1.0 + self._edge_scale(chunk).T
+        return chunk_causal_conv(x_BTD, edge_CD, causal.weight, causal.bias, inside.weight, inside.bias)
 
     def _inside(self, x_NDC: Tensor) -> Tensor:
         return self.chunkwise_conv(x_NDC) * (1.0 + self._edge_scale(x_NDC.shape[2])).to(x_NDC.dtype)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssm_asr.encoder.regularize import Balancer, Dropout, LimitParameter, Schedule, Scheduled, Value, Whiten
+from ssm_asr.encoder.regularize import Balancer, Dropout, LimitParameter, Schedule, Scheduled, Value, Whiten, never
+from ssm_asr.ssm import kernels
 
 
 class _Swoosh(torch.autograd.Function):
@@ -18,12 +19,24 @@ class _Swoosh(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, shift: float, offset: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.shift = shift
+        if kernels.usable(x) and _dense(x):
+            from ssm_asr.encoder.kernels.elementwise import swoosh  # only where Triton is installed
+
+            return swoosh(x, shift, offset)
         return nn.functional.softplus(x - shift).sub_(offset).sub_(x, alpha=0.08)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
+        if kernels.usable(x) and _dense(x):
+            from ssm_asr.encoder.kernels.elementwise import swoosh
+
+            return swoosh(x, ctx.shift, 0.0, grads[0]), None, None
         return (x - ctx.shift).sigmoid_().sub_(0.08).mul_(grads[0]), None, None
+
+
+def _dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 class Swoosh(nn.Module):
@@ -34,7 +47,7 @@ class Swoosh(nn.Module):
         self.shift, self.offset = shift, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.onnx.is_in_onnx_export() or torch.compiler.is_compiling():
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
             return nn.functional.softplus(x - self.shift) - 0.08 * x - self.offset
         return _Swoosh.apply(x, self.shift, self.offset)
 
@@ -102,7 +115,7 @@ class Bypass(Scheduled):
         if self.training:
             scale = self.limit(scale)
             skip_rate = self.now(self.skip_rate)
-            if skip_rate != 0.0:
+            if not never(skip_rate):
                 keep_B11 = torch.rand(orig_BTD.shape[0], 1, 1, device=orig_BTD.device) > skip_rate
                 scale = scale * keep_B11
         return torch.addcmul(orig_BTD, new_BTD - orig_BTD, scale.to(orig_BTD.dtype))
@@ -140,7 +153,8 @@ class Downsample(nn.Module):
         missing = -x_BTD.shape[1] % self.factor
         if missing:
             x_BTD = torch.cat([x_BTD, x_BTD[:, -1:].expand(-1, missing, -1)], dim=1)
-        groups = x_BTD.unflatten(1, (x_BTD.shape[1] // self.factor, self.factor))
+        B, T, D = x_BTD.shape
+        groups = x_BTD.reshape(B, T // self.factor, self.factor, D)
         weights = self.bias.softmax(dim=0).to(x_BTD.dtype)
         return (groups * weights[:, None]).sum(dim=2)
 

@@ -10,56 +10,23 @@ that belong to data are drawn with torch.
 Shapes: B batch, T time, D channels (last dimension unless said), G groups, N frames (all dims but channels).
 """
 
-import random
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-class Schedule:
-    """A piecewise-linear function of the batch count; the ends are held.
-
-    >>> Schedule((0, 0.2), (4000, 0.05))(2000)
-    0.125
-    """
-
-    def __init__(self, *points: tuple[float, float]) -> None:
-        self.points = points
-
-    def __call__(self, batch_count: float) -> float:
-        x0, y0 = self.points[0]
-        if batch_count <= x0:
-            return y0
-        for x1, y1 in self.points[1:]:
-            if batch_count < x1:
-                return y0 + (y1 - y0) * (batch_count - x0) / (x1 - x0)
-            x0, y0 = x1, y1
-        return y0
-
-
-Value = float | Schedule
-
-
-class Scheduled(nn.Module):
-    """A module some of whose settings follow the batch count."""
-
-    batch_count: float = 0.0
-
-    def now(self, value: Value) -> float:
-        """The present value of a setting."""
-        return value(self.batch_count) if isinstance(value, Schedule) else value
-
-    def chance(self, probability: Value) -> bool:
-        """True with the given probability while training, never in evaluation."""
-        return self.training and random.random() < self.now(probability)
-
-
-def set_batch_count(model: nn.Module, batch_count: float) -> None:
-    """Moves every schedule of the model to `batch_count` (batches of 600 s)."""
-    for module in model.modules():
-        if isinstance(module, Scheduled):
-            module.batch_count = batch_count
+from ssm_asr.encoder.schedule import (
+    Number,
+    Schedule,
+    Scheduled,
+    Value,
+    decision,
+    never,
+    present,
+)
+from ssm_asr.encoder.schedule import set_batch_count as set_batch_count  # for those who train
+from ssm_asr.ssm import kernels
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -77,9 +44,7 @@ class _BalancerFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, limits: tuple[float, float, float, float], grad_scale: float, channel_dim: int
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, limits: tuple[Number, ...], grad_scale: Number, channel_dim: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.limits, ctx.grad_scale, ctx.channel_dim = limits, grad_scale, channel_dim
         return x.view_as(x)
@@ -97,8 +62,8 @@ class _BalancerFunction(torch.autograd.Function):
             std = (square - mean * mean).clamp(min=1e-20).sqrt()
             rms = square.clamp(min=1e-20).sqrt()
             m = mean / std
-            sign_m = torch.sign(m - m.clamp(min_m, max_m))
-            sign_r = torch.sign(rms - rms.clamp(min_rms, max_rms))
+            sign_m = torch.sign(m - m.clamp(min=min_m).clamp(max=max_m))
+            sign_r = torch.sign(rms - rms.clamp(min=min_rms).clamp(max=max_rms))
             slope = sign_r / (rms * rms) - sign_m * m / (std * std)
             offset = sign_m * (1 + m * mean / std) / std
             # The rms of offset + slope·x over frames, without squares that overflow where a channel is all zeros.
@@ -107,11 +72,35 @@ class _BalancerFunction(torch.autograd.Function):
             return (grad + grad.abs() * push.to(grad.dtype)), None, None, None
 
 
+class _BalancerKernel(torch.autograd.Function):
+    """The same by a kernel, which does next to nothing for a batch on which the balancer does not act."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, settings: Tensor, grad_scale: float, channel_dim: int) -> Tensor:
+        ctx.save_for_backward(x)
+        # The settings are part of a tensor that other modules write their part of meanwhile.
+        ctx.settings, ctx.grad_scale, ctx.channel_dim = settings, grad_scale, channel_dim
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from ssm_asr.encoder.kernels.elementwise import balance  # only where Triton is installed
+
+        (x,) = ctx.saved_tensors
+        x, grad = (y.movedim(ctx.channel_dim, -1).contiguous() for y in (x, grads[0]))
+        out_ND = balance(x.flatten(0, -2), grad.flatten(0, -2), ctx.settings, ctx.grad_scale)
+        return out_ND.reshape(grad.shape).movedim(-1, ctx.channel_dim), None, None, None
+
+
 def _mean_limit(positive: float) -> float:
     """The limit on mean/std that stands for a share of positive values, for a roughly normal channel."""
     x, eps = 2 * positive - 1, 1e-10
-    logs = torch.tensor([1 + x + eps, 1 - x + eps], dtype=torch.float64).log()
-    return 0.8139535143 * 0.5 * float(logs[0] - logs[1])
+    return 0.8139535143 * 0.5 * (math.log(1 + x + eps) - math.log(1 - x + eps))
+
+
+def _rms_limit(mean_abs: float) -> float:
+    """The root mean square of a normal variable with this mean absolute value."""
+    return mean_abs * 1.25331413732
 
 
 class Balancer(Scheduled):
@@ -137,11 +126,17 @@ class Balancer(Scheduled):
         self.channel_dim, self.grad_scale = channel_dim, grad_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (x.requires_grad and self.chance(self.prob)):
+        if not x.requires_grad:
             return x
-        min_m, max_m = (_mean_limit(self.now(p)) for p in self.positive)
-        min_rms, max_rms = (self.now(a) * 1.25331413732 for a in self.abs)
-        return _BalancerFunction.apply(x, (min_m, max_m, min_rms, max_rms), self.grad_scale, self.channel_dim)
+        if self.draws is not None and self.training and kernels.usable(x):
+            bounds = [(p, _mean_limit) for p in self.positive] + [(a, _rms_limit) for a in self.abs]
+            settings = self.draws.numbers(self, (decision, self.prob, float), *((present, *bound) for bound in bounds))
+            return _BalancerKernel.apply(x, settings, self.grad_scale, self.channel_dim)
+        acts = self.chance(self.prob)
+        if never(acts):
+            return x
+        limits = (*(self.now(p, _mean_limit) for p in self.positive), *(self.now(a, _rms_limit) for a in self.abs))
+        return _BalancerFunction.apply(x, limits, acts * self.grad_scale, self.channel_dim)
 
 
 def whitening_metric(x_ND: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -156,23 +151,29 @@ def whitening_metric(x_ND: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     x_NGC = x_ND.reshape(x_ND.shape[0], groups, -1)
     x_GNC = (x_NGC - x_NGC.mean(dim=0)).transpose(0, 1)
     cov_GCC = x_GNC.transpose(1, 2) @ x_GNC
-    channels = x_ND.shape[1]
+    metric, grad_cov_GCC = _metric_of_covariance(cov_GCC)
+    grad_GNC = 2 * x_GNC @ grad_cov_GCC
+    return metric, grad_GNC.transpose(0, 1).reshape_as(x_ND)
+
+
+def _metric_of_covariance(cov_GCC: Tensor) -> tuple[Tensor, Tensor]:
+    """The whitening metric and its gradient with respect to the covariance."""
+    channels = cov_GCC.shape[0] * cov_GCC.shape[1]
     diagonal = cov_GCC.diagonal(dim1=1, dim2=2)
     mean_square = (cov_GCC * cov_GCC).sum() / channels
     mean_diagonal = diagonal.mean() + 1e-20
     metric = mean_square / (mean_diagonal * mean_diagonal)
-    grad_cov = (cov_GCC - torch.diag_embed((mean_square / mean_diagonal).expand_as(diagonal))) * (
+    grad_cov_GCC = (cov_GCC - torch.diag_embed((mean_square / mean_diagonal).expand_as(diagonal))) * (
         2 / (channels * mean_diagonal * mean_diagonal)
     )
-    grad_GNC = 2 * x_GNC @ grad_cov
-    return metric, grad_GNC.transpose(0, 1).reshape_as(x_ND)
+    return metric, grad_cov_GCC
 
 
 class _WhitenFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: "Whiten", limit: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, module: "Whiten", limit: Number, acts: Number) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.module, ctx.limit = module, limit
+        ctx.module, ctx.limit, ctx.acts = module, limit, acts
         return x.view_as(x)
 
     @staticmethod
@@ -181,19 +182,43 @@ class _WhitenFunction(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         module: Whiten = ctx.module
         with torch.autocast(x.device.type, enabled=False):
+            if x.is_cuda and x.dtype == torch.bfloat16 and grad.dtype == x.dtype:
+                return _whitened_bfloat16(x, grad, module, ctx.limit, ctx.acts), None, None, None
             wide = at_least_float32(x)
             metric, metric_grad = whitening_metric(wide.reshape(-1, wide.shape[-1]), module.groups)
-            module.over_limit = bool(metric > ctx.limit)
-            if not module.over_limit:
-                return grad, None, None
-            scale = module.grad_scale * grad.norm(dtype=wide.dtype) / (metric_grad.norm() + 1e-20)
-            return grad + (metric_grad * scale).reshape_as(grad).to(grad.dtype), None, None
+            scale = module.strength(metric, ctx.limit, ctx.acts)
+            scale = scale * grad.norm(dtype=wide.dtype) / (metric_grad.norm() + 1e-20)
+            return grad + (metric_grad * scale).reshape_as(grad).to(grad.dtype), None, None, None
+
+
+def _whitened_bfloat16(x: Tensor, grad: Tensor, module: "Whiten", limit: Number, acts: Number) -> Tensor:
+    """The gradient as `_WhitenFunction` changes it, on the matrix units and without a tensor of x's size in float32.
+
+    The covariance is summed in float32 from exact products; the metric's gradient, which is a product of x with a small
+    matrix, is scaled in that matrix, so that one product adds it to the gradient.
+    """
+    groups = module.groups
+    x_ND = x.reshape(-1, x.shape[-1])
+    x_GNC = x_ND.reshape(len(x_ND), groups, -1).transpose(0, 1)
+    mean_G1C = x_ND.mean(dim=0, dtype=torch.float32).reshape(groups, 1, -1)
+    cov_GCC = torch.bmm(x_GNC.transpose(1, 2), x_GNC, out_dtype=torch.float32)
+    cov_GCC = torch.baddbmm(cov_GCC, mean_G1C.transpose(1, 2), mean_G1C, alpha=-len(x_ND))
+    metric, grad_cov_GCC = _metric_of_covariance(cov_GCC)
+    size = 2 * (grad_cov_GCC * (cov_GCC @ grad_cov_GCC)).sum().clamp(min=0).sqrt()
+    norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
+    scale = module.strength(metric, limit, acts) * norm / (size + 1e-20)
+    weight_GCC = grad_cov_GCC * (2 * scale)
+    shift_D = (mean_G1C @ weight_GCC).flatten()
+    grad_GNC = grad.reshape(len(x_ND), groups, -1).transpose(0, 1)
+    out_GNC = torch.baddbmm(grad_GNC, x_GNC, weight_GCC.to(x.dtype))
+    return (out_GNC.transpose(0, 1).reshape(x_ND.shape) - shift_D.to(x.dtype)).reshape_as(grad)
 
 
 class Whiten(Scheduled):
     """Pushes the channels of each group towards a covariance with equal eigenvalues (appendix A.3.3).
 
-    Acts on a quarter of the training batches, and on a tenth of those while it finds nothing to do.
+    Acts on a quarter of the training batches, and on a tenth of those while it finds nothing to do. On a GPU that is
+    decided there, so that the host need not wait to know it.
 
     Args:
         limit: the metric above which it acts; 1 is white.
@@ -203,17 +228,28 @@ class Whiten(Scheduled):
     def __init__(self, limit: Value, groups: int = 1, grad_scale: float = 0.01, prob: Value = 0.25) -> None:
         super().__init__()
         self.limit, self.groups, self.grad_scale, self.prob = limit, groups, grad_scale, prob
-        self.over_limit = True
+        self.over_limit: Tensor
+        self.register_buffer("over_limit", torch.tensor(True), persistent=False)
+
+    def strength(self, metric: Tensor, limit: Number, acts: Number) -> Tensor:
+        """`grad_scale` where the metric is over the limit and there is a call to act, else 0; notes what it found."""
+        over_limit = metric > limit
+        self.over_limit.copy_(torch.where(torch.as_tensor(acts > 0), over_limit, self.over_limit))
+        return self.grad_scale * over_limit * acts
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.requires_grad or not self.chance(self.now(self.prob) * (1.0 if self.over_limit else 0.1)):
+        if not x.requires_grad:
             return x
-        return _WhitenFunction.apply(x, self, self.now(self.limit))
+        due, anyway = self.chance(self.prob), self.chance(0.1)
+        if never(due) or (never(anyway) and not x.is_cuda and not self.over_limit):
+            return x
+        acts = due * torch.clamp(self.over_limit + anyway, max=1)
+        return _WhitenFunction.apply(x, self, self.now(self.limit), acts)
 
 
 class _PenalizeLarge(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, limit: float, penalty: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, limit: float, penalty: Number) -> Tensor:
         ctx.save_for_backward((x > limit).to(torch.int8) - (x < -limit).to(torch.int8))
         ctx.penalty = penalty
         return x.view_as(x)
@@ -221,10 +257,10 @@ class _PenalizeLarge(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (sign,) = ctx.saved_tensors
-        return grads[0] + ctx.penalty * sign, None, None
+        return grads[0] + (ctx.penalty * sign).to(grads[0].dtype), None, None
 
 
-def penalize_large(x: Tensor, limit: float, penalty: float) -> Tensor:
+def penalize_large(x: Tensor, limit: float, penalty: Number) -> Tensor:
     """x itself; its gradient gets that of penalty · Σ max(0, |x| - limit)."""
     return _PenalizeLarge.apply(x, limit, penalty)
 
@@ -253,9 +289,9 @@ class ScaleGradient(nn.Module):
 
 class _LimitParameter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, low: Number, high: Number, acts: Number) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.low, ctx.high = low, high
+        ctx.low, ctx.high, ctx.acts = low, high, acts
         return x.view_as(x)
 
     @staticmethod
@@ -263,7 +299,7 @@ class _LimitParameter(torch.autograd.Function):
         (grad,) = grads
         (x,) = ctx.saved_tensors
         outward = ((grad < 0) & (x > ctx.high)) | ((grad > 0) & (x < ctx.low))
-        return torch.where(outward, -grad, grad), None, None
+        return torch.where(outward, grad * (1 - 2 * ctx.acts), grad), None, None, None
 
 
 class LimitParameter(Scheduled):
@@ -274,9 +310,10 @@ class LimitParameter(Scheduled):
         self.low, self.high, self.prob = low, high, prob
 
     def forward(self, parameter: Tensor) -> Tensor:
-        if not self.chance(self.prob):
+        acts = self.chance(self.prob)
+        if never(acts):
             return parameter
-        return _LimitParameter.apply(parameter, self.now(self.low), self.now(self.high))
+        return _LimitParameter.apply(parameter, self.now(self.low), self.now(self.high), acts)
 
 
 class Dropout(Scheduled):
@@ -287,17 +324,19 @@ class Dropout(Scheduled):
         self.rate, self.shared_dim = rate, shared_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        rate = self.now(self.rate)
-        if not self.training or rate == 0.0:
+        if not self.training:
             return x
-        if self.shared_dim is None:
-            return nn.functional.dropout(x, rate)
-        return x * nn.functional.dropout(torch.ones_like(x.narrow(self.shared_dim, 0, 1)), rate)
+        rate = self.now(self.rate)
+        if never(rate):
+            return x
+        like = x if self.shared_dim is None else x.narrow(self.shared_dim, 0, 1)
+        keep = torch.rand_like(like, dtype=torch.float32) >= rate
+        return x * (keep / (1 - rate)).to(x.dtype)
 
 
-def sequence_mask(x: Tensor, drop_rate: float) -> Tensor | None:
+def sequence_mask(x: Tensor, drop_rate: Number) -> Tensor | None:
     """A (B, 1, …) mask that zeroes whole sequences with probability `drop_rate`; None when it would drop nothing."""
-    if drop_rate == 0.0:
+    if never(drop_rate):
         return None
     keep_B = torch.rand(x.shape[0], device=x.device) > drop_rate
     return keep_B.to(x.dtype).reshape(-1, *([1] * (x.ndim - 1)))
@@ -305,11 +344,11 @@ def sequence_mask(x: Tensor, drop_rate: float) -> Tensor | None:
 
 def whitening_flags(model: nn.Module) -> list[bool]:
     """What every Whiten found last: the only state of the regularisers, to be saved with a training run."""
-    return [module.over_limit for module in model.modules() if isinstance(module, Whiten)]
+    return [bool(module.over_limit) for module in model.modules() if isinstance(module, Whiten)]
 
 
 def load_whitening_flags(model: nn.Module, flags: list[bool]) -> None:
     """The inverse of `whitening_flags`."""
     modules = [module for module in model.modules() if isinstance(module, Whiten)]
     for module, flag in zip(modules, flags, strict=True):
-        module.over_limit = flag
+        module.over_limit.fill_(flag)

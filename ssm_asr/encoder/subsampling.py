@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssm_asr import units
 from ssm_asr.encoder.modules import BiasNorm, SwooshL, SwooshR, scale_parameters_
-from ssm_asr.encoder.regularize import Balancer, Dropout, ScaleGradient, Schedule, Scheduled, Value, Whiten
+from ssm_asr.encoder.regularize import Balancer, Dropout, ScaleGradient, Schedule, Scheduled, Value, Whiten, never
 
 # Every encoder frame sees 3 frames of the ConvNeXt input to either side.
 LOOK_AHEAD = 3
@@ -50,7 +50,7 @@ class ConvNeXt(Scheduled):
         out_BCTW = self.pointwise_conv2(hidden)
         if self.training:
             skip_rate = self.now(self.skip_rate)
-            if skip_rate > 0:
+            if not never(skip_rate):
                 keep_B = torch.rand(x_BCTW.shape[0], 1, 1, 1, device=x_BCTW.device) > skip_rate
                 out_BCTW = out_BCTW * keep_B
         out_BCTW = self.balance_out(x_BCTW + out_BCTW)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ssm_asr.ssm import kernels
+
 # Longer blocks cost more inside, shorter ones between. On a CPU, for N = 16 to 128, forward and backward with blocks of
 # 16 and 32 frames take the same time within 20 %, with 64 frames 1.5 times as long, with 128 twice.
 BLOCK_FRAMES = 32
@@ -46,8 +48,14 @@ def ssd(
     Returns:
         y_BTHP, and S after the last frame.
     """
-    form = ssd_recurrent if x_BTHP.shape[1] <= RECURRENT_FRAMES else ssd_chunked
-    return form(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN)
+    inputs = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN)
+    if x_BTHP.shape[1] <= RECURRENT_FRAMES:
+        return ssd_recurrent(*inputs)
+    if kernels.usable(x_BTHP) and x_BTHP.dtype == torch.float32:
+        from ssm_asr.ssm.kernels.ssd import ssd_kernel  # only where Triton is installed
+
+        return ssd_kernel(*inputs, least_log_decay=LEAST_LOG_DECAY)
+    return ssd_chunked(*inputs)
 
 
 def ssd_recurrent(
@@ -60,11 +68,15 @@ def ssd_recurrent(
     decay_BTH = torch.exp(dt_BTH * A_H)
     dx_BTHP = dt_BTH[..., None] * x_BTHP
     ys = [x_BTHP[:, :0]]
-    frames = zip(*(x.unbind(1) for x in (decay_BTH, dx_BTHP, B_BTHN, C_BTHN)), strict=True)
-    for decay_BH, dx_BHP, B_BHN, C_BHN in frames:
-        state_BHPN = decay_BH[..., None, None] * state_BHPN + dx_BHP[..., None] * B_BHN[..., None, :]
-        ys.append((state_BHPN * C_BHN[..., None, :]).sum(dim=-1)[:, None])
+    for t in range(x_BTHP.shape[1]):
+        added_BHPN = dx_BTHP[:, t, :, :, None] * B_BTHN[:, t, :, None]
+        state_BHPN = decay_BTH[:, t, :, None, None] * state_BHPN + added_BHPN
+        ys.append((state_BHPN * C_BTHN[:, t, :, None]).sum(dim=-1)[:, None])
     return torch.cat(ys, dim=1) + D_H[:, None] * x_BTHP, state_BHPN
+
+
+# In exported models a loop over all frames, however many an utterance has.
+ssd_loop = torch.jit.script_if_tracing(ssd_recurrent)
 
 
 def ssd_chunked(
@@ -263,7 +275,8 @@ class Mamba2(nn.Module):
         dt_BTH = functional.softplus(dt_BTH.to(dtype) + self.dt_bias)
         if padding_mask_BT is not None:
             dt_BTH = dt_BTH.masked_fill(padding_mask_BT[..., None], 0.0)
-        y_BTHP, state_BHPN = ssd(
+        whole = padding_mask_BT is not None  # and not a chunk, which in an exported model has a fixed length
+        y_BTHP, state_BHPN = (ssd_loop if whole and torch.jit.is_tracing() else ssd)(
             x_BTI.reshape(B, T, self.nheads, -1),
             dt_BTH,
             -torch.exp(self.A_log),

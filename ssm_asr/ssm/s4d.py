@@ -40,6 +40,27 @@ def convolve_inside(x_BDT: Tensor, taps_DL: Tensor) -> Tensor:
     return nn.functional.conv1d(x_BDT, taps_DL.flip(1)[:, None], groups=taps_DL.shape[0])
 
 
+def _times(a_DN: Tensor, b_DN: Tensor, pairs: bool) -> Tensor:
+    """The product, mode by mode."""
+    if not pairs:
+        return a_DN * b_DN
+    a_re, a_im = a_DN.chunk(2, dim=-1)
+    b_re, b_im = b_DN.chunk(2, dim=-1)
+    return torch.cat([a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re], dim=-1)
+
+
+@torch.jit.script_if_tracing
+def _recurrence(
+    u_BDT: Tensor, state_BDN: Tensor, decay_DN: Tensor, input_DN: Tensor, weights_DN: Tensor, D_D: Tensor, pairs: bool
+) -> tuple[Tensor, Tensor]:
+    """Frame by frame, in exported models too, however many there are: output (B, D, T) and the state after it."""
+    outputs = [u_BDT[..., :0]]
+    for t in range(u_BDT.shape[2]):
+        state_BDN = _times(decay_DN, state_BDN, pairs) + input_DN * u_BDT[:, :, t, None]
+        outputs.append(((weights_DN * state_BDN).sum(2) + D_D * u_BDT[:, :, t])[..., None])
+    return torch.cat(outputs, dim=2), state_BDN
+
+
 class S4D(nn.Module):
     """D independent systems with one input and one output each.
 
@@ -81,12 +102,8 @@ class S4D(nn.Module):
 
     def recurrence(self, u_BDT: Tensor, state_BDN: Tensor) -> tuple[Tensor, Tensor]:
         """Frame by frame, the reference for the other forms: output (B, D, T) and the state after it."""
-        decay_DN, input_DN, weights_DN = self._powers(1)[..., 1], self._input(), self._weights(self.C)
-        outputs = []
-        for u_BD in u_BDT.unbind(2):
-            state_BDN = self._times(decay_DN, state_BDN) + input_DN * u_BD[..., None]
-            outputs.append((weights_DN * state_BDN).sum(2) + self.D * u_BD)
-        return torch.stack(outputs, dim=2), state_BDN
+        decay_DN, weights_DN = self._powers(1)[..., 1], self._weights(self.C)
+        return _recurrence(u_BDT, state_BDN, decay_DN, self._input(), weights_DN, self.D, self.pairs)
 
     def kernel(self, frames: int) -> Tensor:
         """K[0 … L-1], without D: (D, L)."""
@@ -102,6 +119,8 @@ class S4D(nn.Module):
         """Whole sequences from zero state, as a convolution: (B, D, T) -> (B, D, T)."""
         with self._full_precision():
             u_BDT = u_BDT.to(self.log_dt.dtype)
+            if torch.jit.is_tracing():  # exported models have no FFT
+                return self.recurrence(u_BDT, self.init_state(u_BDT.shape[0], u_BDT.device))[0]
             return causal_convolution(u_BDT, self._kernel(self._powers(u_BDT.shape[2]))) + self.D[:, None] * u_BDT
 
     def stream(self, u_BDT: Tensor, state_BDN: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,12 +143,7 @@ class S4D(nn.Module):
         return torch.autocast(self.log_dt.device.type, enabled=False)
 
     def _times(self, a_DN: Tensor, b_DN: Tensor) -> Tensor:
-        """The product, mode by mode."""
-        if not self.pairs:
-            return a_DN * b_DN
-        a_re, a_im = a_DN.chunk(2, dim=-1)
-        b_re, b_im = b_DN.chunk(2, dim=-1)
-        return torch.cat([a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re], dim=-1)
+        return _times(a_DN, b_DN, self.pairs)
 
     def _weights(self, modes_DN: Tensor) -> Tensor:
         """w such that Σ_N w·z is Σ_M modes·z, or 2·Re Σ_M modes·z for pairs, for the N reals z of any other modes."""

@@ -96,7 +96,7 @@ class Transducer(nn.Module):
         Raises:
             ValueError: if C is not a multiple of every downsampling factor of the encoder.
         """
-        frames, rest = divmod(features_BTF.shape[1] - CHUNK_OVERLAP, 2)
+        frames, rest = divmod(int(features_BTF.shape[1]) - CHUNK_OVERLAP, 2)  # a constant in an exported model
         factor = max(self.config.encoder.downsampling)
         if rest or frames <= 0 or frames % factor:
             raise ValueError(

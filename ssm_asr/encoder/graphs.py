@@ -1,0 +1,130 @@
+"""CUDA graphs of the encoder's forward and backward pass in training.
+
+On a fast GPU the encoder's thousands of small kernels take less time than the host needs to launch them. A graph
+launches all at once. It is captured once for every shape of batch, chunk and left context; what else differs from
+batch to batch reaches it as numbers on the device (ssm_asr.encoder.schedule.Draws).
+
+Shapes: B batch, T feature frames, F mels, S output frames, D encoder width.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssm_asr.encoder.regularize import load_whitening_flags, whitening_flags
+from ssm_asr.encoder.schedule import Draws
+
+Encode = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+WARM_UPS = 2  # eager passes before a capture, in which libraries choose their algorithms
+
+
+class EncoderGraphs:
+    """Stands in for `encode` of a model; passes that are not for training on a GPU go to `encode` itself.
+
+    A gradient that it leaves at a parameter is overwritten by its next backward pass: set gradients to None between.
+
+    Args:
+        encode: features (B, T, F), lengths, chunk and left context -> (B, S, D) and lengths.
+        modules: those that `encode` uses; their decisions are drawn at every call from now on.
+        most: graphs to keep, which share their memory but for input and output; further shapes run without.
+    """
+
+    def __init__(self, encode: Encode, modules: Iterable[nn.Module], most: int = 256) -> None:
+        self.encode, self.most = encode, most
+        self.modules = nn.ModuleList(modules)
+        self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
+        self.draws = Draws(self.modules, self.parameters[0].device)
+        self.graphs: dict[Any, _Graph] = {}
+        self.gradients: list[Tensor] = []
+        self.pool: Any = None
+
+    def __call__(
+        self, features_BTF: Tensor, lens_B: Tensor, chunk: int = -1, left_context: int = -1
+    ) -> tuple[Tensor, Tensor]:
+        """As `encode`."""
+        training = self.modules[0].training and torch.is_grad_enabled()
+        if training:
+            self.draws.renew()
+        if not training or not features_BTF.is_cuda:
+            return self.encode(features_BTF, lens_B, chunk, left_context)
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        key = (features_BTF.shape, chunk, left_context, dtype)
+        if key not in self.graphs:
+            if len(self.graphs) >= self.most:
+                return self.encode(features_BTF, lens_B, chunk, left_context)
+            self.graphs[key] = _Graph(self, features_BTF, lens_B, chunk, left_context, dtype)
+        out_BSD, lens_B = _Replay.apply(self.graphs[key], features_BTF, lens_B, *self.parameters)
+        return out_BSD, lens_B
+
+
+class _Graph:
+    """The graphs for one shape. All parameters' gradients end in `owner.gradients`, which all graphs share."""
+
+    def __init__(
+        self,
+        owner: EncoderGraphs,
+        features_BTF: Tensor,
+        lens_B: Tensor,
+        chunk: int,
+        left_context: int,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.owner, self.features_BTF, self.lens_B = owner, features_BTF.clone(), lens_B.clone()
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        if owner.pool is None:
+            owner.pool = torch.cuda.graph_pool_handle()
+            owner.gradients = [torch.zeros_like(p) for p in owner.parameters]
+
+        def encode() -> tuple[Tensor, Tensor]:
+            # Casts of weights must be inside the graph, not kept from before it.
+            with torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False):
+                return owner.encode(self.features_BTF, self.lens_B, chunk, left_context)
+
+        self._warm_up(encode)
+        mode = {"pool": owner.pool, "capture_error_mode": "thread_local"}  # loaders pin memory in other threads
+        with torch.cuda.graph(self.forward, **mode):
+            out_BSD, self.out_lens_B = encode()
+        self.grad_BSD = torch.zeros_like(out_BSD)
+        with torch.cuda.graph(self.backward, **mode):
+            self._differentiate(out_BSD)
+        self.out_BSD = out_BSD.detach()  # and let go of what the backward pass needed, for the next graph to use
+
+    def _differentiate(self, out_BSD: Tensor) -> None:
+        found = torch.autograd.grad(out_BSD, self.owner.parameters, self.grad_BSD, allow_unused=True)
+        self.used = [gradient is not None for gradient in found]
+        targets = [gradient for gradient, used in zip(self.owner.gradients, self.used, strict=True) if used]
+        torch._foreach_copy_(targets, [gradient for gradient in found if gradient is not None])
+
+    def _warm_up(self, encode: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """Leaves random numbers and regularisers as they were."""
+        flags, random_state = whitening_flags(self.owner.modules), torch.cuda.get_rng_state()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                out_BSD, _ = encode()
+                self.grad_BSD = torch.zeros_like(out_BSD)
+                self._differentiate(out_BSD)
+        torch.cuda.current_stream().wait_stream(stream)
+        load_whitening_flags(self.owner.modules, flags)
+        torch.cuda.set_rng_state(random_state)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, graph: _Graph, features_BTF: Tensor, lens_B: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.graph = graph
+        graph.features_BTF.copy_(features_BTF)
+        graph.lens_B.copy_(lens_B)
+        graph.forward.replay()
+        return graph.out_BSD.detach(), graph.out_lens_B.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        graph: _Graph = ctx.graph
+        graph.grad_BSD.copy_(grads[0])
+        graph.backward.replay()
+        gradients = zip(graph.owner.gradients, graph.used, strict=True)
+        return None, None, None, *(gradient.detach() if used else None for gradient, used in gradients)
