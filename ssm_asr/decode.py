@@ -96,6 +96,12 @@ def read_test_cuts(path: Path) -> CutSet:
     return cuts
 
 
+def marked_texts(cuts: CutSet) -> dict[str, str]:
+    """Transcripts with their disfluencies in parentheses, by cut id, of the cuts that carry one: custom["marked"]."""
+    segments = {cut.id: cut.supervisions[0].custom or {} for cut in cuts if len(cut.supervisions) == 1}
+    return {i: custom["marked"] for i, custom in segments.items() if "marked" in custom}
+
+
 def result_dir(options: argparse.Namespace, name: str) -> Path:
     """Where the results of one manifest go: --out, divided if there are several manifests."""
     if options.out is None:
@@ -150,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
         }
         name = f"decode-{cuts_name(path)}-chunk{chunk}-left{left}-{method}"
         out = result_dir(options, name)
-        summary = write_results(out, refs, hyps, scoring_unit(loaded, options.unit), facts)
+        summary = write_results(out, refs, hyps, scoring_unit(loaded, options.unit), facts, marked_texts(cuts))
         print(f"{cuts_name(path)}: {rate_text(summary)}; details in {out}")
     return 0
 

@@ -15,10 +15,8 @@ from typing import Any
 from ssm_asr import units
 from ssm_asr.results import SUMMARY, interval_text
 
-HEADER = (
-    "| cuts | mode | search | chunk ms | left context ms | {rate} % [95 % interval] | state bytes a stream "
-    "| real-time factor |\n|---|---|---|---|---|---|---|---|"
-)
+COLUMNS = ("cuts", "mode", "search", "chunk ms", "left context ms")
+FLUENT = "fluent CER % [95 % interval]"  # with disfluencies counting for nothing
 
 
 def find_summaries(exp_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -40,19 +38,24 @@ def table(summaries: list[dict[str, Any]]) -> str:
     """The Markdown table of summaries."""
     rates = {"word": "WER", "char": "CER"}
     units_used = {s["unit"] for s in summaries}
-    lines = [HEADER.format(rate=" or ".join(rates[unit] for unit in rates if unit in units_used))]
+    names = " or ".join(rates[unit] for unit in rates if unit in units_used)
+    fluent = any("fluent_error_rate" in s for s in summaries)
+    columns = [*COLUMNS, f"{names} % [95 % interval]", *([FLUENT] if fluent else [])]
+    columns += ["state bytes a stream", "real-time factor"]
+    rows = [columns]
     for s in summaries:
         rate = f"{100 * s['error_rate']:.2f}" + (f" {rates[s['unit']]}" if len(units_used) > 1 else "")
         chunk, left = (
             str(units.chunk_ms(s[key])) if s[key] >= 0 else "all" for key in ("chunk_frames", "left_context_frames")
         )
-        state = f"{s['state_bytes']:,}" if s["state_bytes"] else "–"
-        lines.append(
-            f"| {s['cuts']} | {s['mode']} | {s['method']} | {chunk} | {left} "
-            f"| {rate} {interval_text(s)} | {state} "
-            f"| {s['real_time_factor']:.3f} ({s['device']}) |"
-        )
-    return "\n".join(lines)
+        row = [s["cuts"], s["mode"], s["method"], chunk, left, f"{rate} {interval_text(s)}"]
+        if fluent:
+            has_one = "fluent_error_rate" in s
+            row.append(f"{100 * s['fluent_error_rate']:.2f} {interval_text(s, 'fluent_interval')}" if has_one else "–")
+        row.append(f"{s['state_bytes']:,}" if s["state_bytes"] else "–")
+        rows.append([*row, f"{s['real_time_factor']:.3f} ({s['device']})"])
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|---" * len(columns) + "|", *body])
 
 
 def pairs(directory: Path, count: int) -> str:

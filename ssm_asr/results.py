@@ -5,17 +5,26 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ssm_asr.scoring import Score, align_text, bootstrap_interval, score
+from ssm_asr.scoring import Counts, Score, align_text, bootstrap_interval, fluent_errors, score
 
 SUMMARY = "summary.json"
 
 
-def write_results(out: Path, refs: dict[str, str], hyps: dict[str, str], unit: str, facts: dict[str, Any]) -> dict:
+def write_results(
+    out: Path,
+    refs: dict[str, str],
+    hyps: dict[str, str],
+    unit: str,
+    facts: dict[str, Any],
+    marked_refs: dict[str, str] | None = None,
+) -> dict[str, Any]:
     """Scores hypotheses and writes hypotheses.tsv, errors.txt and summary.json.
 
     Args:
         unit: word or char.
         facts: how the hypotheses came about; becomes part of the summary.
+        marked_refs: the references with disfluencies in parentheses; with them, for all references and unit char, the
+            summary also has the fluent error rate, in which disfluencies count for nothing.
 
     Returns:
         The summary: `facts`, the error rate with its 95 % bootstrap interval (null for a single utterance), and the
@@ -23,11 +32,10 @@ def write_results(out: Path, refs: dict[str, str], hyps: dict[str, str], unit: s
     """
     refs = dict(sorted(refs.items()))  # so that the bootstrap draws the same utterances whatever the order of decoding
     result = score(refs, hyps, unit)
-    low, high = bootstrap_interval(result.errors_U, result.totals_U)
     summary = facts | {
         "unit": unit,
         "error_rate": result.rate,
-        "interval": None if math.isnan(low) else [low, high],
+        "interval": _interval(result.errors_U, result.totals_U),
         "errors": result.errors,
         "insertions": result.insertions,
         "deletions": result.deletions,
@@ -36,6 +44,8 @@ def write_results(out: Path, refs: dict[str, str], hyps: dict[str, str], unit: s
         "utterances": len(result.ids),
         "missing": list(result.missing),
     }
+    if unit == "char" and marked_refs and marked_refs.keys() >= refs.keys():
+        summary |= _fluent_summary({i: marked_refs[i] for i in refs}, hyps)
     out.mkdir(parents=True, exist_ok=True)
     # Tabs and line ends in a text would break the columns.
     rows = [f"{i}\t{' '.join(refs[i].split())}\t{' '.join(hyps.get(i, '').split())}\n" for i in refs]
@@ -45,22 +55,44 @@ def write_results(out: Path, refs: dict[str, str], hyps: dict[str, str], unit: s
     return summary
 
 
+def _fluent_summary(marked_refs: dict[str, str], hyps: dict[str, str]) -> dict[str, Any]:
+    """The fluent error rate and what belongs to it; nothing if no reference has a character that was meant."""
+    errors_U, totals_U = fluent_errors(marked_refs, hyps)
+    errors, total = int(errors_U.sum()), int(totals_U.sum())
+    if not total:
+        return {}
+    return {
+        "fluent_error_rate": errors / total,
+        "fluent_interval": _interval(errors_U, totals_U),
+        "fluent_errors": errors,
+        "fluent_reference_length": total,
+    }
+
+
+def _interval(errors_U: Counts, totals_U: Counts) -> list[float] | None:
+    low, high = bootstrap_interval(errors_U, totals_U)
+    return None if math.isnan(low) else [low, high]
+
+
 def rate_text(summary: dict[str, Any]) -> str:
     """The error rate of a summary in per cent, with its interval and counts."""
     name = "WER" if summary["unit"] == "word" else "CER"
+    fluent = ""
+    if "fluent_error_rate" in summary:
+        fluent = f"; fluent {100 * summary['fluent_error_rate']:.2f} % {interval_text(summary, 'fluent_interval')}"
     return (
         f"{name} {100 * summary['error_rate']:.2f} % {interval_text(summary)}, "
         f"{summary['errors']} errors in {summary['reference_length']} {summary['unit']}s "
         f"({summary['substitutions']} sub, {summary['deletions']} del, {summary['insertions']} ins), "
-        f"{summary['utterances']} utterances"
+        f"{summary['utterances']} utterances{fluent}"
     )
 
 
-def interval_text(summary: dict[str, Any]) -> str:
+def interval_text(summary: dict[str, Any], key: str = "interval") -> str:
     """The 95 % interval of a summary in per cent."""
-    if summary["interval"] is None:
+    if summary[key] is None:
         return "[no interval]"
-    low, high = summary["interval"]
+    low, high = summary[key]
     return f"[{100 * low:.2f}, {100 * high:.2f}]"
 
 

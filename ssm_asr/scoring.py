@@ -1,8 +1,9 @@
 """Error rates of recognised text: counts, confidence intervals, significance, readable alignments.
 
-Shapes: U utterances.
+Shapes: U utterances, H characters of a hypothesis.
 """
 
+import re
 from dataclasses import dataclass
 
 import kaldialign
@@ -87,6 +88,50 @@ def score(refs: dict[str, str], hyps: dict[str, str], unit: str = "word") -> Sco
         substitutions=sum(int(c["sub"]) for c in counts),
         missing=tuple(i for i in refs if i not in hyps),
     )
+
+
+def all_said(marked: str) -> str:
+    """A text with its disfluencies, from one that has them in parentheses: "(uh) yes" -> "uh yes"."""
+    return re.sub("[()]", "", marked)
+
+
+def only_meant(marked: str) -> str:
+    """A text without its disfluencies, from one that has them in parentheses: "(uh) yes" -> " yes"."""
+    return re.sub(r"\([^()]*\)", "", marked)
+
+
+def fluent_errors(marked_refs: dict[str, str], hyps: dict[str, str]) -> tuple[Counts, Counts]:
+    """Errors in characters of hypotheses as transcripts of what was meant, whether they hold disfluencies or not.
+
+    Characters of a reference that are in parentheses are optionally deletable, as in NIST's sclite: to leave them out
+    is no error, and neither is a hypothesis that has them. The reference's length is that without them.
+
+    Args:
+        marked_refs: utterance id -> reference with its disfluencies in parentheses, "(えー)京都で(しゃ)写真を".
+        hyps: utterance id -> recognised text, a missing one counts as empty.
+
+    Returns:
+        errors_U and totals_U, in the order of the references.
+    """
+    counts = [_fluent_errors(ref, hyps.get(i, "")) for i, ref in marked_refs.items()]
+    totals = [len(split_units(only_meant(ref), "char")) for ref in marked_refs.values()]
+    return np.array(counts, dtype=np.int64), np.array(totals, dtype=np.int64)
+
+
+def _fluent_errors(marked: str, hyp: str) -> int:
+    """The edit distance in which characters within parentheses can be deleted for nothing."""
+    hyp_H = np.array(split_units(hyp, "char"), dtype=str)
+    columns = np.arange(len(hyp_H) + 1)
+    costs = columns.copy()  # of every beginning of the hypothesis, against what of the reference was passed
+    deletion = 1
+    for char in split_units(marked, "char"):
+        if char in "()":
+            deletion = int(char == ")")
+            continue
+        best = costs + deletion
+        best[1:] = np.minimum(best[1:], costs[:-1] + (hyp_H != char))
+        costs = np.minimum.accumulate(best - columns) + columns  # and insertions after that
+    return int(costs[-1])
 
 
 def _resampled_rates(errors_U: Counts, totals_U: Counts, resamples: int, seed: int) -> NDArray[np.float64]:

@@ -19,7 +19,7 @@ from ssm_asr import units
 from ssm_asr.checkpoint import Loaded, load_model
 from ssm_asr.data.features import AudioError, read_audio
 from ssm_asr.data.filtering import text_of
-from ssm_asr.decode import cuts_name, decoding_arguments, read_test_cuts, result_dir, scoring_unit
+from ssm_asr.decode import cuts_name, decoding_arguments, marked_texts, read_test_cuts, result_dir, scoring_unit
 from ssm_asr.describe import FLOAT_BYTES
 from ssm_asr.distributed import find_device
 from ssm_asr.encoder.state import state_sizes
@@ -142,7 +142,7 @@ def _score_cuts(
         } | timing.facts(recognizer.chunk)
         name = f"stream-{cuts_name(path)}-chunk{recognizer.chunk}-left{recognizer.left_context}-{recognizer.method}"
         out = result_dir(options, name)
-        summary = write_results(out, refs, hyps, scoring_unit(loaded, options.unit), facts)
+        summary = write_results(out, refs, hyps, scoring_unit(loaded, options.unit), facts, marked_texts(cuts))
         print(f"{cuts_name(path)}: {rate_text(summary)}; details in {out}\n  {timing.text(recognizer.chunk)}")
 
 

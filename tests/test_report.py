@@ -90,6 +90,29 @@ def test_report_of_both_units_and_of_nothing(tmp_path: Path, capsys: Captured) -
     assert "| WER or CER % [" in out and "| 33.33 WER [" in out and " CER [" in out
 
 
+def test_fluent_rates(tmp_path: Path, capsys: Captured) -> None:
+    """Beside the usual rate, where all references are marked; the bootstrap draws the same utterances for both."""
+    refs, marked = {"b": "えー京都", "a": "犬"}, {"a": "犬", "b": "(えー)京都", "c": "x"}
+    hyps = {"a": "犬", "b": "京と"}
+    facts = {"mode": "streaming", "cuts": "eval1", "method": "greedy", "chunk_frames": 16, "left_context_frames": 0}
+    facts |= {"state_bytes": 1, "real_time_factor": 0.5, "device": "cpu", "checkpoint": "averaged.pt"}
+    summary = write_results(tmp_path / "one", refs, hyps, "char", facts, marked)
+    assert (summary["errors"], summary["reference_length"]) == (3, 5)
+    assert (summary["fluent_errors"], summary["fluent_reference_length"]) == (1, 3)
+    assert summary["fluent_error_rate"] == 1 / 3 and summary["fluent_interval"] == [0.0, 0.5]
+    assert rate_text(summary).endswith("2 utterances; fluent 33.33 % [0.00, 50.00]")
+    for unit, some in (("word", marked), ("char", {"a": "犬"}), ("char", {}), ("char", {"a": "()", "b": "(あ)"})):
+        assert "fluent_error_rate" not in write_results(tmp_path / "two" / unit, refs, hyps, unit, facts, some)
+    write_results(tmp_path / "two", refs, hyps, "char", facts | {"cuts": "eval2"})
+    assert report.main(["--exp-dir", str(tmp_path)]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[5:7] for row in rows] == [
+        ["CER % [95 % interval]", "fluent CER % [95 % interval]"],
+        ["60.00 [0.00, 75.00]", "33.33 [0.00, 50.00]"],
+        ["60.00 [0.00, 75.00]", "–"],
+    ]
+
+
 def test_report_fails_above_a_limit(tmp_path: Path, capsys: Captured) -> None:
     write_summary(tmp_path, "one")  # 33.33 %
     assert report.main(["--exp-dir", str(tmp_path), "--at-most", "34"]) == 0

@@ -1,9 +1,22 @@
 """Error counts by hand, and the statistics of the intervals."""
 
+import itertools
+import re
+
+import kaldialign
 import numpy as np
 import pytest
 
-from ssm_asr.scoring import align_text, bootstrap_interval, paired_bootstrap, score
+from ssm_asr.scoring import (
+    align_text,
+    all_said,
+    bootstrap_interval,
+    fluent_errors,
+    only_meant,
+    paired_bootstrap,
+    score,
+    split_units,
+)
 
 REFS = {"u1": "the cat sat on the mat", "u2": "one two three", "u3": "yes", "u4": ""}
 HYPS = {"u1": "the bat sat the mat", "u2": "one two and three", "u4": "oh"}
@@ -49,6 +62,51 @@ def test_align_text() -> None:
     assert align_text("one two three", "one two and three") == "one two [+and] three"
     assert align_text("", "") == ""
     assert align_text("日本 語", "日木", unit="char") == "日[本->木][-語]"
+
+
+def test_texts_of_marked_disfluencies() -> None:
+    marked = "(えー)京都で(しゃ)写真を"
+    assert (all_said(marked), only_meant(marked)) == ("えー京都でしゃ写真を", "京都で写真を")
+
+
+def test_disfluencies_count_for_nothing() -> None:
+    ref = "(えー)京都(しゃ)写真"
+    for hyp, errors in (
+        ("京都写真", 0),
+        ("えー京都しゃ写真", 0),
+        ("ー京都し写真", 0),  # each character by itself
+        ("えー京都しゃ写", 1),
+        ("京都えー写真", 2),  # not where it was said
+        ("まー京都写真", 1),  # ま is in excess, ー was said
+        ("", 4),
+    ):
+        errors_U, totals_U = fluent_errors({"a": ref}, {"a": hyp})
+        assert (errors_U.tolist(), totals_U.tolist()) == ([errors], [4]), hyp
+
+
+def test_fluent_errors_of_a_set() -> None:
+    """In the order of the references; one without a hypothesis is deleted, one without meant words can have errors."""
+    errors_U, totals_U = fluent_errors({"b": "(えー)", "a": "京 都", "c": "猫"}, {"a": "東京", "b": "あー"})
+    assert (errors_U.tolist(), totals_U.tolist()) == ([1, 2, 1], [0, 2, 1])
+
+
+def test_fluent_errors_are_the_least_over_all_deletions() -> None:
+    """Against brute force: the edit distance from every text that keeps some of the characters in parentheses."""
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        pieces = ["".join(rng.choice(list("abc"), rng.integers(0, 4))) for _ in range(4)]
+        marked = f"{pieces[0]}({pieces[1]}){pieces[2]}({pieces[3]})"
+        hyp = "".join(rng.choice(list("abc"), rng.integers(0, 9)))
+        choices = [[char, ""] if deletable else [char] for char, deletable in _characters(marked)]
+        texts = {"".join(kept) for kept in itertools.product(*choices)}
+        least = min(kaldialign.edit_distance(list(text), list(hyp))["total"] for text in texts)
+        assert fluent_errors({"a": marked}, {"a": hyp})[0].tolist() == [least], (marked, hyp)
+
+
+def _characters(marked: str) -> list[tuple[str, bool]]:
+    """Characters, and whether they are in parentheses."""
+    parts = re.findall(r"\(([^)]*)\)|([^(]+)", marked)
+    return [(char, not meant) for said, meant in parts for char in split_units(said or meant, "char")]
 
 
 def draw_corpus(rng: np.random.Generator, rate: float, utterances: int = 200) -> tuple[np.ndarray, np.ndarray]:
