@@ -29,7 +29,7 @@ setup(
     extras_require={
         # To make the small corpora; pyopenjtalk-plus imports sudachipy and pydantic without asking for them.
         "corpus": ["hibari-tts", "onnxruntime", "pyopenjtalk-plus", "sudachipy", "sudachidict-core", "pydantic"],
-        "export": ["onnx", "onnxruntime", "onnxconverter-common", "sherpa-onnx"],
+        "export": ["onnx", "onnxruntime", "sherpa-onnx"],
         "dev": ["mypy", "pytest", "ruff", "types-PyYAML", "types-tqdm"],
     },
 )

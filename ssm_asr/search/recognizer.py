@@ -209,6 +209,10 @@ class StreamingRecognizer:
         for stream, search_state in zip(streams, states, strict=True):
             stream.search_state = search_state
 
+    def tokens(self, stream: Stream) -> tuple[int, ...]:
+        """The tokens recognised so far."""
+        return self._search.tokens(stream.search_state)
+
     def text(self, stream: Stream) -> str:
         """What has been recognised so far."""
-        return self.tokenizer.decode(self._search.tokens(stream.search_state))
+        return self.tokenizer.decode(self.tokens(stream))

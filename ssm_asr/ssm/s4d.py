@@ -28,7 +28,7 @@ DIRECT_TAPS = 64
 def causal_convolution(x_BDT: Tensor, taps_DL: Tensor) -> Tensor:
     """y_t = Σ_l taps_l·x_{t-l} for each channel by itself, zeros before the start: (B, D, T) -> (B, D, T)."""
     frames, taps = x_BDT.shape[2], taps_DL.shape[1]
-    if taps <= DIRECT_TAPS:
+    if taps <= DIRECT_TAPS or torch.jit.is_tracing():  # exported models have no FFT
         return convolve_inside(nn.functional.pad(x_BDT, (taps - 1, 0)), taps_DL)
     size = 1 << (frames + taps - 2).bit_length()  # a power of two that holds frames + taps - 1
     spectrum = torch.fft.rfft(x_BDT.to(taps_DL.dtype), size) * torch.fft.rfft(taps_DL, size)
@@ -119,7 +119,7 @@ class S4D(nn.Module):
         """Whole sequences from zero state, as a convolution: (B, D, T) -> (B, D, T)."""
         with self._full_precision():
             u_BDT = u_BDT.to(self.log_dt.dtype)
-            if torch.jit.is_tracing():  # exported models have no FFT
+            if torch.jit.is_tracing():  # a convolution would have as many taps as there are frames, any number
                 return self.recurrence(u_BDT, self.init_state(u_BDT.shape[0], u_BDT.device))[0]
             return causal_convolution(u_BDT, self._kernel(self._powers(u_BDT.shape[2]))) + self.D[:, None] * u_BDT
 
