@@ -50,7 +50,7 @@ def test_help(run_sh: Path) -> None:
         (["--compare-with", "/none.yaml"], "--compare-with /none.yaml: no such file"),
         (["--gpus", "all"], "--gpus all: give a number"),
         (["--stream-limit", "-1"], "--stream-limit -1: give a number"),
-        (["--stage", "two"], "--stage two: give a number up to 11"),
+        (["--stage", "two"], "--stage two: give a number up to 13"),
     ],
 )
 def test_mistakes(run_sh: Path, options: list[str], message: str) -> None:
@@ -75,8 +75,8 @@ def test_paths_are_those_of_the_caller(run_sh: Path, tmp_path: Path) -> None:
     for config in ("own.yaml", "conf/mine.yaml", str(tmp_path / "own.yaml")):
         options = ["--corpus", "Corpus", "--config", config, "--compare-with", config]
         done = run(run_sh, *options, cwd=tmp_path)
-        assert (done.returncode, done.stdout, done.stderr) == (9, "setup --extras \n", "")
-    assert run(run_sh).stdout == "setup --extras corpus\n"
+        assert (done.returncode, done.stdout, done.stderr) == (9, "setup --extras export\n", "")
+    assert run(run_sh).stdout == "setup --extras corpus,export\n"
     done = run(run_sh, "--corpus", "Corpus", cwd=run_sh.parent)
     assert done.stderr == f"run.sh: error: --corpus {run_sh.parent}/Corpus: no such directory\n"
 
@@ -94,7 +94,7 @@ done
 case "$*" in
     *make_corpus.py*) mkdir -p "$out/CSJ" "$out/LibriSpeech" ;;
     *ssm_asr.average*) touch "$out" ;;
-    *ssm_asr.report*) ;;
+    *ssm_asr.report* | *check_sherpa* | *long_form*) ;;
     *) mkdir -p "$out"; cd "$out"; touch tokens.txt trained.json summary.json results.json ;;&
     *"prepare noise"*) touch cuts_noise.jsonl.gz ;;
     *"prepare check"*) touch cuts_{train,dev,test-a,test-b}.jsonl.gz ;;
@@ -134,7 +134,8 @@ def stages(recipe: Path, *options: str) -> list[str]:
 def programs(commands: list[str]) -> list[str]:
     """The script or program of each command; of prepare, with its verb."""
     words = [[word for word in line.split() if word != "-m"] for line in commands]
-    return [" ".join(line[: 2 if line[0] == "ssm_asr.prepare" else 1]) for line in words]
+    names = [" ".join(line[: 2 if line[0] == "ssm_asr.prepare" else 1]) for line in words]
+    return [name[name.index("tools/") :] if "/tools/" in name else name for name in names]
 
 
 DATA = ["local/make_corpus.py", "local/manifests.py", "ssm_asr.prepare check"]
@@ -142,12 +143,22 @@ FEATURES = ["ssm_asr.prepare features"] * 4
 TOKENS_AND_NOISE = ["ssm_asr.prepare tokens", "ssm_asr.prepare noise"]
 MODEL = ["ssm_asr.train", "ssm_asr.average"]
 TESTS = ["ssm_asr.decode", "ssm_asr.stream"] * 2
+EXPORT = ["ssm_asr.export", "tools/check_sherpa.py", "tools/check_sherpa.py"]
 
 
 def test_stages_in_order(stubbed: Path) -> None:
     commands = stages(stubbed)
     compared = [TOKENS_AND_NOISE[0], *MODEL, "ssm_asr.compare"] if stubbed.parent.name == "csj" else []
-    assert programs(commands) == [*DATA, *FEATURES, *TOKENS_AND_NOISE, *MODEL, *TESTS, "ssm_asr.report", *compared]
+    assert programs(commands) == [
+        *DATA,
+        *FEATURES,
+        *TOKENS_AND_NOISE,
+        *MODEL,
+        *TESTS,
+        "ssm_asr.report",
+        *compared,
+        *EXPORT,
+    ]
     assert programs(stages(stubbed)) == ["ssm_asr.report"]  # all else is up to date
     assert programs(stages(stubbed, "--stage", "8", "--stop-stage", "9")) == []
     assert not [line for line in commands if "--speed-perturb" in line]
@@ -164,36 +175,47 @@ def test_a_change_of_the_base_of_a_configuration_trains_anew(stubbed: Path) -> N
 def test_comparison(stubbed: Path) -> None:
     options = ["--config", "conf/sammo_tiny.yaml", "--compare-with", "conf/conformer_tiny.yaml"]
     commands = stages(stubbed, *options, "--set", "train.seed=7")
+    compared = commands[-1 - len(EXPORT)]
     trained = [line for line in commands if "ssm_asr.train" in line]
     assert len(trained) == 2 and all("--set=train.seed=7" in line for line in trained)
     name = "small-digits" if stubbed.parent.name == "librispeech" else "small"
     models = [f"exp/{name}-{model}/averaged.pt" for model in ("sammo_tiny", "conformer_tiny")]
-    assert f"--checkpoints {' '.join(models)} --chunks " in commands[-1]
+    assert f"--checkpoints {' '.join(models)} --chunks " in compared
     cuts = [f"data/{name}/features/cuts_{part}.jsonl.gz" for part in ("test-a", "test-b")]
-    assert f"--cuts {' '.join(cuts)} --limit 500 " in commands[-1]
-    assert commands[-1].endswith(f" --out exp/{name}-sammo_tiny/compare")
+    assert f"--cuts {' '.join(cuts)} --limit 500 " in compared
+    assert compared.endswith(f" --out exp/{name}-sammo_tiny/compare")
 
 
 def test_real_corpus(stubbed: Path, tmp_path: Path) -> None:
     (tmp_path / "Real").mkdir()
     commands = stages(stubbed, "--corpus", str(tmp_path / "Real"), "--on-the-fly")
-    assert programs(commands) == [*DATA[1:], *FEATURES, *TOKENS_AND_NOISE, *MODEL, *TESTS, "ssm_asr.report"]
+    assert programs(commands) == [*DATA[1:], *FEATURES, *TOKENS_AND_NOISE, *MODEL, *TESTS, "ssm_asr.report", *EXPORT]
     config = {"librispeech": "zipformer_m", "csj": "sammo_m"}[stubbed.parent.name]
     assert f"--config conf/{config}.yaml" in next(line for line in commands if "ssm_asr.train" in line)
     perturbed = [line for line in commands if "--speed-perturb" in line]
     assert len(perturbed) == 1 and "cuts_train" in perturbed[0] and "--on-the-fly" in perturbed[0]
-    assert "made" not in commands[-1] and "--at-most" not in commands[-1]
+    report = next(line for line in commands if "ssm_asr.report" in line)
+    assert "made" not in report and "--at-most" not in report
+
+
+def test_long_form(stubbed: Path) -> None:
+    commands = stages(stubbed, "--long-form")
+    assert programs(commands)[-2:] == ["tools/long_form.py"] * 2
+    assert programs(stages(stubbed, "--long-form", "--stage", "11")) == []
+    assert (
+        stubbed.parent / commands[-1].split("--checkpoint ")[1].split("/averaged")[0] / "long-form-test-b.md"
+    ).exists()
 
 
 def test_ci(stubbed: Path) -> None:
     commands = stages(stubbed, "--ci")
-    assert "--minutes" in commands[0] and commands[-1].endswith("--at-most 50")
-    assert "(synthetic)" in commands[-1] and "--set=train.num_epochs=" in "".join(commands)
+    report = next(line for line in commands if "ssm_asr.report" in line)
+    assert "--minutes" in commands[0] and report.endswith("--at-most 50")
+    assert "(synthetic)" in report and "--set=train.num_epochs=" in "".join(commands)
 
 
+@pytest.mark.parametrize("stubbed", ["csj"], indirect=True)
 def test_transcript_modes_do_not_share_data(stubbed: Path) -> None:
-    if stubbed.parent.name != "csj":
-        pytest.skip("an option of CSJ")
     stages(stubbed, "--stop-stage", "10")
     commands = stages(stubbed, "--transcript-mode", "number", "--stop-stage", "10")
     assert "make_corpus" not in commands[0] and "--corpus data/small/corpus" in commands[0]

@@ -24,7 +24,7 @@ asr_recipe() {
 
 Without --corpus a small corpus of made speech is used: a smoke test on a CPU.
 Stages: 1 data, 2 manifests, 3 features, 4 tokens, 5 noise, 6 train, 7 average, 8 decode, 9 stream, 10 report,
-11 compare. A stage is skipped when its outputs are complete and its inputs have not changed." 11
+11 compare, 12 export, 13 long form. A stage is skipped when its outputs are complete and its inputs have not changed." 13
     option corpus "" DIR "$2"
     option config "" FILE "what to train (default: $3)"
     list set A.B=VALUE "change a field of the configuration; repeatable"
@@ -35,6 +35,7 @@ Stages: 1 data, 2 manifests, 3 features, 4 tokens, 5 noise, 6 train, 7 average, 
     option gpus 1 N "train on N GPUs of this machine through torchrun"
     option jobs 2 N "processes that read the corpus and compute features"
     option stream_limit 500 N "utterances a test set to stream chunk by chunk; 0 is all"
+    flag long_form "recognise the test sets joined, too, up to 30 utterances at a time with pauses"
     flag ci "a still smaller run, which fails if less than half of the text is right"
 }
 
@@ -84,7 +85,10 @@ asr_choice() {
 
 # asr_set_up: installs what is needed, and goes where the recipe is.
 asr_set_up() {
-    bash "$root/tools/setup.sh" --extras "$([ -n "$corpus" ] || echo corpus)"
+    local extras=()
+    [ -n "$corpus" ] || extras+=(corpus)
+    [ "$stop_stage" -lt 12 ] || extras+=(export)
+    bash "$root/tools/setup.sh" --extras "$(IFS=,; echo "${extras[*]}")"
     source "$root/.venv/bin/activate"
     cd "$here"
     # Threads that wait should sleep: spinning, they hold one another up as soon as other programs run.
@@ -185,6 +189,34 @@ _compare() { # trains the other model with the same overrides, and compares the 
         --cuts "${cuts[@]}" --limit "$stream_limit" --jobs "$jobs" --note "$note" --out "$exp_dir/compare"
 }
 
+_kept() { # FILE COMMAND...: what the command prints is shown, and kept in the file if it succeeds
+    local file="$1"
+    shift
+    "$@" | tee "$file.new"
+    mv "$file.new" "$file"
+}
+
+_export() { # for sherpa-onnx, which must then recognise what the model does
+    local part cuts model="$exp_dir/averaged.pt" sherpa="$exp_dir/sherpa"
+    run_stage 12 export --inputs "$model" --outputs "$sherpa" -- \
+        python -m ssm_asr.export --checkpoint "$model" --format sherpa --precision fp32 int8 --out "$sherpa"
+    for part in "${tests[@]}"; do
+        cuts="$data/features/cuts_$part.jsonl.gz"
+        run_stage 12 "sherpa $part" --inputs "$model" "$sherpa" "$cuts" --outputs "$exp_dir/sherpa-$part.txt" -- \
+            _kept "$exp_dir/sherpa-$part.txt" python "$root/tools/check_sherpa.py" --checkpoint "$model" \
+            --export "$sherpa" --cuts "$cuts" --precision fp32 int8 --limit "$stream_limit"
+    done
+}
+
+_long_form() {
+    local part cuts model="$exp_dir/averaged.pt"
+    for part in "${tests[@]}"; do
+        cuts="$data/features/cuts_$part.jsonl.gz"
+        run_stage 13 "long form $part" --inputs "$model" "$cuts" --outputs "$exp_dir/long-form-$part.md" -- \
+            _kept "$exp_dir/long-form-$part.md" python "$root/tools/long_form.py" --checkpoint "$model" --cuts "$cuts"
+    done
+}
+
 # asr_stages: all that follows the manifests in "$data/manifests".
 asr_stages() {
     : "${exp_dir:=exp/$name-$(basename "$config" .yaml)}"
@@ -198,5 +230,9 @@ asr_stages() {
     fi
     if [ -n "$compare_with" ]; then
         _compare
+    fi
+    _export
+    if "$long_form"; then
+        _long_form
     fi
 }
