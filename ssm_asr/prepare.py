@@ -64,6 +64,7 @@ def features(args: argparse.Namespace) -> None:
         on_the_fly=args.on_the_fly,
         num_jobs=args.jobs,
         device=args.device,
+        shar=args.shar,
     )
     print(f"cuts in {target}")
 
@@ -118,10 +119,17 @@ def make_parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("features", help="compute and store features; resumes where it was stopped")
     verb.set_defaults(run=features)
     verb.add_argument("--cuts", type=Path, required=True, help="cut manifest NAME.jsonl.gz")
-    verb.add_argument("--out", type=Path, required=True, help="gets NAME.jsonl.gz and NAME.features/")
+    verb.add_argument("--out", type=Path, required=True, help="gets NAME.jsonl.gz and NAME.features/, or NAME.shar/")
     verb.add_argument("--speed-perturb", action="store_true", help="add copies at 0.9 and 1.1 times the speed")
     verb.add_argument("--shuffle", action="store_true", help="mix the order of the cuts (for training cuts)")
-    verb.add_argument("--on-the-fly", action="store_true", help="store no features, compute them in training")
+    storage = verb.add_mutually_exclusive_group()
+    storage.add_argument("--on-the-fly", action="store_true", help="store no features, compute them in training")
+    storage.add_argument(
+        "--shar",
+        action="store_true",
+        help="write NAME.shar/ instead, lhotse Shar: few large files, for disks that a cluster shares. Give that "
+        "directory for cuts anywhere; training reads it in any order, and resumes as exactly as from a manifest",
+    )
     verb.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     verb.add_argument("--device", default="cpu", help="cpu, or cuda: by kaldifeat if installed (default: cpu)")
 

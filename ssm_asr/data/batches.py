@@ -24,6 +24,7 @@ from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 from lhotse.features import FeatureExtractor
 from torch.nn.utils.rnn import pad_sequence
 
+import ssm_asr.data.shar  # noqa: F401  workers read features by the reader that it registers
 from ssm_asr.data.augment import add_noise, draw_groups, join_utterances, spec_augment
 from ssm_asr.data.config import DataConfig
 from ssm_asr.data.features import make_fbank

@@ -1,6 +1,7 @@
 """Compute and store the features of a cut manifest: in parallel, resumable, complete or absent.
 
-Features are numpy files, which need no package beyond lhotse's own: float32, 115 MB per hour of speech.
+Features are numpy files, or shards of them, which need no package beyond lhotse's own: float32, 115 MB per hour of
+speech.
 """
 
 import gzip
@@ -22,6 +23,7 @@ from lhotse.utils import fastcopy
 
 from ssm_asr.data.features import make_fbank
 from ssm_asr.data.parallel import parallel_map
+from ssm_asr.data.shar import MemoryWriter, read_shards, write_shard
 
 SPEED_FACTORS = (0.9, 1.0, 1.1)
 CUTS_PER_PART = 100
@@ -34,16 +36,18 @@ class _Part(NamedTuple):
     cuts: list[Cut]
     done: Path  # manifest of the part; exists only when the part is complete
     features: Path | None  # directory; None leaves the features to be computed on the fly
-    speed_factors: tuple[float, ...]
+    shard: bool  # the part is a shard, which holds its features
     device: str
 
 
 def read_cuts(manifest: Path) -> CutSet:
-    """The cuts of a manifest (.jsonl.gz), read lazily, in the order of the file.
+    """The cuts of a manifest (.jsonl.gz), read lazily, or of a directory of shards, in the order of the files.
 
     Raises:
-        ValueError: if it is no cut manifest or has no cuts.
+        ValueError: if it is no cut manifest or has no cuts, or as `read_shards`.
     """
+    if manifest.is_dir():
+        return read_shards(manifest)
     cuts = CutSet.from_jsonl_lazy(manifest)
     try:
         first = next(iter(cuts), None)
@@ -63,8 +67,9 @@ def prepare_cuts(
     on_the_fly: bool,
     num_jobs: int,
     device: str = "cpu",
+    shar: bool = False,
 ) -> Path:
-    """Write OUT/NAME.jsonl.gz for a manifest .../NAME.jsonl.gz, with features in OUT/NAME.features/.
+    """Write OUT/NAME.jsonl.gz for a manifest .../NAME.jsonl.gz, with features in OUT/NAME.features/, or OUT/NAME.shar/.
 
     What a stopped run had finished is kept. All is made anew when the manifest or the settings changed, and
     nothing is done when they did not.
@@ -78,9 +83,10 @@ def prepare_cuts(
         on_the_fly: store no features; they are computed from the audio when a batch is loaded.
         num_jobs: processes.
         device: where features are computed.
+        shar: write a directory of shards, which holds cuts and features, instead of a manifest.
 
     Returns:
-        The path of the manifest written.
+        The path of the manifest or directory written.
 
     Raises:
         ValueError: if the manifest is unusable or would be overwritten, or the audio of a cut cannot be read.
@@ -91,30 +97,39 @@ def prepare_cuts(
     if target.resolve() == source.resolve():
         raise ValueError(f"{source}: would be overwritten; choose another --out")
     settings = {"speed_perturb": speed_perturb, "shuffle": shuffle, "on_the_fly": on_the_fly}
+    if shar:
+        target = out / f"{name}.shar"
+        settings["shar"] = True
     inputs = json.dumps({"sha256": hashlib.sha256(source.read_bytes()).hexdigest(), **settings})
     inputs_file = out / f"{name}.inputs.json"
     if not inputs_file.is_file() or inputs_file.read_text() != inputs:
-        target.unlink(missing_ok=True)
-        for directory in (features, work):
-            shutil.rmtree(directory, ignore_errors=True)
+        for path in (out / source.name, out / f"{name}.shar", features, work):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         inputs_file.write_text(inputs)
-    if target.is_file():
+    if target.exists():
         return target
     work.mkdir(exist_ok=True)
-    cuts = list(read_cuts(source))
+    factors = SPEED_FACTORS if speed_perturb else (1.0,)
+    cuts = [cut if f == 1.0 else cut.perturb_speed(f) for cut in read_cuts(source) for f in factors]
+    if shar and shuffle:  # what lies in one shard is decided before it is written
+        random.Random(SHUFFLE_SEED).shuffle(cuts)
+    size = CUTS_PER_PART * len(factors)
     parts = [
         _Part(
-            cuts[start : start + CUTS_PER_PART],
-            work / f"{start:09d}.jsonl.gz",
-            None if on_the_fly else features / f"{start:09d}",
-            SPEED_FACTORS if speed_perturb else (1.0,),
+            cuts[start : start + size],
+            work / (f"cuts.{start // size:06d}.jsonl.gz" if shar else f"{start // len(factors):09d}.jsonl.gz"),
+            None if on_the_fly or shar else features / f"{start // len(factors):09d}",
+            shar,
             device,
         )
-        for start in range(0, len(cuts), CUTS_PER_PART)
+        for start in range(0, len(cuts), size)
     ]
     for _ in parallel_map(_do_part, parts, num_jobs, f"features of {name}", "part"):
         pass
+    if shar:
+        os.replace(work, target)
+        return target
     _merge([part.done for part in parts], target, shuffle)
     shutil.rmtree(work)
     return target
@@ -124,9 +139,13 @@ def _do_part(part: _Part) -> None:
     """Make the manifest and the features of one part, unless an earlier run did."""
     if part.done.is_file():
         return
-    cuts = [cut if f == 1.0 else cut.perturb_speed(f) for cut in part.cuts for f in part.speed_factors]
-    if part.features is not None:
+    if part.shard or part.features is not None:
         torch.set_num_threads(1)  # the parts are the parallelism
+    if part.shard:
+        write_shard((_with_features(cut, MemoryWriter(), part.device) for cut in part.cuts), part.done)
+        return
+    cuts = part.cuts
+    if part.features is not None:
         shutil.rmtree(part.features, ignore_errors=True)
         with NumpyFilesWriter(part.features) as storage:
             cuts = [_with_features(cut, storage, part.device) for cut in cuts]

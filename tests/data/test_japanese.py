@@ -8,6 +8,7 @@ from ssm_asr.data.japanese import normalise
 @pytest.mark.parametrize(
     ("text", "normal"),
     [
+        ("ＣＤ－Ｒ を、２，０００ 枚〜。 ﾃﾞｰﾀーー", "CDRを2000枚データー"),
         # half and full width
         ("ﾃﾞｰﾀ ﾍﾞｰｽ", "データベース"),
         ("ＣＤ－Ｒ", "CDR"),

@@ -1,0 +1,67 @@
+"""The benchmarks of the data side, of a chunk and of the loss run, and print rows of numbers that can be right."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "egs" / "librispeech" / "conf"
+
+
+def tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    threads = torch.get_num_threads()
+    try:
+        return module.main()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_data(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tool("bench_data"), monkeypatch, "--utterances", 12, "--batches", 3, "--workers") == 0
+    printed = capsys.readouterr().out
+    costs = {
+        name: {part: float(ms) for part, ms in re.findall(r"(\w+(?: \w+)?) (\d+)[,)]", parts)}
+        for name, parts in re.findall(r"\n([\w ]+)\n  processor time: .* of audio (\(.*\))", printed)
+    }
+    assert set(costs) == {"on the fly", "stored", "shards"}
+    assert costs["on the fly"].keys() >= {"read audio", "fbank"}
+    for stored in ("stored", "shards"):
+        assert "read features" in costs[stored] and "fbank" not in costs[stored]
+
+
+def test_chunk_beside_the_peer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if importlib.util.find_spec("zipformer") is None:
+        pytest.skip("the PyPI package zipformer is not installed")
+    module = tool("bench_chunk")
+    # Compiling the peer's activations takes longer than a test may.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    configs = [TINY / "zipformer_tiny.yaml", TINY / "sammo_tiny.yaml"]
+    arguments = ["--chunk-frames", 16, "--left-context", 64, "--rounds", 1]
+    assert run(module, monkeypatch, "--config", *configs, *arguments) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row[10:34].strip() for row in rows] == ["zipformer_tiny", "peer", "peer, plain", "sammo_tiny"]
+    # A configuration that the peer does not have is refused, not compared.
+    assert run(module, monkeypatch, "--config", configs[1], *arguments) == 2
+    assert "not the peer's encoder" in capsys.readouterr().err
+
+
+def test_loss_step_has_finite_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tool("bench_loss")
+    for joiner_dim in (0, 16):
+        module.make_step(module.Case(2, 20, 5, 30, joiner_dim), "ssm_asr")()
+    monkeypatch.setattr(module, "PEERS", ("no_such_library",))
+    assert module.importable_peer() is None
