@@ -34,7 +34,7 @@ from ssm_asr.data.parallel import parallel_map
 from ssm_asr.units import SAMPLE_RATE_HZ
 
 PROGRAM = ("grammar", "make_corpus", "talks")  # what decides on the corpus, beside the options
-TRAIN_TALKS = 24
+TRAIN_SPEAKERS = 24
 UTTERANCES = {"dev": 2, "test": 4, "excluded": 1}  # a talk and channel; of training talks, --minutes says
 VOICE_RATE_HZ = 48000
 JOINED = 0.15  # of the pauses are short, so that the utterances beside them are joined
@@ -89,27 +89,29 @@ def volume(talk: str) -> str:
 
 def plan(minutes: float, seed: int, root: Path) -> list[Channel]:
     """All channels of the corpus."""
-    train = [f"{'AS'[k % 2]}{k % 10:02d}{'FM'[k // 2 % 2]}{2001 + k}" for k in range(TRAIN_TALKS - 2)]
-    train += ["D01F2101"]  # two speakers
+    train = [f"{'AS'[k % 2]}{k % 10:02d}{'FM'[k // 2 % 2]}{2001 + k}" for k in range(TRAIN_SPEAKERS - 2)]
+    train.append("D01F2101")  # the other two
     channels: list[Channel] = []
     for talk in [*train, *(talk for ids in talks.SETS.values() for talk in ids)]:
         kind = talks.set_of(talk).split("-")[0]
-        seconds = 60 * minutes / TRAIN_TALKS if kind == "train" else 0.0
+        seconds = 60 * minutes / TRAIN_SPEAKERS if kind == "train" else 0.0
         said = "train" if kind == "excluded" else kind
         for suffix in talks.channels_of(talk):
             # Evenly over both (the additive recurrence of the plastic number): with few speakers, chance leaves gaps.
             voice = (len(channels) * 0.754878 % 1, len(channels) * 0.569840 % 1)
             channels.append(Channel(talk, suffix, said, UTTERANCES.get(kind, 1), seconds, voice, seed, root))
+    random.Random(0).shuffle(channels)  # so that what is done foretells what is left: training talks take longer
     return channels
 
 
 def make_speaker(channel: Channel) -> Speaker:
-    """The speaker of a channel: lower and with longer formants if the id says that it is a man."""
+    """The speaker of a channel: lower in pitch and formants if the id says that it is a man."""
     rng = random.Random(f"{channel.seed} {channel.talk} {channel.suffix} speaker")
     pitch, rate = channel.voice
-    if channel.talk[3] == "M":
-        return Speaker(-6 + 4 * pitch, 0.9 + 0.06 * rate, rng.uniform(0.8, 1.0), 10 ** (rng.uniform(-12, -6) / 20))
-    return Speaker(-2 + 4 * pitch, 0.96 + 0.09 * rate, rng.uniform(0.8, 1.0), 10 ** (rng.uniform(-12, -6) / 20))
+    is_man = channel.talk[3] == "M"
+    half_tones = 4 * pitch - (6 if is_man else 2)
+    rate = 0.9 + 0.06 * rate if is_man else 0.96 + 0.09 * rate
+    return Speaker(half_tones, rate, rng.uniform(0.8, 1.0), 10 ** (rng.uniform(-12, -6) / 20))
 
 
 @lru_cache(maxsize=1000)
@@ -121,7 +123,9 @@ def analyse(text: str) -> list[NJDFeature]:
 def arabic(kanji: str) -> str:
     """A number below 100 in full-width digits."""
     tens, ten, ones = kanji.rpartition("十")
-    value = 10 * (grammar.DIGITS.find(tens) + 1 or 1 if ten else 0) + (grammar.DIGITS.find(ones) + 1 if ones else 0)
+    value = grammar.DIGITS.index(ones) + 1 if ones else 0
+    if ten:
+        value += 10 * (grammar.DIGITS.index(tens) + 1 if tens else 1)
     return str(value).translate(str.maketrans("0123456789", "０１２３４５６７８９"))
 
 
