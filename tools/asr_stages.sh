@@ -23,8 +23,8 @@ asr_recipe() {
     recipe "$1
 
 Without --corpus a small corpus of made speech is used: a smoke test on a CPU.
-Stages: 1 data, 2 manifests, 3 features, 4 tokens, 5 noise, 6 train, 7 average, 8 decode, 9 stream, 10 report,
-11 compare, 12 export, 13 long form. A stage is skipped when its outputs are complete and its inputs have not changed." 13
+Stages: 1 data, 2 manifests, 3 features, 4 tokens, 5 noise, 6 train, 7 average, 8 decode, 9 stream, 10 export,
+11 compare, 12 long form, 13 report. A stage is skipped when its outputs are complete and its inputs have not changed." 13
     option corpus "" DIR "$2"
     option config "" FILE "what to train (default: $3)"
     list set A.B=VALUE "change a field of the configuration; repeatable"
@@ -87,7 +87,7 @@ asr_choice() {
 asr_set_up() {
     local extras=()
     [ -n "$corpus" ] || extras+=(corpus)
-    [ "$stop_stage" -lt 12 ] || extras+=(export)
+    [ "$stop_stage" -lt 10 ] || extras+=(export)
     bash "$root/tools/setup.sh" --extras "$(IFS=,; echo "${extras[*]}")"
     source "$root/.venv/bin/activate"
     cd "$here"
@@ -178,6 +178,25 @@ _decode_and_stream() {
     done
 }
 
+_kept() { # FILE COMMAND...: what the command prints is shown, and kept in the file if it succeeds
+    local file="$1"
+    shift
+    "$@" | tee "$file.new"
+    mv "$file.new" "$file"
+}
+
+_export() { # for sherpa-onnx, which must then recognise what the model does
+    local part cuts model="$exp_dir/averaged.pt" sherpa="$exp_dir/sherpa"
+    run_stage 10 export --inputs "$model" --outputs "$sherpa" -- \
+        python -m ssm_asr.export --checkpoint "$model" --format sherpa --precision fp32 int8 --out "$sherpa"
+    for part in "${tests[@]}"; do
+        cuts="$data/features/cuts_$part.jsonl.gz"
+        run_stage 10 "sherpa $part" --inputs "$model" "$sherpa" "$cuts" --outputs "$exp_dir/sherpa-$part.txt" -- \
+            _kept "$exp_dir/sherpa-$part.txt" python "$root/tools/check_sherpa.py" --checkpoint "$model" \
+            --export "$sherpa" --cuts "$cuts" --precision fp32 int8 --limit "$stream_limit"
+    done
+}
+
 _compare() { # trains the other model with the same overrides, and compares the two
     local models=("$exp_dir/averaged.pt" "exp/$name-$(basename "$compare_with" .yaml)/averaged.pt")
     local cuts=("${tests[@]/#/$data/features/cuts_}")
@@ -189,30 +208,11 @@ _compare() { # trains the other model with the same overrides, and compares the 
         --cuts "${cuts[@]}" --limit "$stream_limit" --jobs "$jobs" --note "$note" --out "$exp_dir/compare"
 }
 
-_kept() { # FILE COMMAND...: what the command prints is shown, and kept in the file if it succeeds
-    local file="$1"
-    shift
-    "$@" | tee "$file.new"
-    mv "$file.new" "$file"
-}
-
-_export() { # for sherpa-onnx, which must then recognise what the model does
-    local part cuts model="$exp_dir/averaged.pt" sherpa="$exp_dir/sherpa"
-    run_stage 12 export --inputs "$model" --outputs "$sherpa" -- \
-        python -m ssm_asr.export --checkpoint "$model" --format sherpa --precision fp32 int8 --out "$sherpa"
-    for part in "${tests[@]}"; do
-        cuts="$data/features/cuts_$part.jsonl.gz"
-        run_stage 12 "sherpa $part" --inputs "$model" "$sherpa" "$cuts" --outputs "$exp_dir/sherpa-$part.txt" -- \
-            _kept "$exp_dir/sherpa-$part.txt" python "$root/tools/check_sherpa.py" --checkpoint "$model" \
-            --export "$sherpa" --cuts "$cuts" --precision fp32 int8 --limit "$stream_limit"
-    done
-}
-
 _long_form() {
     local part cuts model="$exp_dir/averaged.pt"
     for part in "${tests[@]}"; do
         cuts="$data/features/cuts_$part.jsonl.gz"
-        run_stage 13 "long form $part" --inputs "$model" "$cuts" --outputs "$exp_dir/long-form-$part.md" -- \
+        run_stage 12 "long form $part" --inputs "$model" "$cuts" --outputs "$exp_dir/long-form-$part.md" -- \
             _kept "$exp_dir/long-form-$part.md" python "$root/tools/long_form.py" --checkpoint "$model" --cuts "$cuts"
     done
 }
@@ -225,14 +225,14 @@ asr_stages() {
     _make_noise
     _train_and_average 6 7 "$config" "$exp_dir"
     _decode_and_stream
-    if [ "$stage" -le 10 ] && [ "$stop_stage" -ge 10 ]; then
-        python -m ssm_asr.report --exp-dir "$exp_dir" --note "$note" "${report_options[@]}"
-    fi
+    _export
     if [ -n "$compare_with" ]; then
         _compare
     fi
-    _export
     if "$long_form"; then
         _long_form
+    fi
+    if [ "$stage" -le 13 ] && [ "$stop_stage" -ge 13 ]; then
+        python -m ssm_asr.report --exp-dir "$exp_dir" --note "$note" "${report_options[@]}"
     fi
 }
