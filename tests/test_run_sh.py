@@ -217,4 +217,4 @@ def test_transcript_modes_do_not_share_data(stubbed: Path) -> None:
     commands = stages(stubbed, "--transcript-mode", "number", "--stop-stage", "9")
     assert "make_corpus" not in commands[0] and "--corpus data/small/corpus" in commands[0]
     assert "--transcript-mode number" in commands[0] and "--out data/small-number/manifests" in commands[0]
-    assert "--exp-dir exp/small-number-sammo_tiny" in commands[-1]
+    assert "--checkpoint exp/small-number-sammo_tiny/averaged.pt" in commands[-1]
