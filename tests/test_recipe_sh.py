@@ -162,7 +162,7 @@ run_stage 2 after --outputs never -- touch never
     while not log.exists():
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the group
-    out = process.communicate(timeout=10)[0].decode()
+    out = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 130
     assert "[stage 1/2 sleep] stopped after" in out
     assert not (tmp_path / "never").exists()
