@@ -30,9 +30,10 @@ from ssm_asr.scoring import paired_bootstrap, score
 from ssm_asr.search.recognizer import StreamingRecognizer
 
 BLOCK_SAMPLES = units.SAMPLE_RATE_HZ // 10
-# Longer than what ends a segment, 1.2 s, and shorter than what ends one without words, 2.4 s: such an endpoint makes
-# sherpa-onnx forget the last tokens, so that what follows may differ.
-PAUSE_S = 1.6
+PAUSE_S = 1.6  # longer than what ends a segment with words, 1.2 s
+# An endpoint without words makes sherpa-onnx forget the last tokens and the encoder's state, so that what follows may
+# differ: such endpoints, by default after 2.4 s, are put off for ever.
+WORDLESS_ENDPOINT_S = 1e6
 MOST_WORSE = 0.003  # error rate of other precisions above that of the reference
 MOST_GROWTH_MB = 8.0  # of resident memory in the last two thirds of a long stream
 
@@ -50,7 +51,11 @@ def open_export(directory: Path, precision: str, endpoints: bool) -> sherpa_onnx
             raise ValueError(f"{path}: no such file; export with --format sherpa --precision {precision}")
     names = {name: str(path) for name, path in files.items()}
     return sherpa_onnx.OnlineRecognizer.from_transducer(
-        **names, num_threads=1, enable_endpoint_detection=endpoints, decoding_method="greedy_search"
+        **names,
+        num_threads=1,
+        enable_endpoint_detection=endpoints,
+        rule1_min_trailing_silence=WORDLESS_ENDPOINT_S,
+        decoding_method="greedy_search",
     )
 
 
