@@ -4,7 +4,6 @@ Prints a Markdown table, some references beside their hypotheses, and the checkp
 """
 
 import argparse
-import csv
 import json
 import math
 import shlex
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ssm_asr import units
-from ssm_asr.results import SUMMARY, interval_text
+from ssm_asr.results import SUMMARY, interval_text, read_texts
 
 COLUMNS = ("cuts", "mode", "search", "chunk ms", "left context ms")
 FLUENT = "fluent CER % [95 % interval]"  # with disfluencies counting for nothing
@@ -60,12 +59,9 @@ def table(summaries: list[dict[str, Any]]) -> str:
 
 def pairs(directory: Path, count: int) -> str:
     """References above hypotheses, spread evenly over a decoding's utterances."""
-    with open(directory / "hypotheses.tsv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    step = max(1, len(rows) // max(1, count))
-    return "\n".join(
-        f"  {row['id']}\n    ref {row['reference']}\n    hyp {row['hypothesis']}" for row in rows[::step][:count]
-    )
+    refs, hyps = read_texts(directory)
+    step = max(1, len(refs) // max(1, count))
+    return "\n".join(f"  {i}\n    ref {refs[i]}\n    hyp {hyps[i]}" for i in list(refs)[::step][:count])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """What decoding leaves behind: hypotheses, alignments and a summary, in one directory a run."""
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from ssm_asr.scoring import Counts, Score, align_text, bootstrap_interval, fluent_errors, score
 
 SUMMARY = "summary.json"
+HYPOTHESES = "hypotheses.tsv"
 
 
 def write_results(
@@ -49,7 +51,7 @@ def write_results(
     out.mkdir(parents=True, exist_ok=True)
     # Tabs and line ends in a text would break the columns.
     rows = [f"{i}\t{' '.join(refs[i].split())}\t{' '.join(hyps.get(i, '').split())}\n" for i in refs]
-    (out / "hypotheses.tsv").write_text("id\treference\thypothesis\n" + "".join(rows), encoding="utf-8")
+    (out / HYPOTHESES).write_text("id\treference\thypothesis\n" + "".join(rows), encoding="utf-8")
     (out / "errors.txt").write_text(_errors_text(result, refs, hyps, unit), encoding="utf-8")
     (out / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return summary
@@ -72,6 +74,18 @@ def _fluent_summary(marked_refs: dict[str, str], hyps: dict[str, str]) -> dict[s
 def _interval(errors_U: Counts, totals_U: Counts) -> list[float] | None:
     low, high = bootstrap_interval(errors_U, totals_U)
     return None if math.isnan(low) else [low, high]
+
+
+def read_texts(directory: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """References and hypotheses that `write_results` wrote, by utterance id in alphabetical order."""
+    with open(directory / HYPOTHESES, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return {row["id"]: row["reference"] for row in rows}, {row["id"]: row["hypothesis"] for row in rows}
+
+
+def read_score(directory: Path, unit: str) -> Score:
+    """The score of what `write_results` wrote, utterance by utterance."""
+    return score(*read_texts(directory), unit)
 
 
 def rate_text(summary: dict[str, Any]) -> str:

@@ -46,12 +46,12 @@ from tqdm import tqdm
 
 from ssm_asr import average, decode, train
 from ssm_asr.compare import figures
-from ssm_asr.compare.cells import current_commit, read_score
+from ssm_asr.compare.cells import current_commit
 from ssm_asr.compare.tables import Table, markdown
 from ssm_asr.config import ConfigError, Experiment, load_experiment
 from ssm_asr.data.tokens import Tokenizer
 from ssm_asr.describe import describe
-from ssm_asr.results import SUMMARY
+from ssm_asr.results import SUMMARY, read_score
 
 RESAMPLES = 4000
 PROGRAMS = {"train": train.main, "average": average.main, "decode": decode.main}

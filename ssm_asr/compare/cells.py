@@ -4,7 +4,6 @@ A finished cell is a directory, there whole or not at all, named by what it depe
 where it was, and a cell is decoded anew when its checkpoint, its cuts or its settings are others.
 """
 
-import csv
 import hashlib
 import json
 import multiprocessing
@@ -26,7 +25,6 @@ from ssm_asr.decode import cuts_name, read_test_cuts, scoring_unit
 from ssm_asr.describe import describe
 from ssm_asr.distributed import find_device
 from ssm_asr.results import SUMMARY, write_results
-from ssm_asr.scoring import Score, score
 from ssm_asr.search.recognizer import StreamingRecognizer, streaming_context
 from ssm_asr.stream import Timing, recognise
 
@@ -218,18 +216,6 @@ def read_row(cell: Cell, out: Path) -> Row:
         "checkpoint": str(cell.model.checkpoint),
         "directory": cell.directory,
     }
-
-
-def read_texts(directory: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """References and hypotheses of a finished cell, by utterance id in alphabetical order."""
-    with open(directory / "hypotheses.tsv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    return {row["id"]: row["reference"] for row in rows}, {row["id"]: row["hypothesis"] for row in rows}
-
-
-def read_score(directory: Path, unit: str) -> Score:
-    """The score of a finished cell, utterance by utterance."""
-    return score(*read_texts(directory), unit)
 
 
 def current_commit() -> str:

@@ -9,9 +9,10 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from ssm_asr import config
-from ssm_asr.compare.cells import Model, Row, read_score, read_texts
+from ssm_asr.compare.cells import Model, Row
 from ssm_asr.compare.figures import left_text, rate_name
 from ssm_asr.compare.tables import Table
+from ssm_asr.results import read_score, read_texts
 from ssm_asr.scoring import split_units
 
 WORST = 10  # utterances shown of a test set

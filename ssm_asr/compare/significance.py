@@ -7,7 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ssm_asr.compare.cells import Row, read_score
+from ssm_asr.compare.cells import Row
+from ssm_asr.results import read_score
 from ssm_asr.scoring import Score, paired_bootstrap
 
 LEVEL = 0.05

@@ -13,9 +13,7 @@ import argparse
 import json
 import multiprocessing
 import random
-import shutil
 import sys
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +26,7 @@ from hibari import Hibari, dsp
 from scipy.signal import resample_poly
 from tqdm import tqdm
 
+from ssm_asr.data.made import is_made, making
 from ssm_asr.units import SAMPLE_RATE_HZ
 
 DIRECTORIES = {"train": "train-clean-5", "dev": "dev-clean-2", "test": "test-clean"}
@@ -35,7 +34,6 @@ SPEAKERS = {"train": 20, "dev": 3, "test": 5}
 DEFAULT_MINUTES = {"digits": 37.0, "sentences": 600.0}
 DEV_SHARE, TEST_SHARE = 1.5 / 37, 4.0 / 37  # of the training minutes
 CHAPTER_S = 60.0  # speech per chapter, which is also the unit of work of one process
-MARKER = ".complete.json"
 
 README = """\
 The speech in this directory is synthetic: it was made by make_corpus.py with the hibari-tts voice "heart"
@@ -168,15 +166,13 @@ def make_corpus(args: argparse.Namespace) -> None:
     out: Path = args.out
     final = out / "LibriSpeech"
     settings = {"size": args.size, "minutes": args.minutes, "seed": args.seed}
-    marker = final / MARKER
-    if marker.is_file() and json.loads(marker.read_text()) == settings:
-        print(f"{final} is there already, made with the same settings: nothing to do")
-        return
-    if final.exists() and not marker.is_file():
-        sys.exit(f"{final} exists and is no made corpus: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".making-", dir=out) as made:
-        root = Path(made) / "LibriSpeech"
+    try:
+        if is_made(final, settings):
+            print(f"{final} is there already, made with the same settings: nothing to do")
+            return
+    except ValueError as error:
+        sys.exit(str(error))
+    with making(final, settings) as root:
         chapters = plan_chapters(args, root)
         total_s = sum(chapter.seconds for chapter in chapters)
         bar = tqdm(total=round(total_s), unit="s", desc="speech made", mininterval=1.0)
@@ -184,10 +180,6 @@ def make_corpus(args: argparse.Namespace) -> None:
             bar.update(round(seconds))
         bar.close()
         (root / "README.txt").write_text(README.format(settings=json.dumps(settings)))
-        (root / MARKER).write_text(json.dumps(settings))
-        if final.exists():
-            shutil.rmtree(final)
-        root.rename(final)
     print(f"made {final}: {args.minutes:g} minutes of training speech")
 
 
