@@ -61,6 +61,8 @@ class TrainConfig:
     num_epochs: int = 30
     seed: int = 42
     precision: str = "float32"  # float32, bf16 or fp16 (autocast)
+    # On a GPU: capture the encoder's passes once for every shape of batch, which wants data.fixed_shapes.
+    cuda_graphs: bool = False
     # The regularisers' schedules are in batches of 600 s. A short run goes through them faster by this factor.
     schedule_speed: float = 1.0
     loss_warmup_batches: int = 2000  # over which simple_scale goes 1 -> simple_scale and the pruned scale .1 -> 1

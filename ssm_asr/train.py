@@ -31,6 +31,7 @@ from ssm_asr.data.batches import Batch, eval_batches, train_batches
 from ssm_asr.data.filtering import filter_cuts
 from ssm_asr.data.store import read_cuts
 from ssm_asr.data.tokens import Tokenizer
+from ssm_asr.encoder.graphs import EncoderGraphs
 from ssm_asr.encoder.regularize import load_whitening_flags, set_batch_count, whitening_flags
 from ssm_asr.encoder.weight_noise import noisy_weights, variational_noise
 from ssm_asr.experiment_dir import fingerprint, make_ready, resumable
@@ -64,6 +65,9 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = Transducer(experiment.model, tokenizer.vocab_size).to(place.device)
         distributed.share_weights(self.model, place)
+        if settings.cuda_graphs and place.device.type == "cuda":
+            parts = [self.model.encoder_embed, self.model.encoder]
+            self.model.encode = EncoderGraphs(self.model.encode, parts)  # type: ignore[method-assign]
         self.noisy_weights = noisy_weights(self.model, settings.weight_noise.parts)
         self.average = RunningAverage(settings.average_period)
         self.optimizer = ScaledAdam(
@@ -138,19 +142,21 @@ class Trainer:
         self._prepare_batch()
         with variational_noise(self.noisy_weights, settings.weight_noise.deviation_at(progress["batch"])):
             losses = self._losses(batch.to(self.place.device))
-            loss, infeasible = self._total(losses, batch)
-            if loss is not None:
-                self.scaler.scale(loss).backward()
+            total_B = self._weighted(losses, progress["batch"])
+            self.scaler.scale(total_B.masked_fill(total_B.isposinf(), 0.0).sum()).backward()
+        infeasible, bad = self._look_at(total_B.detach(), batch)
+        if bad:
+            self.optimizer.zero_grad(set_to_none=True)
         seconds = float(batch.feature_lens_B.sum()) * units.FRAME_SHIFT_MS / 1000
         # All processes see the same counts, so that they stop, and give up, after the same batch.
-        counts = torch.tensor([seconds, infeasible, loss is None, stop.asked], dtype=torch.float64)
-        seconds, infeasible, bad, asked = distributed.total(counts, self.place).tolist()
-        if bad < self.place.world_size:
+        counts = torch.tensor([seconds, infeasible, bad, stop.asked], dtype=torch.float64)
+        seconds, infeasible, all_bad, asked = distributed.total(counts, self.place).tolist()
+        if all_bad < self.place.world_size:
             distributed.average_gradients(self.model, self.place)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._count_bad(int(bad))
+        self._count_bad(int(all_bad))
 
         progress["batch"] += 1
         progress["batch_in_epoch"] += 1
@@ -207,23 +213,21 @@ class Trainer:
         total_B = simple_scale * losses.simple_B + (0.1 + 0.9 * warm) * losses.pruned_B
         return total_B if losses.ctc_B is None else total_B + settings.ctc_scale * losses.ctc_B
 
-    def _total(self, losses: Losses, batch: Batch) -> tuple[Tensor | None, int]:
-        """The loss to differentiate, and how many utterances are not in it, since no alignment fits them.
+    def _look_at(self, total_B: Tensor, batch: Batch) -> tuple[int, bool]:
+        """How many utterances no alignment fits, and whether the batch is to be skipped.
 
-        The loss is None if the batch is to be skipped; it is then recorded in bad_batches.jsonl.
+        It is then recorded in bad_batches.jsonl. This is the only time in a step that the host waits for the device,
+        which has the backward pass to do meanwhile.
         """
-        total_B = self._weighted(losses, self.progress["batch"])
-        infeasible_B = total_B.isposinf()
-        total = total_B.masked_fill(infeasible_B, 0.0).sum()
-        # The only time in a step that the host waits for the device.
-        infeasible, finite = torch.stack([infeasible_B.sum(), total.isfinite()]).tolist()
-        if finite and infeasible < len(batch.ids):
-            return total, infeasible
-        values = [value if math.isfinite(value) else str(value) for value in total_B.tolist()]
-        record = {"batch": self.progress["batch"], "losses": values, "ids": list(batch.ids)}
-        with open(self.exp_dir / "bad_batches.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        return None, infeasible
+        losses = total_B.tolist()
+        infeasible = losses.count(math.inf)
+        bad = infeasible == len(losses) or not all(math.isfinite(loss) or loss == math.inf for loss in losses)
+        if bad:
+            values = [loss if math.isfinite(loss) else str(loss) for loss in losses]
+            record = {"batch": self.progress["batch"], "losses": values, "ids": list(batch.ids)}
+            with open(self.exp_dir / "bad_batches.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        return infeasible, bad
 
     def _count_bad(self, bad: int) -> None:
         """Counts the batches skipped in this step, of all processes; gives up when nothing else comes."""

@@ -29,9 +29,15 @@ def embed_frames(feature_frames: Any) -> Any:
     return (feature_frames - 7) // EMBED_SUBSAMPLING
 
 
-def output_frames(feature_frames: int) -> int:
-    """Output frames (25 Hz) of an utterance of so many feature frames; 0 if there are too few."""
-    return max(0, (embed_frames(feature_frames) + 1) // OUTPUT_SUBSAMPLING)
+def feature_frames(encoder_frames: int) -> int:
+    """The least feature frames of which the front end makes so many encoder frames (50 Hz)."""
+    return encoder_frames * EMBED_SUBSAMPLING + 7
+
+
+def output_frames(feature_frames: Any) -> Any:
+    """Output frames (25 Hz) of so many feature frames, an int or a tensor of lengths; 0 if there are too few."""
+    frames = (embed_frames(feature_frames) + 1) // OUTPUT_SUBSAMPLING
+    return frames * (frames > 0)
 
 
 def chunk_ms(chunk_frames: int) -> int:

@@ -1,12 +1,14 @@
 """Times training of the Zipformer and of Sammo beside the PyPI package zipformer, on one GPU or the CPU.
 
-Rows: the encoder's forward and backward pass, the whole training step (loss and optimiser too), and the forward pass in
-evaluation; over batches of one shape, and over a mix of lengths. Before anything is timed, outputs and gradients are
-compared: ours with the peer's for the same weights, captured graphs with the plain path for the same random numbers.
-Features and tokens are random; all regularisers are on. The peer needs nothing but its unpacked wheel (--peer).
+Rows: the encoder's forward and backward pass, the losses alone, the whole training step (losses and optimiser too), and
+the forward pass in evaluation; over batches of one shape, and over a mix of lengths. First a side's outputs and
+gradients are compared: the peer's with the plain path's for the same weights, captured graphs with the plain path's for
+the same random numbers. Features and tokens are random; all regularisers are on. "peak GiB" is what a side takes of the
+device, the memory of its graphs included. The peer needs nothing but its unpacked wheel (--peer).
 """
 
 import argparse
+import gc
 import importlib
 import importlib.util
 import random
@@ -14,8 +16,7 @@ import statistics
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from ssm_asr import units
+from ssm_asr.data.batches import SHAPE_FRAMES
 from ssm_asr.encoder.graphs import EncoderGraphs
 from ssm_asr.encoder.schedule import set_batch_count
 from ssm_asr.encoder.zipformer import ZipformerConfig
@@ -41,8 +43,11 @@ VARIANTS: dict[str, dict[str, Any]] = {"zipformer": {}, "sammo": {"long_range": 
 # Batches of 600 s: how many utterances, and the seconds of the longest. The mix is what buckets of read speech give.
 FIXED = [(40, 15.0)]
 MIX = [(150, 4.0), (85, 7.0), (54, 11.0), (46, 13.0), (40, 15.0), (40, 15.0), (37, 16.0), (37, 16.0)]
+KINDS = ("encoder_step", "loss", "training_step", "evaluation")
 BATCH_COUNT = 10000.0  # where the schedules stand
 CHUNK = 32
+
+Row = tuple[str, str, str, dict[str, float]]  # shape, what, side, figures
 
 
 @dataclass
@@ -60,19 +65,20 @@ class Data:
 
 
 def make_batches(shapes: list[tuple[int, float]], device: str, vocab_size: int, scale: float) -> list[Data]:
-    """Random batches; the lengths of the utterances spread over the last tenth, and 4 tokens a second."""
+    """Random batches of the trainer's fixed shapes; the utterances fill at least 0.9 of them with 4 tokens a second."""
     batches = []
     for count, seconds in shapes:
         count = max(2, round(count * scale))
-        frames = round(seconds * 1000 / units.FRAME_SHIFT_MS)
+        encoder_frames = round(seconds * 1000 / units.ENCODER_FRAME_MS)
+        frames = units.feature_frames(-(-encoder_frames // SHAPE_FRAMES) * SHAPE_FRAMES)
         tokens = round(4 * seconds)
         lens_B = torch.linspace(0.9 * frames, frames, count).long()
         batches.append(
             Data(
                 torch.randn(count, frames, units.NUM_MELS, device=device),
-                lens_B.to(device),
+                lens_B,
                 torch.randint(1, vocab_size, (count, tokens), device=device),
-                torch.full((count,), tokens, device=device),
+                torch.full((count,), tokens),
             )
         )
     return batches
@@ -93,21 +99,37 @@ class Side:
 
     def encode(self, batch: Data) -> Tensor:
         with self.autocast():
-            return self.model.encode(batch.features_BTF, batch.lens_B, CHUNK, self.left_context)[0]
+            return self.model.encode(batch.features_BTF, batch.lens_B.to(self.device), CHUNK, self.left_context)[0]
 
     def encoder_step(self, batch: Data) -> None:
         out_BSD = self.encode(batch)
         out_BSD.backward(torch.full_like(out_BSD, 1e-3))
         self.model.zero_grad(set_to_none=True)
 
+    def loss(self, batch: Data) -> None:
+        """Both losses and their gradients, with noise for the encoder's output."""
+        encode, shape = self.model.encode, (len(batch.lens_B), self._frames(batch), self.model.encoder.out_channels)
+        out_BSD = torch.randn(shape, device=self.device, requires_grad=True)
+        self.model.encode = lambda *_: (out_BSD, None)  # type: ignore[method-assign,assignment]
+        self._losses(batch).backward()
+        self.model.encode = encode  # type: ignore[method-assign]
+        self.model.zero_grad(set_to_none=True)
+
     def training_step(self, batch: Data) -> None:
+        self._losses(batch).backward()
+        self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+
+    def _losses(self, batch: Data) -> Tensor:
         with self.autocast():
             losses = self.model(
                 batch.features_BTF, batch.lens_B, batch.tokens_BU, batch.token_lens_B, CHUNK, self.left_context
             )
-        (0.5 * losses.simple_B + losses.pruned_B).sum().backward()
-        self.optimizer.step()
-        self.model.zero_grad(set_to_none=True)
+        return (0.5 * losses.simple_B + losses.pruned_B).sum()
+
+    @staticmethod
+    def _frames(batch: Data) -> int:
+        return int(units.output_frames(batch.features_BTF.shape[1]))
 
     @torch.no_grad()
     def evaluation(self, batch: Data) -> None:
@@ -182,36 +204,34 @@ def make_ours(config: ZipformerConfig, options: argparse.Namespace, graphs: bool
     return Side("graphs" if graphs else "plain", model, ScaledAdam(model.parameters(), lr=0.01), options)
 
 
-@contextmanager
-def seeded() -> Iterator[None]:
+def gradients(side: Side, batch: Data, training: bool) -> list[Tensor]:
+    """The output and the gradients of the encoder's parameters on the CPU, with fixed random numbers."""
+    side.model.train(training)
+    if side.name == "graphs" and training:
+        side.encoder_step(batch)  # the first batch of a shape is not captured
     random.seed(1)
     torch.manual_seed(1)
-    yield
-
-
-def gradients(side: Side, batch: Data, training: bool) -> list[Tensor]:
-    """The output and the gradients of the encoder's parameters, with fixed random numbers."""
-    side.model.train(training)
-    with seeded():
-        out_BSD = side.encode(batch)
-        generator = torch.Generator().manual_seed(3)
-        out_BSD.backward(torch.randn(out_BSD.shape, generator=generator).to(out_BSD))
+    out_BSD = side.encode(batch)
+    generator = torch.Generator().manual_seed(3)
+    out_BSD.backward(torch.randn(out_BSD.shape, generator=generator).to(out_BSD))
     embed, encoder = side.model.encoder_embed, side.model.encoder
     parameters = dict([*embed.named_parameters("embed"), *encoder.named_parameters("encoder")])
-    found = [p.grad.clone().float() for _, p in sorted(parameters.items()) if p.grad is not None]
+    found = [p.grad.cpu().float() for _, p in sorted(parameters.items()) if p.grad is not None]
     side.model.zero_grad(set_to_none=True)
-    return [out_BSD.detach().float(), *found]
+    return [out_BSD.detach().cpu().float(), *found]
 
 
-def compare(one: Side, other: Side, batch: Data, training: bool, tolerance: float) -> None:
-    """Stops the program where two sides do not compute the same."""
-    a, b = gradients(one, batch, training), gradients(other, batch, training)
-    if len(a) != len(b):
-        raise SystemExit(f"{one.name} has {len(a) - 1} gradients, {other.name} {len(b) - 1}")
-    flat = [torch.cat([x.flatten() for x in side]) for side in (a[1:], b[1:])]
-    errors = [float((x - y).norm() / y.norm()) for x, y in ((a[0], b[0]), flat)]
+def compare(side: Side, batch: Data, training: bool, plain: list[Tensor]) -> None:
+    """Stops the program where a side does not compute what the plain path does."""
+    # The peer keeps the derivative of its activations in 8 bits.
+    tolerance = 0.05 if side.half else 0.01 if side.name == "peer" else 1e-3
+    found = gradients(side, batch, training)
+    if len(found) != len(plain):
+        raise SystemExit(f"{side.name} has {len(found) - 1} gradients, plain {len(plain) - 1}")
+    flat = [torch.cat([x.flatten() for x in tensors[1:]]) for tensors in (found, plain)]
+    errors = [float((x - y).norm() / y.norm()) for x, y in ((found[0], plain[0]), flat)]
     mode = "training, same random numbers" if training else "regularisers off"
-    print(f"{one.name} against {other.name} ({mode}): outputs differ by {errors[0]:.1e}, gradients by {errors[1]:.1e}")
+    print(f"{side.name} against plain ({mode}): outputs differ by {errors[0]:.1e}, gradients by {errors[1]:.1e}")
     if not max(errors) < tolerance:
         raise SystemExit(f"that is more than {tolerance:g}: nothing is timed")
 
@@ -223,11 +243,12 @@ def wait(device: str) -> None:
 
 def measure(step: Callable[[Data], None], batches: list[Data], device: str, repeats: int) -> dict[str, float]:
     """Figures of a step, a round of the batches as the unit of time."""
-    for batch in batches + batches[-1:]:
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    for batch in [*batches, *batches, batches[-1]]:  # the second batch of a shape is captured
         step(batch)
     wait(device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     times_ms = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -242,7 +263,7 @@ def measure(step: Callable[[Data], None], batches: list[Data], device: str, repe
     }
     if device != "cuda":
         return figures
-    figures["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    figures["peak GiB"] = torch.cuda.max_memory_reserved() / 2**30
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step(batches[0])
         wait(device)
@@ -260,15 +281,26 @@ def print_kernels(title: str, out: Path) -> None:
         file.write(f"\n== {title}\n{table}\n")
 
 
-def check(sides: list[Side], batch: Data, options: argparse.Namespace) -> None:
-    """All sides against the plain one."""
-    plain = next(side for side in sides if side.name == "plain")
-    tolerance = 0.05 if plain.half else 1e-3
-    for side in sides:
-        if side.name == "peer":  # which keeps the derivative of its activations in 8 bits
-            compare(side, plain, batch, False, max(tolerance, 0.01))
-        if side.name == "graphs":
-            compare(side, plain, batch, True, tolerance)
+def time_side(side: Side, shapes: dict[str, list[Data]], options: argparse.Namespace) -> list[Row]:
+    """All rows of one side."""
+    rows = []
+    for shape, kind in tqdm([(s, k) for s in shapes for k in KINDS], desc=side.name, leave=False, disable=None):
+        if (kind == "evaluation" and side.name == "graphs") or (kind == "loss" and side.name != "plain"):
+            continue
+        side.model.train(kind != "evaluation")
+        rows.append((shape, kind, side.name, measure(getattr(side, kind), shapes[shape], side.device, options.repeats)))
+        if options.kernels and side.device == "cuda" and shape == "fixed":
+            print_kernels(f"{options.variant} {kind} {side.name}", options.kernels)
+    return rows
+
+
+def print_table(rows: list[Row]) -> None:
+    """The rows, and how many times as fast as the first side each is."""
+    print(f"{'shape':<7}{'what':<15}{'side':<8}" + "".join(f"{key:>12}" for key in rows[0][3]) + f"{'ratio':>12}")
+    for shape, kind, name, figures in rows:
+        first = next(row[3]["ms a batch"] for row in rows if row[:2] == (shape, kind))
+        ratio = first / figures["ms a batch"]
+        print(f"{shape:<7}{kind:<15}{name:<8}" + "".join(f"{x:12.1f}" for x in figures.values()) + f"{ratio:12.2f}")
 
 
 def main() -> None:
@@ -287,38 +319,38 @@ def main() -> None:
     options = parser.parse_args()
 
     config = ZipformerConfig(**SIZES[options.size], **VARIANTS[options.variant])
-    wanted = options.sides.split(",")
-    sides = [make_ours(config, options, graphs=False)]
-    weights = sides[0].model.state_dict()
-    if "graphs" in wanted:
-        sides.append(make_ours(config, options, True, weights))
-    if "peer" in wanted and options.variant == "zipformer":
-        spec = None if options.peer else importlib.util.find_spec("zipformer")
-        folder = options.peer or (spec and spec.origin and Path(spec.origin).parent)
+    wanted = [name for name in options.sides.split(",") if name != "peer" or options.variant == "zipformer"]
+    folder = options.peer
+    if "peer" in wanted:
+        spec = None if folder else importlib.util.find_spec("zipformer")
+        folder = folder or (spec and spec.origin and Path(spec.origin).parent)
         if not folder or not Path(folder).is_dir():
             raise SystemExit(f"--peer {folder}: give the folder of the package zipformer, or leave peer out of --sides")
-        peer = make_peer(Path(folder), config, options)
-        peer.model.load_state_dict(weights)
-        sides.insert(0, peer)
     fixed, mix = (make_batches(s, options.device, options.vocab_size, options.batch_scale) for s in (FIXED, MIX))
-    check(sides, fixed[0], options)
-
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, {options.variant} {options.size}, {options.precision}")
-    rows: list[tuple[str, str, str, dict[str, float]]] = []
     shapes = {"fixed": fixed} if options.no_mix else {"fixed": fixed, "mix": mix}
-    jobs = [(s, b, k) for s in shapes for k in ("encoder_step", "training_step", "evaluation") for b in sides]
-    for shape, side, kind in tqdm(jobs, leave=False, disable=None):
-        if side.name not in wanted or (side.name == "graphs" and kind == "evaluation"):
-            continue
-        side.model.train(kind != "evaluation")
-        figures = measure(getattr(side, kind), shapes[shape], options.device, options.repeats)
-        rows.append((shape, kind, side.name, figures))
-        if options.kernels and options.device == "cuda" and shape == "fixed":
-            print_kernels(f"{options.variant} {kind} {side.name}", options.kernels)
-    print(f"{'shape':<7}{'what':<15}{'side':<8}" + "".join(f"{key:>12}" for key in rows[0][3]))
-    for shape, kind, side_name, figures in rows:
-        print(f"{shape:<7}{kind:<15}{side_name:<8}" + "".join(f"{value:12.1f}" for value in figures.values()))
+
+    plain = make_ours(config, options, graphs=False)
+    weights = {name: value.cpu().clone() for name, value in plain.model.state_dict().items()}
+    expected = {training: gradients(plain, fixed[0], training) for training in (True, False)}
+    del plain
+    rows: list[Row] = []
+    for name in wanted:
+        if name == "plain":
+            side = make_ours(config, options, False, weights)
+        elif name == "graphs":
+            side = make_ours(config, options, True, weights)
+            compare(side, fixed[0], True, expected[True])
+        else:
+            side = make_peer(Path(folder), config, options)
+            side.model.load_state_dict(weights)
+            compare(side, fixed[0], False, expected[False])
+        rows += time_side(side, shapes, options)
+        del side
+        gc.collect()
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    what = f"{options.variant} {options.size}, {options.precision}, vocabulary of {options.vocab_size}"
+    print(f"{device}, torch {torch.__version__}, {what}")
+    print_table(sorted(rows, key=lambda row: (row[0], KINDS.index(row[1]), wanted.index(row[2]))))
 
 
 if __name__ == "__main__":

@@ -8,19 +8,21 @@ with that key. So neither the number of workers nor what was loaded before can c
 with exactly the batches that an uninterrupted run would have seen.
 """
 
+import math
 import signal
 import warnings
+from bisect import bisect_left
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.dataset import DynamicBucketingSampler, DynamicCutSampler
-from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
+from lhotse.dataset.sampling.dynamic_bucketing import FixedBucketBatchSizeConstraint, estimate_duration_buckets
 from lhotse.features import FeatureExtractor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -30,9 +32,11 @@ from ssm_asr.data.config import DataConfig
 from ssm_asr.data.features import make_fbank
 from ssm_asr.data.filtering import text_of
 from ssm_asr.data.tokens import Tokenizer
-from ssm_asr.units import FRAME_SHIFT_MS, LOG_MEL_SILENCE
+from ssm_asr.units import ENCODER_FRAME_MS, FRAME_SHIFT_MS, LOG_MEL_SILENCE, feature_frames
 
 CUTS_TO_ESTIMATE_BUCKETS = 10000
+# Fixed shapes have a multiple of so many encoder frames (50 Hz), which GPUs multiply faster than odd numbers.
+SHAPE_FRAMES = 16
 
 
 class Batch(NamedTuple):
@@ -46,12 +50,13 @@ class Batch(NamedTuple):
     texts: list[str]
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its tensors on a device (copied in the background where memory is pinned)."""
+        """The same batch with features and tokens on a device (copied in the background where memory is pinned).
+
+        The lengths stay on the CPU, where the losses look at them.
+        """
         return self._replace(
             features_BTF=self.features_BTF.to(device, non_blocking=True),
-            feature_lens_B=self.feature_lens_B.to(device, non_blocking=True),
             tokens_BU=self.tokens_BU.to(device, non_blocking=True),
-            token_lens_B=self.token_lens_B.to(device, non_blocking=True),
         )
 
 
@@ -68,6 +73,7 @@ class _Job(NamedTuple):
     cuts: list[Cut]
     noises: list[_Noise | None]  # one per cut
     key: tuple[int, ...]  # seeds the augmentation
+    least_frames: int = 0  # of features, to which the batch is padded
 
 
 def load_features(cut: Cut) -> torch.Tensor:
@@ -101,8 +107,10 @@ class _BatchMaker(torch.utils.data.Dataset):
             texts = [" ".join(texts[i] for i in group) for group in groups]
             ids = ["+".join(ids[i] for i in group) for group in groups]
         tokens = [torch.tensor(self._tokenizer.encode(text), dtype=torch.int64) for text in texts]
+        features_BTF = pad_sequence(features, batch_first=True, padding_value=LOG_MEL_SILENCE)
+        missing = max(0, job.least_frames - features_BTF.shape[1])
         return Batch(
-            pad_sequence(features, batch_first=True, padding_value=LOG_MEL_SILENCE),
+            torch.nn.functional.pad(features_BTF, (0, 0, 0, missing), value=LOG_MEL_SILENCE),
             torch.tensor([len(features_TF) for features_TF in features]),
             pad_sequence(tokens, batch_first=True, padding_value=0),
             torch.tensor([len(tokens_U) for tokens_U in tokens]),
@@ -129,8 +137,10 @@ class _TrainingJobs(torch.utils.data.Sampler):
         noise_cuts: CutSet | None,
         key: tuple[int, ...],
         start_batch: int,
+        bounds_s: list[float],
     ) -> None:
         self._sampler = sampler
+        self._bounds_s = bounds_s
         self._config = config
         self._noises = list(noise_cuts) if noise_cuts is not None else []
         self._key = key
@@ -141,7 +151,15 @@ class _TrainingJobs(torch.utils.data.Sampler):
             if index < self._start_batch:
                 continue
             rng = np.random.default_rng((*self._key, index, 0))
-            yield _Job(list(cuts), [self._draw_noise(rng) for _ in cuts], (*self._key, index, 1))
+            noises = [self._draw_noise(rng) for _ in cuts]
+            yield _Job(list(cuts), noises, (*self._key, index, 1), self._least_frames(list(cuts)))
+
+    def _least_frames(self, cuts: list[Cut]) -> int:
+        if not self._config.fixed_shapes:
+            return 0
+        longest_s = self._bounds_s[bisect_left(self._bounds_s, max(cut.duration for cut in cuts))]
+        encoder_frames = math.ceil(longest_s * 1000 / ENCODER_FRAME_MS)
+        return feature_frames(math.ceil(encoder_frames / SHAPE_FRAMES) * SHAPE_FRAMES)
 
     def _draw_noise(self, rng: np.random.Generator) -> _Noise | None:
         if not self._noises or rng.random() >= self._config.noise_probability:
@@ -175,19 +193,25 @@ def train_batches(
     Returns:
         An iterator. It does not touch the global random generators.
     """
+    bins_s = _duration_bins(cuts, config.num_buckets)
+    bounds_s = [*bins_s, max(cut.duration for cut in cuts)]
+    limit: dict[str, Any] = {"max_duration": config.max_duration_s}
+    if config.fixed_shapes:
+        sizes = [max(1, int(config.max_duration_s / bound_s)) for bound_s in bounds_s]
+        limit = {"constraint": FixedBucketBatchSizeConstraint(bounds_s, sizes)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You are using DynamicBucketingSampler with an eagerly")
         sampler = DynamicBucketingSampler(
             cuts,
-            max_duration=config.max_duration_s,
-            duration_bins=_duration_bins(cuts, config.num_buckets),
+            **limit,
+            duration_bins=bins_s,
             shuffle=True,
             seed=seed,
             rank=rank,
             world_size=world_size,
         )
     sampler.set_epoch(epoch)
-    jobs = _TrainingJobs(sampler, config, noise_cuts, (seed, epoch, rank), start_batch)
+    jobs = _TrainingJobs(sampler, config, noise_cuts, (seed, epoch, rank), start_batch, bounds_s)
     return iter(_loader(jobs, _BatchMaker(tokenizer, config), config.num_workers))
 
 

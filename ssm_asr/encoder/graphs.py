@@ -2,12 +2,14 @@
 
 On a fast GPU the encoder's thousands of small kernels take less time than the host needs to launch them. A graph
 launches all at once. It is captured once for every shape of batch, chunk and left context; what else differs from
-batch to batch reaches it as numbers on the device (ssm_asr.encoder.schedule.Draws).
+batch to batch reaches it as numbers on the device (ssm_asr.encoder.schedule.Draws). Under autocast all weights are cast
+at once where it begins, and all gradients where it ends, instead of each by a kernel of its own.
 
 Shapes: B batch, T feature frames, F mels, S output frames, D encoder width.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ WARM_UPS = 2  # eager passes before a capture, in which libraries choose their a
 class EncoderGraphs:
     """Stands in for `encode` of a model; passes that are not for training on a GPU go to `encode` itself.
 
-    A gradient that it leaves at a parameter is overwritten by its next backward pass: set gradients to None between.
+    So does the first batch of a shape: one that comes only once is not worth a capture. A gradient that it leaves at a parameter is overwritten by its next backward pass: set gradients to None between.
 
     Args:
         encode: features (B, T, F), lengths, chunk and left context -> (B, S, D) and lengths.
@@ -36,7 +38,8 @@ class EncoderGraphs:
         self.modules = nn.ModuleList(modules)
         self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
         self.draws = Draws(self.modules, self.parameters[0].device)
-        self.graphs: dict[Any, _Graph] = {}
+        self.linears = [m for m in self.modules.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
+        self.graphs: dict[Any, _Graph | None] = {}
         self.gradients: list[Tensor] = []
         self.pool: Any = None
 
@@ -52,10 +55,12 @@ class EncoderGraphs:
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key = (features_BTF.shape, chunk, left_context, dtype)
         if key not in self.graphs:
-            if len(self.graphs) >= self.most:
-                return self.encode(features_BTF, lens_B, chunk, left_context)
-            self.graphs[key] = _Graph(self, features_BTF, lens_B, chunk, left_context, dtype)
-        out_BSD, lens_B = _Replay.apply(self.graphs[key], features_BTF, lens_B, *self.parameters)
+            if len(self.graphs) < self.most:
+                self.graphs[key] = None
+            return self.encode(features_BTF, lens_B, chunk, left_context)
+        graph = self.graphs[key] or _Graph(self, features_BTF, lens_B, chunk, left_context, dtype)
+        self.graphs[key] = graph
+        out_BSD, lens_B = _Replay.apply(graph, features_BTF, lens_B, *self.parameters)
         return out_BSD, lens_B
 
 
@@ -76,11 +81,19 @@ class _Graph:
         if owner.pool is None:
             owner.pool = torch.cuda.graph_pool_handle()
             owner.gradients = [torch.zeros_like(p) for p in owner.parameters]
+        weights = [linear.weight for linear in owner.linears]
+        cast = [torch.empty_like(w, dtype=dtype, requires_grad=True) for w in weights] if dtype else weights
+        of_weight = dict(zip(map(id, weights), cast, strict=True))
+        self.sources = [of_weight.get(id(p), p) for p in owner.parameters]
 
         def encode() -> tuple[Tensor, Tensor]:
-            # Casts of weights must be inside the graph, not kept from before it.
+            if dtype:
+                with torch.no_grad():
+                    torch._foreach_copy_(cast, weights)
+            # Other casts of weights must be inside the graph as well, not kept from before it.
             with torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False):
-                return owner.encode(self.features_BTF, self.lens_B, chunk, left_context)
+                with _weights(owner.linears, cast):
+                    return owner.encode(self.features_BTF, self.lens_B, chunk, left_context)
 
         self._warm_up(encode)
         mode = {"pool": owner.pool, "capture_error_mode": "thread_local"}  # loaders pin memory in other threads
@@ -92,7 +105,7 @@ class _Graph:
         self.out_BSD = out_BSD.detach()  # and let go of what the backward pass needed, for the next graph to use
 
     def _differentiate(self, out_BSD: Tensor) -> None:
-        found = torch.autograd.grad(out_BSD, self.owner.parameters, self.grad_BSD, allow_unused=True)
+        found = torch.autograd.grad(out_BSD, self.sources, self.grad_BSD, allow_unused=True)
         self.used = [gradient is not None for gradient in found]
         targets = [gradient for gradient, used in zip(self.owner.gradients, self.used, strict=True) if used]
         torch._foreach_copy_(targets, [gradient for gradient in found if gradient is not None])
@@ -110,6 +123,19 @@ class _Graph:
         torch.cuda.current_stream().wait_stream(stream)
         load_whitening_flags(self.owner.modules, flags)
         torch.cuda.set_rng_state(random_state)
+
+
+@contextmanager
+def _weights(linears: list[nn.Linear], weights: list[Tensor]) -> Iterator[None]:
+    """Within it, the layers use these tensors as their weights."""
+    own = [linear._parameters["weight"] for linear in linears]
+    for linear, weight in zip(linears, weights, strict=True):
+        linear._parameters["weight"] = weight  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for linear, parameter in zip(linears, own, strict=True):
+            linear._parameters["weight"] = parameter
 
 
 class _Replay(torch.autograd.Function):

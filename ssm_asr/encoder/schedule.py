@@ -12,6 +12,13 @@ import torch
 from torch import Tensor, nn
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device; the host does not wait for what the device still has to do, as it would with x.to(device)."""
+    if device.type == "cuda" and not x.is_cuda:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 class Schedule:
     """A piecewise-linear function of the batch count; the ends are held.
 
@@ -106,9 +113,7 @@ class Draws:
     def renew(self) -> None:
         """Draws all numbers anew."""
         drawn = torch.tensor([number for key in self._found for number in _drawn(*key)])
-        if self.all.is_cuda:
-            drawn = drawn.pin_memory()
-        self.all[: self._count].copy_(drawn, non_blocking=True)
+        self.all[: self._count] = to_device(drawn, self.all.device)
 
 
 def _drawn(module: Scheduled, wanted: Any) -> list[float]:

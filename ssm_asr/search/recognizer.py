@@ -64,11 +64,11 @@ def encode_as_streamed(
     features_BTF = torch.nn.functional.pad(features_BTF, (0, 0, 0, missing), value=units.LOG_MEL_SILENCE)
     if chunk > 0:
         rows = [pad_to_chunks(row[:length].cpu(), chunk) for row, length in zip(features_BTF, lens, strict=True)]
-        lens_B = torch.tensor([len(row) for row in rows], device=features_BTF.device)
+        lens_B = torch.tensor([len(row) for row in rows])
         features_BTF = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=units.LOG_MEL_SILENCE).to(
             features_BTF.device
         )
-    encoder_out, _ = model.encode(features_BTF, lens_B, chunk, left_context)
+    encoder_out, _ = model.encode(features_BTF, lens_B.to(features_BTF.device), chunk, left_context)
     return encoder_out, [units.output_frames(length) for length in lens]
 
 

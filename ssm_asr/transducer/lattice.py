@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from ssm_asr.encoder.schedule import to_device
+
 RNNT_TYPES = ("regular", "modified", "constrained")
 
 # Arcs taken less often than this count as never taken: in float32 their products with other small numbers would
@@ -58,7 +60,7 @@ def checked_boundary(boundary_B4: Tensor | None, num_frames: int, symbols_BS: Te
                 f"utterance {utterance}: {t_end - t_begin} frames are too few for {s_end - s_begin} symbols under "
                 f"rnnt_type {rnnt_type}: drop the utterance or use regular"
             )
-    return boundary_B4.to(symbols_BS.device, torch.int64)
+    return to_device(boundary_B4.long(), symbols_BS.device)
 
 
 def lattice_score(

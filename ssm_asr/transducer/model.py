@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ssm_asr import units
 from ssm_asr.encoder.conformer import Conformer, ConformerConfig
 from ssm_asr.encoder.modules import scaled_linear
+from ssm_asr.encoder.schedule import to_device
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP, ConvSubsampling
 from ssm_asr.encoder.zipformer import DROPOUT, Zipformer, ZipformerConfig
 from ssm_asr.transducer.predictor import Joiner, Predictor
@@ -116,8 +118,14 @@ class Transducer(nn.Module):
         chunk: int = -1,
         left_context: int = -1,
     ) -> Losses:
-        """The losses of a batch, -log p(tokens), one an utterance; infinite where no alignment exists."""
-        encoder_out_BSD, frames_B = self.encode(features_BTF, feature_lens_B, chunk, left_context)
+        """The losses of a batch, -log p(tokens), one an utterance; infinite where no alignment exists.
+
+        Args:
+            feature_lens_B, token_lens_B: on the CPU they save waits for the device.
+        """
+        lens_B = to_device(feature_lens_B, features_BTF.device)
+        encoder_out_BSD, _ = self.encode(features_BTF, lens_B, chunk, left_context)
+        frames_B = units.output_frames(feature_lens_B)
         blank_first = nn.functional.pad(tokens_BU, (1, 0))
         decoder_out_BUD = self.decoder(blank_first)
         config = self.config
@@ -143,6 +151,7 @@ class Transducer(nn.Module):
         log_probs_SBV = self.ctc_output(encoder_out_BSD).float().transpose(0, 1)
         # An infinite loss of ctc_loss itself would have NaN gradients, whatever it is multiplied by.
         ctc_B = nn.functional.ctc_loss(log_probs_SBV, tokens_BU, frames_B, lens_B, reduction="none", zero_infinity=True)
+        frames_B, lens_B = (to_device(x_B, tokens_BU.device) for x_B in (frames_B, lens_B))
         # Between two equal tokens there must be a blank.
         positions_U = torch.arange(tokens_BU.shape[1], device=tokens_BU.device)[1:]
         repeated_BU = (tokens_BU[:, 1:] == tokens_BU[:, :-1]) & (positions_U < lens_B[:, None])

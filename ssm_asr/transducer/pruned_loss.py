@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ssm_asr.encoder.schedule import to_device
 from ssm_asr.transducer import rnnt_loss as torch_losses
 from ssm_asr.transducer.lattice import checked_boundary
 from ssm_asr.transducer.log_probs import JoinerTerms
@@ -116,7 +117,7 @@ def pruned_transducer_loss(
     common: dict[str, Any] = dict(
         symbols=symbols_BS,
         termination_symbol=BLANK,
-        boundary=boundary_B4.to(device) if k2 else boundary_B4,
+        boundary=to_device(boundary_B4, device) if k2 else boundary_B4,
         rnnt_type=rnnt_type,
         delay_penalty=delay_penalty,
     )
@@ -142,7 +143,7 @@ def pruned_transducer_loss(
     else:
         pruned_B = _joiner_loss(encoder_out_BTJ, decoder_out_BUJ, joiner, ranges_BTR, **common)
 
-    feasible_B = feasible_B.to(device)
+    feasible_B = to_device(feasible_B, device)
     # Where a loss is infinite this also cuts off its gradients, which k2 makes up.
     simple_B, pruned_B = (
         loss_B.masked_fill(~feasible_B | (loss_B == torch.inf), torch.inf) for loss_B in (simple_B, pruned_B)
@@ -184,14 +185,14 @@ def _joiner_loss(
             at_least_float32(bias_V),
             ranges_BTR,
             next_symbols(symbols, ranges_BTR),
-            frames.flatten().nonzero()[:, 0].to(ranges_BTR.device),
+            to_device(frames.flatten().nonzero()[:, 0], ranges_BTR.device),
             termination_symbol,
             matmul_dtype,
         )
         lattice = score_arcs(
             symbol_BTR,
             blank_BTR,
-            boundary.to(ranges_BTR.device),
+            to_device(boundary, ranges_BTR.device),
             symbols.shape[1],
             rnnt_type,
             delay_penalty,

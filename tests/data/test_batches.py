@@ -17,7 +17,7 @@ from ssm_asr.data.config import DataConfig, SpecAugmentConfig
 from ssm_asr.data.filtering import filter_cuts
 from ssm_asr.data.store import prepare_cuts
 from ssm_asr.data.tokens import Tokenizer, train_tokenizer
-from ssm_asr.units import LOG_MEL_SILENCE, output_frames
+from ssm_asr.units import LOG_MEL_SILENCE, embed_frames, feature_frames, output_frames
 
 CONFIG = DataConfig(max_duration_s=6.0, num_buckets=3, num_workers=0)
 
@@ -75,6 +75,23 @@ def test_ranks_share_the_cuts(stored: CutSet, tokenizer: Tokenizer) -> None:
     seen = {i.split("_dup")[0] for rank in ranks for batch in rank for i in batch.ids}
     assert seen == set(stored.ids)
     assert not set(ranks[0][0].ids) & set(ranks[1][0].ids)
+
+
+def test_fixed_shapes(stored: CutSet, tokenizer: Tokenizer) -> None:
+    config = replace(CONFIG, fixed_shapes=True)
+    fixed = batches(stored, tokenizer, config)
+    assert sorted(i for batch in fixed for i in batch.ids) == sorted(stored.ids)
+    shapes: dict[int, list[int]] = {}
+    for batch in fixed:
+        B, T, _ = batch.features_BTF.shape
+        shapes.setdefault(T, []).append(B)
+        assert embed_frames(T) % 16 == 0 and T == feature_frames(embed_frames(T))
+        for features_TF, frames in zip(batch.features_BTF, batch.feature_lens_B, strict=True):
+            assert (features_TF[frames:] == LOG_MEL_SILENCE).all()
+    assert 1 < len(shapes) <= CONFIG.num_buckets
+    for sizes in shapes.values():  # only the last batch of a bucket is smaller
+        assert sum(size < max(sizes) for size in sizes) <= 1
+    assert_same(batches(stored, tokenizer, config, start_batch=2), fixed[2:])
 
 
 def test_global_generators_are_left_alone(stored: CutSet, tokenizer: Tokenizer) -> None:
