@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -65,3 +66,23 @@ def test_loss_step_has_finite_gradients(monkeypatch: pytest.MonkeyPatch) -> None
         module.make_step(module.Case(2, 20, 5, 30, joiner_dim), "ssm_asr")()
     monkeypatch.setattr(module, "PEERS", ("no_such_library",))
     assert module.importable_peer() is None
+
+
+def test_two_processes() -> None:
+    options = ["--device", "cpu", "--config", TINY / "zipformer_tiny.yaml", "--precision", "float32", "--repeats", 1]
+    options += ["--seconds", 1, "--utterances", 2]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        ROOT / "tools/bench_distributed.py",
+    ]
+    done = subprocess.run(
+        [sys.executable, *map(str, [*command, *options])], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    error = re.search(r"gradients of 2 processes differ from those of one by (\S+) of", done.stdout)
+    assert error and 0 < float(error[1]) < 1e-5
+    assert re.search(r"one process [\d.]+ ms a step, 2 together [\d.]+ ms; efficiency [\d.]+ %", done.stdout)

@@ -1,0 +1,165 @@
+"""Times the training step of one GPU beside that of all, and checks that all compute what one would.
+
+    torchrun --nproc-per-node 2 tools/bench_distributed.py
+    torchrun --nproc-per-node 2 tools/bench_distributed.py --device cpu --config FILE --seconds 2 --utterances 4
+
+Every process has a batch of its own, so that N processes work on N times the audio in a step; the efficiency is the
+time of one process, while the others wait, over the time of all together. Before that, with the regularisers off, the
+mean gradient of all processes is compared with the one that a single process finds for all their batches joined.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssm_asr import distributed, units
+from ssm_asr.config import Experiment, load_experiment
+from ssm_asr.data.batches import SHAPE_FRAMES
+from ssm_asr.encoder.graphs import EncoderGraphs
+from ssm_asr.encoder.schedule import set_batch_count
+from ssm_asr.optim import ScaledAdam
+from ssm_asr.transducer.model import Transducer
+
+BATCH_COUNT = 10000.0  # where the schedules stand
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCES = {"float32": 1e-4, "bf16": 0.05, "fp16": 0.05}
+
+
+class Data(NamedTuple):
+    """A batch of random features and tokens."""
+
+    features_BTF: Tensor
+    lens_B: Tensor
+    tokens_BU: Tensor
+    token_lens_B: Tensor
+
+
+def make_batch(rank: int, options: argparse.Namespace) -> Data:
+    """The batch of a process, of one of the trainer's fixed shapes."""
+    generator = torch.Generator().manual_seed(rank)
+    encoder_frames = round(options.seconds * 1000 / units.ENCODER_FRAME_MS)
+    frames = units.feature_frames(-(-encoder_frames // SHAPE_FRAMES) * SHAPE_FRAMES)
+    count, tokens = options.utterances, round(4 * options.seconds)
+    return Data(
+        torch.randn(count, frames, units.NUM_MELS, generator=generator),
+        torch.linspace(0.9 * frames, frames, count).long(),
+        torch.randint(1, options.vocab_size, (count, tokens), generator=generator),
+        torch.full((count,), tokens),
+    )
+
+
+class Step:
+    """The model and its optimiser in one process."""
+
+    def __init__(self, experiment: Experiment, place: distributed.Place, options: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        self.place, self.precision = place, options.precision
+        self.model = Transducer(experiment.model, options.vocab_size).to(place.device)
+        self.chunk, self.left_context = experiment.decode.chunk_frames, experiment.decode.left_context_frames
+        distributed.share_weights(self.model, place)
+        set_batch_count(self.model, BATCH_COUNT)
+        self.model.encode = EncoderGraphs(  # type: ignore[method-assign]
+            self.model.encode, [self.model.encoder_embed, self.model.encoder]
+        )
+        self.optimizer = ScaledAdam(self.model.parameters(), lr=0.01)
+
+    def backward(self, batch: Data) -> None:
+        """Leaves the gradients of a batch at the parameters."""
+        device = self.place.device
+        self.model.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, DTYPES[self.precision], enabled=self.precision != "float32"):
+            losses = self.model(
+                batch.features_BTF.to(device),
+                batch.lens_B,
+                batch.tokens_BU.to(device),
+                batch.token_lens_B,
+                self.chunk,
+                self.left_context,
+            )
+        (0.5 * losses.simple_B + losses.pruned_B).sum().backward()
+
+    def alone(self, batch: Data) -> None:
+        """A step without the others."""
+        self.backward(batch)
+        self.optimizer.step()
+
+    def together(self, batch: Data) -> None:
+        """A step of all processes."""
+        self.backward(batch)
+        distributed.average_gradients(self.model, self.place)
+        self.optimizer.step()
+
+    def gradient(self) -> Tensor:
+        """All gradients end to end, zeros where there are none."""
+        return torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.model.parameters()]
+        )
+
+
+def difference(step: Step, options: argparse.Namespace) -> float:
+    """How far the mean gradient of all processes is from that of one with all batches, relative to its norm."""
+    batches = [make_batch(rank, options) for rank in range(step.place.world_size)]
+    step.model.eval()
+    step.backward(Data(*(torch.cat(parts) for parts in zip(*batches, strict=True))))
+    expected = step.gradient() / step.place.world_size
+    step.backward(batches[step.place.rank])
+    distributed.average_gradients(step.model, step.place)
+    return float((step.gradient() - expected).norm() / expected.norm())
+
+
+def time_ms(run: Callable[[Data], None], batch: Data, device: torch.device, repeats: int) -> float:
+    """Median time of a step; the three before are for captures."""
+    times_ms = []
+    for _ in range(repeats + 3):
+        start = time.perf_counter()
+        run(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times_ms.append((time.perf_counter() - start) * 1000)
+    return statistics.median(times_ms[3:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="configuration of the experiment (default: Zipformer M)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--precision", default="bf16", choices=DTYPES, help="default: bf16")
+    parser.add_argument("--utterances", type=int, default=40, help="in the batch of a process (default: 40)")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of the longest utterance (default: 15)")
+    parser.add_argument("--vocab-size", type=int, default=500)
+    parser.add_argument("--repeats", type=int, default=10, help="the median counts (default: 10)")
+    options = parser.parse_args()
+    place = distributed.join(options.device)
+    step = Step(load_experiment(options.config) if options.config else Experiment(), place, options)
+    error = difference(step, options)
+    if not error < TOLERANCES[options.precision]:
+        raise SystemExit(f"the gradients differ by {error:.1e} of their norm: nothing is timed")
+
+    step.model.train()
+    batch = make_batch(place.rank, options)
+    one_ms = 0.0
+    for rank in range(place.world_size):
+        if rank == place.rank:
+            one_ms = time_ms(step.alone, batch, place.device, options.repeats)
+        distributed.wait(place)
+    distributed.share_weights(step.model, place)
+    all_ms = time_ms(step.together, batch, place.device, options.repeats)
+    if place.rank == 0:
+        name = torch.cuda.get_device_name() if place.device.type == "cuda" else "CPU"
+        print(
+            f"{name}, torch {torch.__version__}, {options.precision}, {options.utterances} × {options.seconds:g} s each"
+        )
+        print(f"gradients of {place.world_size} processes differ from those of one by {error:.1e} of their norm")
+        print(f"one process {one_ms:.1f} ms a step, {place.world_size} together {all_ms:.1f} ms", end="; ")
+        print(f"efficiency {100 * one_ms / all_ms:.1f} %")
+    distributed.leave(place)
+
+
+if __name__ == "__main__":
+    main()
