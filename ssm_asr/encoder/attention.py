@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssm_asr.encoder.modules import scaled_linear
+from ssm_asr.encoder.modules import Linear, scaled_linear
 from ssm_asr.encoder.regularize import (
     Balancer,
     Dropout,
@@ -23,7 +23,6 @@ from ssm_asr.encoder.regularize import (
     never,
     penalize_large,
 )
-from ssm_asr.ssm import kernels
 
 MASKED_SCORE = -1000.0
 LARGE_SCORE, LARGE_SCORE_PENALTY = 25.0, 1e-4
@@ -35,17 +34,21 @@ class Context(NamedTuple):
     Attributes:
         chunk_mask_TK: hidden by the chunks and the left context, the same for the whole batch; or None.
         padding_mask_BK: hidden since it is padding or, in streaming, not yet filled; or None.
+        span_2BT: what the masks say of whole sequences, for kernels: the first visible key of each query and the end
+            of those visible (no more than K), int32; where the end is not behind the first, none is visible.
     """
 
     chunk_mask_TK: Tensor | None
     padding_mask_BK: Tensor | None
+    span_2BT: Tensor | None = None
 
     def every(self, factor: int) -> "Context":
         """The context of a stack that runs at a `factor` times lower frame rate."""
-        chunk_TK, padding_BK = self
+        chunk_TK, padding_BK, span_2BT = self
         return Context(
             chunk_TK if chunk_TK is None else chunk_TK[::factor, ::factor],
             padding_BK if padding_BK is None else padding_BK[:, ::factor],
+            span_2BT if span_2BT is None else (span_2BT[..., ::factor] + factor - 1) // factor,
         )
 
 
@@ -67,6 +70,16 @@ def chunk_mask(frames: int, chunk: int, left_context: int, device: torch.device)
     if left_context >= 0:
         hidden_TK |= age_TK > visible_left_context(chunk, left_context) // chunk
     return hidden_TK
+
+
+def visible_span(lens_B: Tensor, frames: int, chunk: int, left_context: int) -> Tensor:
+    """`Context.span_2BT` of sequences with so many valid frames each; the rest as for `chunk_mask`."""
+    chunk = chunk if chunk > 0 else frames
+    left = visible_left_context(chunk, left_context) if left_context >= 0 else frames
+    frame_T = torch.arange(frames, device=lens_B.device, dtype=torch.int32)
+    start_T = frame_T - frame_T % chunk
+    end_BT = torch.minimum((start_T + chunk).clamp(max=frames), lens_B[:, None].to(torch.int32))
+    return torch.stack([(start_T - left).clamp(min=0).expand_as(end_BT), end_BT])
 
 
 def context_of_chunk(frames: int, left_context: int, processed_B: Tensor | None) -> Context:
@@ -143,8 +156,11 @@ class AttentionWeights(Scheduled):
 
     def forward(
         self, x_BTD: Tensor, pos_PE: Tensor, context: Context, keys_BLQ: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Weights (B, H, T, K), and the keys (B, K, Q) of which streaming keeps the last L.
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """Weights, and the keys (B, K, Q) of which streaming keeps the last L.
+
+        The weights (B, H, T, K) are there once for each of two modules, and those of the first head (B, T, K) for a
+        third, so that a kernel can add up what gradients come back.
 
         Args:
             keys_BLQ: keys of the left context in streaming.
@@ -156,28 +172,36 @@ class AttentionWeights(Scheduled):
         key_BKQ = self.whiten_keys(self.balance_keys(key_BTQ))
         if keys_BLQ is not None:
             key_BKQ = torch.cat([keys_BLQ, key_BKQ], dim=1)
+        skip, penalize = self.chance(self.pos_skip_rate), self.chance(0.1)
+        if context.span_2BT is not None:
+            from ssm_asr.encoder.kernels.attention import attention_weights  # only where Triton is installed
+
+            pos_key_HPX = self.linear_pos(pos_PE).reshape(-1, self.heads, self.pos_head_dim).transpose(0, 1)
+            skip, penalize = (
+                x if isinstance(x, Tensor) else torch.full((), x, device=x_BTD.device) for x in (skip, penalize)
+            )
+            weights = attention_weights(
+                query_BTQ, key_BKQ, pos_query, pos_key_HPX.contiguous(), context.span_2BT, skip, penalize,
+                LARGE_SCORE, LARGE_SCORE_PENALTY,
+            )  # fmt: skip
+            return weights, key_BKQ
         query = query_BTQ.reshape(B, T, self.heads, -1).transpose(1, 2)
         key = key_BKQ.reshape(B, key_BKQ.shape[1], self.heads, -1).permute(0, 2, 3, 1)
-        position_BHTP, skip = None, self.chance(self.pos_skip_rate)
+        position_BHTP = None
         if isinstance(skip, Tensor) or not skip:
             pos_query = pos_query.reshape(B, T, self.heads, -1).transpose(1, 2)
             pos_key = self.linear_pos(pos_PE).reshape(-1, self.heads, self.pos_head_dim).permute(1, 2, 0)
             pos_query = pos_query * (1 - skip) if isinstance(skip, Tensor) else pos_query
             position_BHTP = pos_query @ pos_key
-        penalty = LARGE_SCORE_PENALTY * self.chance(0.1)
-        return weights_of_scores(query @ key, position_BHTP, context, penalty).to(x_BTD.dtype), key_BKQ
+        penalty = LARGE_SCORE_PENALTY * penalize
+        weights_BHTK = weights_of_scores(query @ key, position_BHTP, context, penalty).to(x_BTD.dtype)
+        return (weights_BHTK, weights_BHTK, weights_BHTK[:, 0]), key_BKQ
 
 
 def weights_of_scores(
     scores_BHTK: Tensor, position_BHTP: Tensor | None, context: Context, penalty: float | Tensor
 ) -> Tensor:
     """Softmax of the scores plus those of relative positions, if any; scores over a limit are penalised in training."""
-    if position_BHTP is not None and scores_BHTK.shape[2] > 1 and kernels.usable(scores_BHTK):
-        from ssm_asr.encoder.kernels.attention import attention_weights  # only where Triton is installed
-
-        if not isinstance(penalty, Tensor):
-            penalty = torch.full((), penalty, device=scores_BHTK.device)
-        return attention_weights(scores_BHTK, position_BHTP, *context, LARGE_SCORE, penalty)
     if position_BHTP is not None:
         scores_BHTK = scores_BHTK + shift_relative(position_BHTP)
     if scores_BHTK.requires_grad and not never(penalty):
@@ -196,14 +220,26 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, heads: int, value_head_dim: int) -> None:
         super().__init__()
         self.heads, self.value_dim = heads, heads * value_head_dim
-        self.in_proj = nn.Linear(channels, self.value_dim)
+        self.in_proj = Linear(channels, self.value_dim)
         self.out_proj = scaled_linear(self.value_dim, channels, 0.05)
         self.whiten = Whiten(Schedule((0, 7.5), (20000, 22.5)))
 
-    def forward(self, x_BTD: Tensor, weights_BHTK: Tensor, values_BLV: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Output (B, T, D), and the values (B, K, V) of which streaming keeps the last L."""
+    def forward(
+        self, x_BTD: Tensor, weights_BHTK: Tensor, values_BLV: Tensor | None = None, span_2BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Output (B, T, D), and the values (B, K, V) of which streaming keeps the last L.
+
+        Args:
+            values_BLV: values of the left context in streaming.
+            span_2BT: that of the context of the weights.
+        """
         B, T, _ = x_BTD.shape
         value_BKV = self.in_proj(x_BTD)
+        if span_2BT is not None:
+            from ssm_asr.encoder.kernels.weighted_sums import weighted_sums  # only where Triton is installed
+
+            mixed = weighted_sums(weights_BHTK.to(value_BKV.dtype), value_BKV, span_2BT)
+            return self.whiten(self.out_proj(mixed)), value_BKV
         if values_BLV is not None:
             value_BKV = torch.cat([values_BLV, value_BKV], dim=1)
         value = value_BKV.reshape(B, value_BKV.shape[1], self.heads, -1).transpose(1, 2)
@@ -217,7 +253,7 @@ class NonlinAttention(Scheduled):
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.hidden = hidden
-        self.in_proj = nn.Linear(channels, 3 * hidden)
+        self.in_proj = Linear(channels, 3 * hidden)
         self.balance_gate = Balancer(
             positive=(Schedule((0, 0.25), (20000, 0.05)), Schedule((0, 0.75), (20000, 0.95))), abs=(0.5, 5.0)
         )
@@ -229,7 +265,15 @@ class NonlinAttention(Scheduled):
     def forward(self, x_BTD: Tensor, weights_BTK: Tensor, gated_BLN: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Output (B, T, D), and the gated inputs (B, K, hidden) of which streaming keeps the last L."""
         gate, x, y = self.in_proj(x_BTD).chunk(3, dim=-1)
-        gated_BKN = self.whiten_x(x) * torch.tanh(self.balance_gate(gate))
+        x = self.whiten_x(x)
+        settings = self.balance_gate.settings(gate)
+        if settings is not None and gated_BLN is None:
+            from ssm_asr.encoder.kernels.gates import gated, mixed  # only where Triton is installed
+
+            gated_BKN = gated((x, gate), "tanh", None, settings, self.balance_gate.grad_scale)
+            mixed_BTN = mixed(weights_BTK.to(gated_BKN.dtype), gated_BKN, self.chance(self.constant_rate))
+            return self.whiten_out(self.out_proj(gated((mixed_BTN, y), "identity"))), gated_BKN
+        gated_BKN = x * torch.tanh(self.balance_gate(gate))
         if gated_BLN is not None:
             gated_BKN = torch.cat([gated_BLN, gated_BKN], dim=1)
         constant = self.chance(self.constant_rate)

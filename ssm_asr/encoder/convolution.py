@@ -2,13 +2,13 @@
 
 Source: Yao et al. (arXiv 2310.11230), section 3.1.
 
-Shapes: B batch, T time, D channels, C chunk, N chunks, K kernel size, M = K // 2 cached frames.
+Shapes: B batch, T time, D channels, E = 2D, C chunk, N chunks, K kernel size, M = K // 2 cached frames.
 """
 
 import torch
 from torch import Tensor, nn
 
-from ssm_asr.encoder.modules import SwooshR, scaled_linear
+from ssm_asr.encoder.modules import Linear, SwooshR, scaled_linear
 from ssm_asr.encoder.regularize import Balancer, Schedule, Whiten
 from ssm_asr.ssm import kernels
 
@@ -53,8 +53,8 @@ class ChunkCausalConv(nn.Module):
 
         causal, inside = self.causal_conv, self.chunkwise_conv
         assert causal.bias is not None and inside.bias is not None
-        edge_CD = 1.0 + self._edge_scale(chunk).T
-        return chunk_causal_conv(x_BTD, edge_CD, causal.weight, causal.bias, inside.weight, inside.bias)
+        weights = (self.chunkwise_conv_scale, causal.weight, causal.bias, inside.weight, inside.bias)
+        return chunk_causal_conv(x_BTD, chunk, *weights)
 
     def _inside(self, x_NDC: Tensor) -> Tensor:
         return self.chunkwise_conv(x_NDC) * (1.0 + self._edge_scale(x_NDC.shape[2])).to(x_NDC.dtype)
@@ -73,7 +73,7 @@ class ConvolutionModule(nn.Module):
     def __init__(self, channels: int, kernel: int, causal: bool) -> None:
         super().__init__()
         self.causal, self.cached = causal, kernel // 2
-        self.in_proj = nn.Linear(channels, 2 * channels)
+        self.in_proj = Linear(channels, 2 * channels)
         self.balance_gate = Balancer(
             positive=(Schedule((0, 0.05), (8000, 0.025)), 1.0), abs=(1.5, Schedule((0, 5.0), (8000, 10.0)))
         )
@@ -93,9 +93,7 @@ class ConvolutionModule(nn.Module):
 
     def forward(self, x_BTD: Tensor, padding_mask_BT: Tensor | None, chunk: int = -1) -> Tensor:
         """(B, T, D) -> (B, T, D). Padded frames (True) are zeroed before the convolution."""
-        gated_BDT = self._gated(x_BTD)
-        if padding_mask_BT is not None:
-            gated_BDT = gated_BDT.masked_fill(padding_mask_BT[:, None], 0.0)
+        gated_BDT = self._gated(x_BTD, padding_mask_BT)
         if self.causal:
             return self._finish(self.depthwise_conv(gated_BDT, chunk))
         return self._finish(self.depthwise_conv(gated_BDT))
@@ -106,9 +104,16 @@ class ConvolutionModule(nn.Module):
         out_BDT, cache_BDM = self.depthwise_conv.stream(self._gated(x_BTD), cache_BDM)
         return self._finish(out_BDT), cache_BDM
 
-    def _gated(self, x_BTD: Tensor) -> Tensor:
-        x_BTD, gate_BTD = self.in_proj(x_BTD).chunk(2, dim=-1)
-        return (x_BTD * self.balance_gate(gate_BTD).sigmoid()).transpose(1, 2)
+    def _gated(self, x_BTD: Tensor, padding_mask_BT: Tensor | None = None) -> Tensor:
+        both_BTE = self.in_proj(x_BTD)
+        x_BTD, gate_BTD = both_BTE.chunk(2, dim=-1)
+        settings = self.balance_gate.settings(gate_BTD)
+        if settings is not None:
+            from ssm_asr.encoder.kernels.gates import gated  # only where Triton is installed
+
+            return gated(both_BTE, "sigmoid", padding_mask_BT, settings, self.balance_gate.grad_scale).transpose(1, 2)
+        gated_BDT = (x_BTD * self.balance_gate(gate_BTD).sigmoid()).transpose(1, 2)
+        return gated_BDT if padding_mask_BT is None else gated_BDT.masked_fill(padding_mask_BT[:, None], 0.0)
 
     def _finish(self, x_BDT: Tensor) -> Tensor:
         x_BTD = self.whiten(self.balance_conv(x_BDT).transpose(1, 2))

@@ -8,7 +8,7 @@ at once where it begins, and all gradients where it ends, instead of each by a k
 Shapes: B batch, T feature frames, F mels, S output frames, D encoder width.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,8 @@ WARM_UPS = 2  # eager passes before a capture, in which libraries choose their a
 class EncoderGraphs:
     """Stands in for `encode` of a model; passes that are not for training on a GPU go to `encode` itself.
 
-    So does the first batch of a shape: one that comes only once is not worth a capture. A gradient that it leaves at a parameter is overwritten by its next backward pass: set gradients to None between.
+    So does the first batch of a shape: one that comes only once is not worth a capture. A gradient that it leaves at a
+    parameter is overwritten by its next backward pass: set gradients to None between.
 
     Args:
         encode: features (B, T, F), lengths, chunk and left context -> (B, S, D) and lengths.
@@ -38,7 +39,8 @@ class EncoderGraphs:
         self.modules = nn.ModuleList(modules)
         self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
         self.draws = Draws(self.modules, self.parameters[0].device)
-        self.linears = [m for m in self.modules.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
+        linears = [module for module in self.modules.modules() if isinstance(module, nn.Linear)]
+        self.places = [(m, name) for m in linears for name, p in m.named_parameters(recurse=False) if p.requires_grad]
         self.graphs: dict[Any, _Graph | None] = {}
         self.gradients: list[Tensor] = []
         self.pool: Any = None
@@ -81,7 +83,7 @@ class _Graph:
         if owner.pool is None:
             owner.pool = torch.cuda.graph_pool_handle()
             owner.gradients = [torch.zeros_like(p) for p in owner.parameters]
-        weights = [linear.weight for linear in owner.linears]
+        weights = [getattr(module, name) for module, name in owner.places]
         cast = [torch.empty_like(w, dtype=dtype, requires_grad=True) for w in weights] if dtype else weights
         of_weight = dict(zip(map(id, weights), cast, strict=True))
         self.sources = [of_weight.get(id(p), p) for p in owner.parameters]
@@ -91,9 +93,9 @@ class _Graph:
                 with torch.no_grad():
                     torch._foreach_copy_(cast, weights)
             # Other casts of weights must be inside the graph as well, not kept from before it.
-            with torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False):
-                with _weights(owner.linears, cast):
-                    return owner.encode(self.features_BTF, self.lens_B, chunk, left_context)
+            autocast = torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False)
+            with autocast, _replaced(owner.places, cast):
+                return owner.encode(self.features_BTF, self.lens_B, chunk, left_context)
 
         self._warm_up(encode)
         mode = {"pool": owner.pool, "capture_error_mode": "thread_local"}  # loaders pin memory in other threads
@@ -126,16 +128,16 @@ class _Graph:
 
 
 @contextmanager
-def _weights(linears: list[nn.Linear], weights: list[Tensor]) -> Iterator[None]:
-    """Within it, the layers use these tensors as their weights."""
-    own = [linear._parameters["weight"] for linear in linears]
-    for linear, weight in zip(linears, weights, strict=True):
-        linear._parameters["weight"] = weight  # type: ignore[assignment]
+def _replaced(places: Sequence[tuple[nn.Module, str]], tensors: list[Tensor]) -> Iterator[None]:
+    """Within it, modules use these tensors in place of their parameters of these names."""
+    own = [module._parameters[name] for module, name in places]
+    for (module, name), tensor in zip(places, tensors, strict=True):
+        module._parameters[name] = tensor  # type: ignore[assignment]
     try:
         yield
     finally:
-        for linear, parameter in zip(linears, own, strict=True):
-            linear._parameters["weight"] = parameter
+        for (module, name), parameter in zip(places, own, strict=True):
+            module._parameters[name] = parameter
 
 
 class _Replay(torch.autograd.Function):

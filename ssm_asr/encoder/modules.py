@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssm_asr.encoder.regularize import Balancer, Dropout, LimitParameter, Schedule, Scheduled, Value, Whiten, never
+from ssm_asr.encoder.regularize import Balancer, Dropout, LimitParameter, Schedule, Value, Whiten
 from ssm_asr.ssm import kernels
 
 
@@ -19,24 +19,12 @@ class _Swoosh(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, shift: float, offset: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.shift = shift
-        if kernels.usable(x) and _dense(x):
-            from ssm_asr.encoder.kernels.elementwise import swoosh  # only where Triton is installed
-
-            return swoosh(x, shift, offset)
         return nn.functional.softplus(x - shift).sub_(offset).sub_(x, alpha=0.08)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        if kernels.usable(x) and _dense(x):
-            from ssm_asr.encoder.kernels.elementwise import swoosh
-
-            return swoosh(x, ctx.shift, 0.0, grads[0]), None, None
         return (x - ctx.shift).sigmoid_().sub_(0.08).mul_(grads[0]), None, None
-
-
-def _dense(x: Tensor) -> bool:
-    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 class Swoosh(nn.Module):
@@ -46,10 +34,26 @@ class Swoosh(nn.Module):
         super().__init__()
         self.shift, self.offset = shift, offset
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, balancer: Balancer | None = None, dropout: Dropout | None = None) -> Tensor:
+        """dropout(swoosh(balancer(x))): given to it, the other two take part in its kernels."""
+        settings = None if balancer is None else balancer.settings(x)
+        if balancer is not None and settings is None:
+            x = balancer(x)
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
-            return nn.functional.softplus(x - self.shift) - 0.08 * x - self.offset
-        return _Swoosh.apply(x, self.shift, self.offset)
+            x = nn.functional.softplus(x - self.shift) - 0.08 * x - self.offset
+        elif kernels.usable(x):
+            from ssm_asr.encoder.kernels.elementwise import swoosh  # only where Triton is installed
+
+            channel_dim, grad_scale = (1 if x.ndim == 4 and not x.is_contiguous() else -1), 0.0  # images: channels last
+            if balancer is not None:
+                channel_dim, grad_scale = balancer.channel_dim, balancer.grad_scale
+            drop = None if dropout is None else dropout.numbers(x)
+            x = swoosh(x, self.shift, self.offset, channel_dim, settings, grad_scale, *(drop or ()))
+            if drop is not None:
+                return x
+        else:
+            x = _Swoosh.apply(x, self.shift, self.offset)
+        return x if dropout is None else dropout(x)
 
 
 class SwooshL(Swoosh):
@@ -66,9 +70,34 @@ class SwooshR(Swoosh):
         super().__init__(1.0, 0.313261687)
 
 
-def scaled_linear(in_features: int, out_features: int, scale: float, bias: bool = True) -> nn.Linear:
-    """nn.Linear with default weights times `scale` and a bias uniform in ±0.1·scale."""
-    linear = nn.Linear(in_features, out_features, bias=bias)
+class _AddBias(torch.autograd.Function):
+    """The identity for what has the bias in it already; its gradient's sums over frames, the bias's, by a kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor) -> Tensor:
+        ctx.dtype = bias.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from ssm_asr.encoder.kernels.sums import column_sums  # only where Triton is installed
+
+        return grads[0], column_sums(grads[0], ctx.dtype)
+
+
+class Linear(nn.Linear):
+    """nn.Linear; on a GPU the bias's gradient takes a fourth of the time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias
+        if bias is None or not bias.requires_grad or not torch.is_grad_enabled() or not kernels.usable(x):
+            return super().forward(x)
+        return _AddBias.apply(nn.functional.linear(x, self.weight, bias.detach()), bias)
+
+
+def scaled_linear(in_features: int, out_features: int, scale: float, bias: bool = True) -> Linear:
+    """Linear with default weights times `scale` and a bias uniform in ±0.1·scale."""
+    linear = Linear(in_features, out_features, bias=bias)
     scale_parameters_(linear, scale)
     return linear
 
@@ -91,34 +120,61 @@ class BiasNorm(nn.Module):
         self.limit = LimitParameter(-1.5, 1.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        log_scale = self.limit(self.log_scale) if self.training else self.log_scale
+        settings = self.limit.settings(self.log_scale)
+        log_scale = self.limit(self.log_scale) if settings is None else self.log_scale
+        if kernels.usable(x):
+            from ssm_asr.encoder.kernels.bias_norm import bias_norm  # only where Triton is installed
+
+            return bias_norm(x, self.bias, log_scale, settings)
         # x is float16 or bfloat16 under autocast, the bias never: the mean square is taken in the bias's precision.
         mean_square = (x - self.bias).square().mean(dim=-1, keepdim=True)
         return x * (mean_square.rsqrt() * log_scale.exp()).to(x.dtype)
 
 
-class Bypass(Scheduled):
+class Bypass(nn.Module):
     """orig + (new - orig)·bypass_scale, a learned scale a channel (section 3.3).
 
     Args:
-        skip_rate: probability that a training sequence skips the module altogether.
+        factor: how many frames of `orig` there are for one of `new`, which is repeated.
     """
 
-    def __init__(self, channels: int, skip_rate: Value = 0.0) -> None:
+    def __init__(self, channels: int, factor: int = 1) -> None:
         super().__init__()
+        self.factor = factor
         self.bypass_scale = nn.Parameter(torch.full((channels,), 0.5))
         self.limit = LimitParameter(Schedule((0, 0.9), (20000, 0.2)), 1.0)
-        self.skip_rate = skip_rate
 
-    def forward(self, orig_BTD: Tensor, new_BTD: Tensor) -> Tensor:
-        scale = self.bypass_scale
-        if self.training:
-            scale = self.limit(scale)
-            skip_rate = self.now(self.skip_rate)
-            if not never(skip_rate):
-                keep_B11 = torch.rand(orig_BTD.shape[0], 1, 1, device=orig_BTD.device) > skip_rate
-                scale = scale * keep_B11
+    def forward(self, orig_BTD: Tensor, new_BSD: Tensor, keep_B11: Tensor | None = None) -> Tensor:
+        """(B, T, D) from S = T / factor frames, rounded up. Sequences for which `keep` is False skip the module."""
+        by_kernel = kernels.usable(orig_BTD) and orig_BTD.dtype == new_BSD.dtype
+        settings = self.limit.settings(self.bypass_scale) if by_kernel else None
+        scale = self.limit(self.bypass_scale) if settings is None else self.bypass_scale
+        if by_kernel:
+            from ssm_asr.encoder.kernels.layer import bypass  # only where Triton is installed
+
+            return bypass(orig_BTD, new_BSD, scale, keep_B11, settings, self.factor)
+        new_BTD = upsample(new_BSD, self.factor, orig_BTD.shape[1])
+        scale = scale if keep_B11 is None else scale * keep_B11
         return torch.addcmul(orig_BTD, new_BTD - orig_BTD, scale.to(orig_BTD.dtype))
+
+
+def add_masked(x_BTD: Tensor | None, y_BTD: Tensor, mask_B1D: Tensor | None) -> Tensor:
+    """x + y·mask, the mask (B, 1, D) or (B, 1, 1); without x or without a mask the rest of it."""
+    if mask_B1D is not None and kernels.usable(y_BTD) and (x_BTD is None or x_BTD.dtype == y_BTD.dtype):
+        from ssm_asr.encoder.kernels import layer  # only where Triton is installed
+
+        return layer.add_masked(x_BTD, y_BTD, mask_B1D)
+    y_BTD = y_BTD if mask_B1D is None else y_BTD * mask_B1D
+    return y_BTD if x_BTD is None else x_BTD + y_BTD
+
+
+def fork(x: Tensor, branches: int) -> tuple[Tensor, ...]:
+    """x for each of at most 5 users; on a GPU their gradients are added up at once."""
+    if kernels.usable(x) and x.requires_grad:
+        from ssm_asr.encoder.kernels import layer  # only where Triton is installed
+
+        return layer.fork(x, branches)
+    return (x,) * branches
 
 
 class FeedForward(nn.Module):
@@ -126,7 +182,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int, hidden: int, dropout: Value) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(channels, hidden)
+        self.in_proj = Linear(channels, hidden)
         self.balancer = Balancer(positive=(0.3, 1.0), abs=(0.75, 5.0))
         self.activation = SwooshL()
         self.dropout = Dropout(dropout, shared_dim=1)
@@ -134,7 +190,7 @@ class FeedForward(nn.Module):
         self.whiten = Whiten(Schedule((0, 7.5), (20000, 15.0)))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        hidden_BTF = self.dropout(self.activation(self.balancer(self.in_proj(x_BTD))))
+        hidden_BTF = self.activation(self.in_proj(x_BTD), self.balancer, self.dropout)
         return self.whiten(self.out_proj(hidden_BTF))
 
 
@@ -150,6 +206,10 @@ class Downsample(nn.Module):
         self.bias = nn.Parameter(torch.zeros(factor))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if kernels.usable(x_BTD) and self.factor & (self.factor - 1) == 0:
+            from ssm_asr.encoder.kernels.downsample import downsample  # only where Triton is installed
+
+            return downsample(x_BTD, self.bias)
         missing = -x_BTD.shape[1] % self.factor
         if missing:
             x_BTD = torch.cat([x_BTD, x_BTD[:, -1:].expand(-1, missing, -1)], dim=1)
@@ -161,6 +221,8 @@ class Downsample(nn.Module):
 
 def upsample(x_BTD: Tensor, factor: int, frames: int) -> Tensor:
     """Repeats each frame `factor` times and cuts to `frames`."""
+    if factor == 1:
+        return x_BTD
     return x_BTD.repeat_interleave(factor, dim=1)[:, :frames]
 
 

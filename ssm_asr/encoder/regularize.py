@@ -87,9 +87,7 @@ class _BalancerKernel(torch.autograd.Function):
         from ssm_asr.encoder.kernels.elementwise import balance  # only where Triton is installed
 
         (x,) = ctx.saved_tensors
-        x, grad = (y.movedim(ctx.channel_dim, -1).contiguous() for y in (x, grads[0]))
-        out_ND = balance(x.flatten(0, -2), grad.flatten(0, -2), ctx.settings, ctx.grad_scale)
-        return out_ND.reshape(grad.shape).movedim(-1, ctx.channel_dim), None, None, None
+        return balance(x, grads[0], ctx.settings, ctx.grad_scale, ctx.channel_dim), None, None, None
 
 
 def _mean_limit(positive: float) -> float:
@@ -128,15 +126,21 @@ class Balancer(Scheduled):
     def forward(self, x: Tensor) -> Tensor:
         if not x.requires_grad:
             return x
-        if self.draws is not None and self.training and kernels.usable(x):
-            bounds = [(p, _mean_limit) for p in self.positive] + [(a, _rms_limit) for a in self.abs]
-            settings = self.draws.numbers(self, (decision, self.prob, float), *((present, *bound) for bound in bounds))
+        settings = self.settings(x)
+        if settings is not None:
             return _BalancerKernel.apply(x, settings, self.grad_scale, self.channel_dim)
         acts = self.chance(self.prob)
         if never(acts):
             return x
         limits = (*(self.now(p, _mean_limit) for p in self.positive), *(self.now(a, _rms_limit) for a in self.abs))
         return _BalancerFunction.apply(x, limits, acts * self.grad_scale, self.channel_dim)
+
+    def settings(self, x: Tensor) -> Tensor | None:
+        """The numbers for a kernel that balances x's gradient in the place of `forward`; None if none can."""
+        if self.draws is None or not self.training or not x.requires_grad or not kernels.usable(x):
+            return None
+        bounds = [(p, _mean_limit) for p in self.positive] + [(a, _rms_limit) for a in self.abs]
+        return self.draws.numbers(self, (decision, self.prob, float), *((present, *bound) for bound in bounds))
 
 
 def whitening_metric(x_ND: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -151,14 +155,7 @@ def whitening_metric(x_ND: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     x_NGC = x_ND.reshape(x_ND.shape[0], groups, -1)
     x_GNC = (x_NGC - x_NGC.mean(dim=0)).transpose(0, 1)
     cov_GCC = x_GNC.transpose(1, 2) @ x_GNC
-    metric, grad_cov_GCC = _metric_of_covariance(cov_GCC)
-    grad_GNC = 2 * x_GNC @ grad_cov_GCC
-    return metric, grad_GNC.transpose(0, 1).reshape_as(x_ND)
-
-
-def _metric_of_covariance(cov_GCC: Tensor) -> tuple[Tensor, Tensor]:
-    """The whitening metric and its gradient with respect to the covariance."""
-    channels = cov_GCC.shape[0] * cov_GCC.shape[1]
+    channels = x_ND.shape[1]
     diagonal = cov_GCC.diagonal(dim1=1, dim2=2)
     mean_square = (cov_GCC * cov_GCC).sum() / channels
     mean_diagonal = diagonal.mean() + 1e-20
@@ -166,7 +163,8 @@ def _metric_of_covariance(cov_GCC: Tensor) -> tuple[Tensor, Tensor]:
     grad_cov_GCC = (cov_GCC - torch.diag_embed((mean_square / mean_diagonal).expand_as(diagonal))) * (
         2 / (channels * mean_diagonal * mean_diagonal)
     )
-    return metric, grad_cov_GCC
+    grad_GNC = 2 * x_GNC @ grad_cov_GCC
+    return metric, grad_GNC.transpose(0, 1).reshape_as(x_ND)
 
 
 class _WhitenFunction(torch.autograd.Function):
@@ -182,8 +180,6 @@ class _WhitenFunction(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         module: Whiten = ctx.module
         with torch.autocast(x.device.type, enabled=False):
-            if x.is_cuda and x.dtype == torch.bfloat16 and grad.dtype == x.dtype:
-                return _whitened_bfloat16(x, grad, module, ctx.limit, ctx.acts), None, None, None
             wide = at_least_float32(x)
             metric, metric_grad = whitening_metric(wide.reshape(-1, wide.shape[-1]), module.groups)
             scale = module.strength(metric, ctx.limit, ctx.acts)
@@ -191,27 +187,24 @@ class _WhitenFunction(torch.autograd.Function):
             return grad + (metric_grad * scale).reshape_as(grad).to(grad.dtype), None, None, None
 
 
-def _whitened_bfloat16(x: Tensor, grad: Tensor, module: "Whiten", limit: Number, acts: Number) -> Tensor:
-    """The gradient as `_WhitenFunction` changes it, on the matrix units and without a tensor of x's size in float32.
+class _WhitenKernel(torch.autograd.Function):
+    """The same by kernels, which do next to nothing for a batch on which the module does not act."""
 
-    The covariance is summed in float32 from exact products; the metric's gradient, which is a product of x with a small
-    matrix, is scaled in that matrix, so that one product adds it to the gradient.
-    """
-    groups = module.groups
-    x_ND = x.reshape(-1, x.shape[-1])
-    x_GNC = x_ND.reshape(len(x_ND), groups, -1).transpose(0, 1)
-    mean_G1C = x_ND.mean(dim=0, dtype=torch.float32).reshape(groups, 1, -1)
-    cov_GCC = torch.bmm(x_GNC.transpose(1, 2), x_GNC, out_dtype=torch.float32)
-    cov_GCC = torch.baddbmm(cov_GCC, mean_G1C.transpose(1, 2), mean_G1C, alpha=-len(x_ND))
-    metric, grad_cov_GCC = _metric_of_covariance(cov_GCC)
-    size = 2 * (grad_cov_GCC * (cov_GCC @ grad_cov_GCC)).sum().clamp(min=0).sqrt()
-    norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
-    scale = module.strength(metric, limit, acts) * norm / (size + 1e-20)
-    weight_GCC = grad_cov_GCC * (2 * scale)
-    shift_D = (mean_G1C @ weight_GCC).flatten()
-    grad_GNC = grad.reshape(len(x_ND), groups, -1).transpose(0, 1)
-    out_GNC = torch.baddbmm(grad_GNC, x_GNC, weight_GCC.to(x.dtype))
-    return (out_GNC.transpose(0, 1).reshape(x_ND.shape) - shift_D.to(x.dtype)).reshape_as(grad)
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: "Whiten", settings: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        # The settings are part of a tensor that other modules write their part of meanwhile.
+        ctx.module, ctx.settings = module, settings
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from ssm_asr.encoder.kernels.whitening import whiten  # only where Triton is installed
+
+        (x,) = ctx.saved_tensors
+        module: Whiten = ctx.module
+        out = whiten(x, grads[0], ctx.settings, module.over_limit, module.groups, module.grad_scale)
+        return out, None, None
 
 
 class Whiten(Scheduled):
@@ -240,6 +233,11 @@ class Whiten(Scheduled):
     def forward(self, x: Tensor) -> Tensor:
         if not x.requires_grad:
             return x
+        if self.draws is not None and self.training and kernels.usable(x):
+            settings = self.draws.numbers(
+                self, (decision, self.prob, float), (decision, 0.1, float), (present, self.limit, float)
+            )
+            return _WhitenKernel.apply(x, self, settings)
         due, anyway = self.chance(self.prob), self.chance(0.1)
         if never(due) or (never(anyway) and not x.is_cuda and not self.over_limit):
             return x
@@ -315,6 +313,13 @@ class LimitParameter(Scheduled):
             return parameter
         return _LimitParameter.apply(parameter, self.now(self.low), self.now(self.high), acts)
 
+    def settings(self, parameter: Tensor) -> Tensor | None:
+        """The numbers for a kernel that limits the gradient in the place of `forward`; None if none can."""
+        if self.draws is None or not self.training or not kernels.usable(parameter):
+            return None
+        bounds = ((present, self.low, float), (present, self.high, float))
+        return self.draws.numbers(self, (decision, self.prob, float), *bounds)
+
 
 class Dropout(Scheduled):
     """Dropout with a scheduled rate, its mask shared along `shared_dim` (time) if given."""
@@ -329,17 +334,35 @@ class Dropout(Scheduled):
         rate = self.now(self.rate)
         if never(rate):
             return x
-        like = x if self.shared_dim is None else x.narrow(self.shared_dim, 0, 1)
-        keep = torch.rand_like(like, dtype=torch.float32) >= rate
+        keep = self._uniform(x) >= rate
         return x * (keep / (1 - rate)).to(x.dtype)
 
+    def numbers(self, x_BTD: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Uniform random numbers (B, 1, D) and the rate below which they drop, for a kernel; None if none can."""
+        if not self.training or self.shared_dim != 1 or x_BTD.ndim != 3 or not kernels.usable(x_BTD):
+            return None
+        rate = self.now(self.rate)
+        return (self._uniform(x_BTD), rate) if isinstance(rate, Tensor) else None
 
-def sequence_mask(x: Tensor, drop_rate: Number) -> Tensor | None:
-    """A (B, 1, …) mask that zeroes whole sequences with probability `drop_rate`; None when it would drop nothing."""
-    if never(drop_rate):
-        return None
-    keep_B = torch.rand(x.shape[0], device=x.device) > drop_rate
-    return keep_B.to(x.dtype).reshape(-1, *([1] * (x.ndim - 1)))
+    def _uniform(self, x: Tensor) -> Tensor:
+        like = x if self.shared_dim is None else x.narrow(self.shared_dim, 0, 1)
+        return torch.rand_like(like, dtype=torch.float32)
+
+
+def sequence_masks(module: Scheduled, x_BTD: Tensor, *drop_rates: Value) -> list[Tensor | None]:
+    """For each rate a mask (B, 1, 1), False with that probability for a whole sequence; None where nothing is dropped.
+
+    Args:
+        module: whose settings the rates are; outside training it drops nothing.
+    """
+    if not module.training:
+        return [None] * len(drop_rates)
+    uniform_RB11 = torch.rand(len(drop_rates), x_BTD.shape[0], 1, 1, device=x_BTD.device)
+    if module.draws is not None:
+        rates_R = module.draws.numbers(module, *((present, rate, float) for rate in drop_rates))
+        return list(uniform_RB11 > rates_R[:, None, None, None])
+    rates = [present(module, rate, float) for rate in drop_rates]
+    return [u_B11 > rate if rate else None for u_B11, rate in zip(uniform_RB11, rates, strict=True)]
 
 
 def whitening_flags(model: nn.Module) -> list[bool]:

@@ -9,13 +9,30 @@ import torch
 from torch import Tensor, nn
 
 from ssm_asr import units
-from ssm_asr.encoder.modules import BiasNorm, SwooshL, SwooshR, scale_parameters_
+from ssm_asr.encoder.modules import BiasNorm, Linear, SwooshL, SwooshR, scale_parameters_
 from ssm_asr.encoder.regularize import Balancer, Dropout, ScaleGradient, Schedule, Scheduled, Value, Whiten, never
+from ssm_asr.ssm import kernels
 
 # Every encoder frame sees 3 frames of the ConvNeXt input to either side.
 LOOK_AHEAD = 3
 # A chunk of C encoder frames is computed from 2C + 13 feature frames, and the next starts 2C later.
 CHUNK_OVERLAP = 13
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The type that a convolution takes x in: that of autocast, where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def pointwise(conv: nn.Conv2d, x_BCTW: Tensor) -> Tensor:
+    """A convolution with a kernel of one; on a GPU as a matrix product, which adds the bias without another pass."""
+    if not kernels.usable(x_BCTW):
+        out_BCTW: Tensor = conv(x_BCTW)
+        return out_BCTW
+    x_BTWC = x_BCTW.permute(0, 2, 3, 1)
+    out_NC = nn.functional.linear(x_BTWC.flatten(0, 2), conv.weight.flatten(1), conv.bias)
+    return out_NC.unflatten(0, x_BTWC.shape[:3]).permute(0, 3, 1, 2)
 
 
 class ConvNeXt(Scheduled):
@@ -35,7 +52,13 @@ class ConvNeXt(Scheduled):
 
     def forward(self, x_BCTW: Tensor) -> Tensor:
         """(B, C, T, W) -> (B, C, T, W), zero-padded in time."""
-        return self._finish(x_BCTW, self.depthwise_conv(x_BCTW))
+        conv = self.depthwise_conv
+        if not kernels.usable(x_BCTW):
+            return self._finish(x_BCTW, conv(x_BCTW))
+        from ssm_asr.encoder.kernels.depthwise2d import depthwise_conv  # only where Triton is installed
+
+        assert conv.bias is not None
+        return self._finish(x_BCTW, depthwise_conv(x_BCTW.to(autocast_dtype(x_BCTW)), conv.weight, conv.bias))
 
     def stream(self, x_BCTW: Tensor, cache_BCTW: Tensor) -> tuple[Tensor, Tensor]:
         """x holds the chunk and 3 frames after it, the cache the 3 frames before it."""
@@ -46,17 +69,18 @@ class ConvNeXt(Scheduled):
         return self._finish(x_BCTW[:, :, :frames], mixed), padded[:, :, frames : frames + LOOK_AHEAD]
 
     def _finish(self, x_BCTW: Tensor, mixed_BCTW: Tensor) -> Tensor:
-        hidden = self.activation(self.balance_hidden(self.pointwise_conv1(mixed_BCTW)))
-        out_BCTW = self.pointwise_conv2(hidden)
-        if self.training:
-            skip_rate = self.now(self.skip_rate)
-            if not never(skip_rate):
-                keep_B = torch.rand(x_BCTW.shape[0], 1, 1, 1, device=x_BCTW.device) > skip_rate
-                out_BCTW = out_BCTW * keep_B
-        out_BCTW = self.balance_out(x_BCTW + out_BCTW)
+        hidden = self.activation(self.balance_hidden(pointwise(self.pointwise_conv1, mixed_BCTW)))
+        out_BCTW = pointwise(self.pointwise_conv2, hidden)
+        skip_rate = self.now(self.skip_rate) if self.training else 0.0
+        if never(skip_rate):
+            out_BCTW = x_BCTW + out_BCTW
+        else:
+            keep_B = torch.rand(x_BCTW.shape[0], 1, 1, 1, device=x_BCTW.device) > skip_rate
+            out_BCTW = torch.addcmul(x_BCTW, out_BCTW, keep_B.to(out_BCTW.dtype))
+        out_BCTW = self.balance_out(out_BCTW)
         if not self.training:
             return out_BCTW
-        return self.whiten_out(out_BCTW.transpose(1, 3)).transpose(1, 3)
+        return self.whiten_out(out_BCTW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ConvSubsampling(nn.Module):
@@ -83,16 +107,24 @@ class ConvSubsampling(nn.Module):
         )
         self.convnext = ConvNeXt(c3)
         self.channels, self.frequencies = c3, ((units.NUM_MELS - 3) // 2 + 1 - 3) // 2 + 1
-        self.out = nn.Linear(c3 * self.frequencies, out_channels)
+        self.out = Linear(c3 * self.frequencies, out_channels)
         self.out_whiten = Whiten(Schedule((0, 4.0), (20000, 8.0)), grad_scale=0.02)
         self.out_norm = BiasNorm(out_channels)
         self.dropout = Dropout(dropout, shared_dim=1)
 
     def forward(self, features_BTF: Tensor, lens_B: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, F) -> (B, S, D), and the lengths in encoder frames."""
-        # On a CPU the 7×7 depthwise convolution is several times faster with the channels last.
-        x = features_BTF[:, None].contiguous(memory_format=torch.channels_last)
-        return self._finish(self.convnext(self.conv(x))), units.embed_frames(lens_B)
+        # All convolutions are faster with the channels last, which a tensor of one channel says by its strides alone.
+        x = features_BTF[..., None].permute(0, 3, 1, 2)
+        if kernels.usable(x) and not x.requires_grad:
+            from ssm_asr.encoder.kernels.first_conv import first_conv  # only where Triton is installed
+
+            conv = self.conv[0]
+            assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+            x = self.conv[1:](first_conv(features_BTF, conv.weight, conv.bias, autocast_dtype(x)))
+        else:
+            x = self.conv(x)
+        return self._finish(self.convnext(x)), units.embed_frames(lens_B)
 
     def init_state(self, batch_size: int, device: torch.device | None = None) -> Tensor:
         """The ConvNeXt inputs before the first chunk: (B, C, 3, W) zeros."""
@@ -104,5 +136,9 @@ class ConvSubsampling(nn.Module):
         return self._finish(x), cache_BCTW
 
     def _finish(self, x_BCTW: Tensor) -> Tensor:
-        x_BTD = self.out(x_BCTW.transpose(1, 2).flatten(2))
+        if kernels.usable(x_BCTW):  # the weights in the order of channels-last memory, rather than x in theirs
+            weight = self.out.weight.unflatten(1, (self.channels, -1)).transpose(1, 2).flatten(1)
+            x_BTD = nn.functional.linear(x_BCTW.permute(0, 2, 3, 1).flatten(2), weight, self.out.bias)
+        else:
+            x_BTD = self.out(x_BCTW.transpose(1, 2).flatten(2))
         return self.dropout(self.out_norm(self.out_whiten(x_BTD)))

@@ -23,10 +23,12 @@ from ssm_asr.encoder.attention import (
     SelfAttention,
     chunk_mask,
     context_of_chunk,
+    visible_span,
 )
 from ssm_asr.encoder.convolution import ConvolutionModule
-from ssm_asr.encoder.modules import BiasNorm, Bypass, Downsample, FeedForward, set_channels, upsample
-from ssm_asr.encoder.regularize import Balancer, Schedule, Scheduled, Whiten, sequence_mask
+from ssm_asr.encoder.modules import BiasNorm, Bypass, Downsample, FeedForward, add_masked, fork, set_channels
+from ssm_asr.encoder.regularize import Balancer, Schedule, Scheduled, Whiten, sequence_masks
+from ssm_asr.ssm import kernels
 from ssm_asr.ssm.mamba2 import Mamba2
 
 DROPOUT = Schedule((0, 0.3), (20000, 0.1))
@@ -115,7 +117,7 @@ class ZipformerLayer(Scheduled):
         self.long_range = config.long_range
         # Never used; published checkpoints have it, so it is kept for their sake.
         self.bypass_scale = nn.Parameter(torch.full((dim,), 0.5))
-        self.bypass = Bypass(dim, skip_rate=bypass_skip_rate)
+        self.bypass = Bypass(dim)
         self.bypass_mid = Bypass(dim)
         self.self_attn_weights = AttentionWeights(
             dim, config.pos_dim, heads, config.query_head_dim, config.pos_head_dim
@@ -142,6 +144,7 @@ class ZipformerLayer(Scheduled):
         self.attention_skip_rate = Schedule((0, 0.2), (4000, 0.05), (16000, 0.0))
         self.conv_skip_rate = Schedule((0, 0.2), (4000, 0.05), (16000, 0.0))
         self.ff_skip_rate = Schedule((0, 0.1), (4000, 0.01), (50000, 0.0))
+        self.bypass_skip_rate = bypass_skip_rate
 
     def init_state(self, batch_size: int, left_context: int, device: torch.device | None = None) -> LayerState:
         """The state at the start of a stream; left_context is in frames of this stack."""
@@ -182,25 +185,29 @@ class ZipformerLayer(Scheduled):
         def keep(cache_BKD: Tensor) -> Tensor:
             return cache_BKD[:, cache_BKD.shape[1] - left_context :]
 
-        orig = x
-        attention_mask = self._skip_mask(x, self.attention_skip_rate)
-        weights, key = self.self_attn_weights(x, pos_PE, context, state and state.key_BLQ)
-        x = x + self.feed_forward1(x)
+        x, for_weights, for_feed_forward, orig, orig_at_end = fork(x, 5)
+        attention_mask, conv1_mask, ff2_mask, conv2_mask, ff3_mask, bypass_mask = sequence_masks(
+            self, x, self.attention_skip_rate, self.conv_skip_rate, self.ff_skip_rate, self.conv_skip_rate,
+            self.ff_skip_rate, self.bypass_skip_rate,
+        )  # fmt: skip
+        weights, key = self.self_attn_weights(for_weights, pos_PE, context, state and state.key_BLQ)
+        weights1, weights2, first_head = weights
+        x = x + self.feed_forward1(for_feed_forward)
 
-        x, long_range = self._mix_long_range(x, weights, context, attention_mask, state)
-        mixed, value1 = self.self_attn1(x, weights, state and state.value1_BLV)
-        x = x + _masked(mixed, attention_mask)
+        x, long_range = self._mix_long_range(x, first_head, context, attention_mask, state)
+        mixed, value1 = self.self_attn1(x, weights1, state and state.value1_BLV, context.span_2BT)
+        x = add_masked(x, mixed, attention_mask)
         mixed, conv1 = self._convolve(self.conv_module1, x, context, chunk, state and state.conv1_BDM)
-        x = x + mixed
-        x = x + self._skip(self.balance_ff2(self.feed_forward2(x)), self.ff_skip_rate)
+        x = add_masked(x, mixed, conv1_mask)
+        x = add_masked(x, self.balance_ff2(self.feed_forward2(x)), ff2_mask)
         x = self.bypass_mid(orig, x)
 
-        mixed, value2 = self.self_attn2(x, weights, state and state.value2_BLV)
-        x = x + _masked(mixed, attention_mask)
+        mixed, value2 = self.self_attn2(x, weights2, state and state.value2_BLV, context.span_2BT)
+        x = add_masked(x, mixed, attention_mask)
         mixed, conv2 = self._convolve(self.conv_module2, x, context, chunk, state and state.conv2_BDM)
-        x = x + mixed
-        x = x + self._skip(self.balance_ff3(self.feed_forward3(x)), self.ff_skip_rate)
-        x = self.bypass(orig, self.norm(self.balance_norm(x)))
+        x = add_masked(x, mixed, conv2_mask)
+        x = add_masked(x, self.balance_ff3(self.feed_forward3(x)), ff3_mask)
+        x = self.bypass(orig_at_end, self.norm(self.balance_norm(x)), bypass_mask)
         x = self.whiten_out(self.balance_out(x))
         if state is None:
             return x, None
@@ -213,7 +220,7 @@ class ZipformerLayer(Scheduled):
         """Adds the long-range module's output, if there is one; the new state is for streaming only."""
         new_state: Any = ()
         if self.long_range == "nonlin_attention":
-            mixed, gated = self.nonlin_attention(x, weights[:, 0], state and state.long_range.nonlin_BLN)
+            mixed, gated = self.nonlin_attention(x, weights, state and state.long_range.nonlin_BLN)
             if state is not None:
                 new_state = NonlinState(gated[:, gated.shape[1] - state.key_BLQ.shape[1] :])
         elif self.long_range == "mamba2":
@@ -223,24 +230,14 @@ class ZipformerLayer(Scheduled):
                 mixed, new_state = self.mamba2.stream(x, state.long_range)
         else:
             return x, new_state
-        return x + _masked(self.balance_long_range(mixed), mask), new_state
+        return add_masked(x, self.balance_long_range(mixed), mask), new_state
 
     def _convolve(
         self, module: ConvolutionModule, x: Tensor, context: Context, chunk: int, cache: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         if cache is not None:
             return module.stream(x, cache)
-        return self._skip(module(x, context.padding_mask_BK, chunk), self.conv_skip_rate), None
-
-    def _skip_mask(self, x: Tensor, rate: Schedule) -> Tensor | None:
-        return sequence_mask(x, self.now(rate)) if self.training else None
-
-    def _skip(self, x: Tensor, rate: Schedule) -> Tensor:
-        return _masked(x, self._skip_mask(x, rate))
-
-
-def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask
+        return module(x, context.padding_mask_BK, chunk), None
 
 
 class Stack(nn.Module):
@@ -272,9 +269,9 @@ class Stack(nn.Module):
     def forward(self, x_BTD: Tensor, context: Context, chunk: int, channel_mask: Tensor | None) -> Tensor:
         """Whole sequences; channel_mask (B, 1, D) hides channels of some training sequences."""
         pos_PE = self.positions(x_BTD)
-        x_BTD = _masked(x_BTD, channel_mask)
+        x_BTD = add_masked(None, x_BTD, channel_mask)
         for layer in self.layers:
-            x_BTD = _masked(layer(x_BTD, pos_PE, context, chunk), channel_mask)
+            x_BTD = add_masked(None, layer(x_BTD, pos_PE, context, chunk), channel_mask)
         return x_BTD
 
     def stream(
@@ -305,7 +302,7 @@ class DownsampledStack(nn.Module):
         self.factor = config.downsampling[index]
         self.downsample = Downsample(self.factor)
         self.encoder = Stack(config, index)
-        self.out_combiner = Bypass(config.dim[index])
+        self.out_combiner = Bypass(config.dim[index], self.factor)
 
     def init_state(
         self, batch_size: int, left_context: int, device: torch.device | None = None
@@ -317,7 +314,7 @@ class DownsampledStack(nn.Module):
         """As Stack.forward, with context and chunk at 50 Hz."""
         chunk = chunk if chunk < 0 else chunk // self.factor
         y_BTD = self.encoder(self.downsample(x_BTD), context.every(self.factor), chunk, channel_mask)
-        return self.out_combiner(x_BTD, upsample(y_BTD, self.factor, x_BTD.shape[1]))
+        return self.out_combiner(x_BTD, y_BTD)
 
     def stream(
         self, x_BTD: Tensor, state: tuple[LayerState, ...], processed_B: Tensor | None
@@ -325,7 +322,7 @@ class DownsampledStack(nn.Module):
         """As Stack.stream, with processed_B at 50 Hz."""
         processed_B = None if processed_B is None else processed_B // self.factor
         y_BTD, state = self.encoder.stream(self.downsample(x_BTD), state, processed_B)
-        return self.out_combiner(x_BTD, upsample(y_BTD, self.factor, x_BTD.shape[1])), state
+        return self.out_combiner(x_BTD, y_BTD), state
 
 
 class Zipformer(Scheduled):
@@ -358,16 +355,16 @@ class Zipformer(Scheduled):
             (B, (T+1)//2, max dim), and its lengths.
         """
         T, device = x_BTD.shape[1], x_BTD.device
+        chunk_seen = chunk if self.config.causal else -1
         context = Context(
-            chunk_mask(T, chunk, left_context, device) if self.config.causal else None,
+            chunk_mask(T, chunk_seen, left_context, device),
             torch.arange(T, device=device) >= lens_B[:, None],
+            visible_span(lens_B, T, chunk_seen, left_context) if kernels.usable(x_BTD) else None,
         )
-        outputs = []
-        channel_masks = self._channel_masks(x_BTD)
-        for stack, dim, mask in zip(self.encoders, self.config.dim, channel_masks, strict=True):
-            x_BTD = stack(set_channels(x_BTD, dim), context, chunk, mask)
-            outputs.append(x_BTD)
-        return self._finish(outputs), (lens_B + 1) // 2
+        outputs: list[Tensor] = []
+        for i, (stack, mask) in enumerate(zip(self.encoders, self._channel_masks(x_BTD), strict=True)):
+            x_BTD = stack(self._input_of(i, x_BTD, outputs), context, chunk, mask)
+        return self._finish([*outputs, x_BTD]), (lens_B + 1) // 2
 
     def stream(
         self, x_BTD: Tensor, state: tuple[tuple[LayerState, ...], ...], processed_B: Tensor | None
@@ -379,23 +376,28 @@ class Zipformer(Scheduled):
         Args:
             processed_B: frames that each stream has had before this chunk, int64; may be None without left context.
         """
-        outputs, new_state = [], []
-        for stack, dim, stack_state in zip(self._stacks(), self.config.dim, state, strict=True):
-            x_BTD, stack_state = stack.stream(set_channels(x_BTD, dim), stack_state, processed_B)
-            outputs.append(x_BTD)
+        outputs: list[Tensor] = []
+        new_state = []
+        for i, (stack, stack_state) in enumerate(zip(self._stacks(), state, strict=True)):
+            x_BTD, stack_state = stack.stream(self._input_of(i, x_BTD, outputs), stack_state, processed_B)
             new_state.append(stack_state)
-        return self._finish(outputs), tuple(new_state)
+        return self._finish([*outputs, x_BTD]), tuple(new_state)
 
     def _stacks(self) -> list[Stack | DownsampledStack]:
         return cast(list[Stack | DownsampledStack], self.encoders)
 
+    def _input_of(self, i: int, x_BTD: Tensor, outputs: list[Tensor]) -> Tensor:
+        """From the output of the stack before; appends those of its channels to `outputs` that no later stack has."""
+        dims = self.config.dim
+        widest = max(dims[i:])
+        if i and dims[i - 1] > widest:
+            x_BTD, last_BTD = x_BTD.split([widest, dims[i - 1] - widest], dim=-1)
+            outputs.append(last_BTD)
+        return set_channels(x_BTD, dims[i])
+
     def _finish(self, outputs: list[Tensor]) -> Tensor:
-        """Takes each channel from the last stack that has it, and halves the frame rate."""
-        out_BTD = outputs[-1]
-        for stack_out in reversed(outputs[:-1]):
-            if stack_out.shape[-1] > out_BTD.shape[-1]:
-                out_BTD = torch.cat([out_BTD, stack_out[..., out_BTD.shape[-1] :]], dim=-1)
-        return self.downsample_output(out_BTD)
+        """Puts the channels side by side, each from the last stack that has it, and halves the frame rate."""
+        return self.downsample_output(torch.cat(outputs[::-1], dim=-1))
 
     def _channel_masks(self, x_BTD: Tensor) -> list[Tensor | None]:
         """(B, 1, D) a stack: with probability 0.125 a sequence loses the channels above unmasked_dim.
@@ -404,12 +406,15 @@ class Zipformer(Scheduled):
         """
         if not self.training:
             return [None] * len(self.config.dim)
-        keep_B2 = torch.rand(x_BTD.shape[0], 2, device=x_BTD.device) > 0.125
-        lower, both = keep_B2[:, :1], keep_B2.all(dim=1, keepdim=True)
-        masks: list[Tensor | None] = []
+        keep_B2 = (torch.rand(x_BTD.shape[0], 2, device=x_BTD.device) > 0.125).to(x_BTD.dtype)
+        lower, both = keep_B2[:, :1], keep_B2.amin(dim=1, keepdim=True)
+        always = torch.ones_like(lower)
+        parts = []
         for dim, unmasked in zip(self.config.dim, self.config.unmasked_dim, strict=True):
             middle = unmasked + (dim - unmasked) // 2
-            parts = [torch.ones_like(lower).expand(-1, unmasked)]
-            parts += [lower.expand(-1, middle - unmasked), both.expand(-1, dim - middle)]
-            masks.append(torch.cat(parts, dim=1)[:, None].to(x_BTD.dtype))
-        return masks
+            parts += [always.expand(-1, unmasked), lower.expand(-1, middle - unmasked), both.expand(-1, dim - middle)]
+        masks = torch.cat(parts, dim=1)[:, None].split(self.config.dim, dim=2)
+        return [
+            None if unmasked == mask.shape[2] else mask
+            for mask, unmasked in zip(masks, self.config.unmasked_dim, strict=True)
+        ]

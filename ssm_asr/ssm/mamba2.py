@@ -165,8 +165,12 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
-        """(B, T, I), (B, T, I) -> (B, T, I)."""
+        """(B, T, I), (B, T, I) -> (B, T, I), by a kernel in the type of z."""
         B, T, _ = y_BTI.shape
+        if kernels.usable(y_BTI) and y_BTI.dtype == torch.float32:
+            from ssm_asr.ssm.kernels.block import gated_norm  # only where Triton is installed
+
+            return gated_norm(y_BTI, z_BTI, self.weight, self.groups, self.eps)
         gated = (y_BTI * functional.silu(z_BTI)).reshape(B, T, self.groups, -1)
         normed = gated * torch.rsqrt(gated.square().mean(dim=-1, keepdim=True) + self.eps)
         return normed.flatten(2) * self.weight
@@ -236,14 +240,23 @@ class Mamba2(nn.Module):
         Returns:
             y_BTD in the type of u, and for every sequence the state after its own last frame.
         """
+        fresh = state is None
         if state is None:
             state = self.init_state(u_BTD.shape[0], u_BTD.device)
         if u_BTD.shape[1] == 0:
             return u_BTD, state
         z_BTI, xBC_BTC, dt_BTH = self.in_proj(u_BTD).split([self.d_inner, self.conv_channels, self.nheads], dim=-1)
-        xBC_BCT, conv_BCK = self._convolve(xBC_BTC.transpose(1, 2), padding_mask_BT, state.conv_BCK)
+        if fresh and kernels.usable(u_BTD) and state.ssm_BHPN.dtype == torch.float32:
+            from ssm_asr.ssm.kernels.block import convolve  # only where Triton is installed
+
+            assert self.conv1d.bias is not None
+            conv_BCK = self._last_frames(xBC_BTC, padding_mask_BT).to(state.conv_BCK.dtype)
+            xBC_BTC = convolve(xBC_BTC, self.conv1d.weight, self.conv1d.bias, padding_mask_BT)
+        else:
+            xBC_BCT, conv_BCK = self._convolve(xBC_BTC.transpose(1, 2), padding_mask_BT, state.conv_BCK)
+            xBC_BTC = xBC_BCT.transpose(1, 2)
         with torch.autocast(u_BTD.device.type, enabled=False):
-            y_BTI, ssm_BHPN = self._operate(xBC_BCT.transpose(1, 2), dt_BTH, padding_mask_BT, state.ssm_BHPN)
+            y_BTI, ssm_BHPN = self._operate(xBC_BTC, dt_BTH, padding_mask_BT, state.ssm_BHPN)
             y_BTI = self.norm(y_BTI, z_BTI)
         return self.out_proj(y_BTI).to(u_BTD.dtype), Mamba2State(ssm_BHPN, conv_BCK)
 
@@ -264,6 +277,14 @@ class Mamba2(nn.Module):
             index_BK = (~padding_mask_BT).sum(dim=1, keepdim=True) + torch.arange(self.cached, device=x_BCT.device)
             last_BCK = x_padded.gather(2, index_BK[:, None].expand(-1, self.conv_channels, -1))
         return functional.silu(self.conv1d(x_padded)), last_BCK.to(cache_BCK.dtype)
+
+    def _last_frames(self, x_BTC: Tensor, padding_mask_BT: Tensor | None) -> Tensor:
+        """The last K valid frames (B, C, K) of whole sequences, zeros before the first."""
+        if padding_mask_BT is None:
+            padding_mask_BT = torch.zeros(x_BTC.shape[:2], dtype=torch.bool, device=x_BTC.device)
+        index_BK = (~padding_mask_BT).sum(dim=1, keepdim=True) + torch.arange(-self.cached, 0, device=x_BTC.device)
+        last_BKC = x_BTC.gather(1, index_BK.clamp(min=0)[..., None].expand(-1, -1, self.conv_channels))
+        return last_BKC.masked_fill((index_BK < 0)[..., None], 0.0).transpose(1, 2)
 
     def _operate(
         self, xBC_BTC: Tensor, dt_BTH: Tensor, padding_mask_BT: Tensor | None, state_BHPN: Tensor

@@ -95,12 +95,12 @@ def test_all_used_parameters_get_finite_gradients(model):
 
 
 def test_layers_are_skipped_less_and_less(model):
-    bypasses = [layer.bypass for stack in model.encoder._stacks() for layer in getattr(stack, "encoder", stack).layers]
+    layers = [layer for stack in model.encoder._stacks() for layer in getattr(stack, "encoder", stack).layers]
     set_batch_count(model, 0)
-    assert [b.now(b.skip_rate) for b in bypasses] == [0.5] * 4
+    assert [layer.now(layer.bypass_skip_rate) for layer in layers] == [0.5] * 4
     # Three stacks share 4000 batches in quarters from 1000 on; the last stack's two layers halve theirs.
     set_batch_count(model, 3500)
-    rates = [b.now(b.skip_rate) for b in bypasses]
+    rates = [layer.now(layer.bypass_skip_rate) for layer in layers]
     assert rates == pytest.approx([0.035, 0.035 * 2**0.5, 0.07, 0.5])
 
 

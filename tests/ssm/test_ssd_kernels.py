@@ -13,8 +13,12 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, at the import below
 pytest.importorskip("triton", reason="Triton is not installed (it comes with PyTorch for GPUs)")
 
-from ssm_asr.ssm.kernels.ssd import BLOCK_FRAMES, ssd_kernel  # noqa: E402
+from ssm_asr.ssm.kernels import ssd as kernels  # noqa: E402
+from ssm_asr.ssm.kernels.ssd import PASS_BLOCKS, TILES, ssd_kernel  # noqa: E402
 from ssm_asr.ssm.mamba2 import LEAST_LOG_DECAY, ssd_recurrent  # noqa: E402
+
+BLOCK_FRAMES = TILES[16, 16].block_frames
+NAMES = ("y", "end", "dx", "ddt", "dA", "dB", "dC", "dD", "dstate")
 
 
 @pytest.fixture(autouse=True)
@@ -52,19 +56,51 @@ def assert_as_reference(inputs, tolerance=2e-5):
     expected = with_gradients(ssd_recurrent(*inputs), inputs)
     inputs32 = [x.detach().float().requires_grad_() for x in inputs]
     actual = with_gradients(ssd_kernel(*inputs32, least_log_decay=LEAST_LOG_DECAY), inputs32)
-    for name, a, e in zip(("y", "end", "dx", "ddt", "dA", "dB", "dC", "dD", "dstate"), actual, expected, strict=True):
+    for name, a, e in zip(NAMES, actual, expected, strict=True):
         assert a.isfinite().all(), name
         assert (a - e).norm() <= tolerance * e.norm() + 1e-12, (name, float((a - e).norm() / e.norm()))
 
 
-@pytest.mark.parametrize("T", [1, BLOCK_FRAMES, BLOCK_FRAMES + 1, 3 * BLOCK_FRAMES - 5])
+@pytest.mark.parametrize("T", [1, BLOCK_FRAMES, BLOCK_FRAMES + 1, PASS_BLOCKS * BLOCK_FRAMES + 5])
 def test_lengths(T):
-    assert_as_reference(operands(T=T))
+    assert_as_reference(operands(B=1, T=T, H=2))
 
 
 @pytest.mark.parametrize("P, G, N", [(9, 8, 16), (12, 4, 32), (18, 2, 64), (24, 1, 128)])
-def test_sizes_of_the_presets(P, G, N):
-    assert_as_reference(operands(B=1, T=40, H=16, P=P, G=G, N=N))
+def test_sizes_of_the_presets(monkeypatch, P, G, N):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(kernels, "PASS_NUMBERS", 4096)  # the interpreter takes its time for every program
+    assert_as_reference(operands(B=1, T=20, H=16, P=P, G=G, N=N))
+
+
+@pytest.mark.parametrize("G", [1, 2, 4])
+def test_heads_that_share_a_group(G):
+    assert_as_reference(operands(H=4, G=G))
+
+
+@pytest.mark.parametrize("block_frames", [16, 32])
+def test_lengths_of_blocks(monkeypatch, block_frames):
+    monkeypatch.setitem(kernels.TILES, (16, 16), TILES[16, 16]._replace(block_frames=block_frames))
+    assert_as_reference(operands(B=1, T=70))
+
+
+def test_sizes_without_tiles_of_their_own():
+    assert_as_reference(operands(B=1, T=20, H=2, G=1, P=33, N=17))
+
+
+def test_half_precision_inputs_are_as_if_cast_before():
+    inputs = [x.detach().float() for x in operands()]
+    half = [x.bfloat16() if i in (0, 3, 4) else x for i, x in enumerate(inputs)]
+    results = []
+    for xs in (half, [x.float() for x in half]):
+        xs = [x.requires_grad_() for x in xs]
+        results.append(with_gradients(ssd_kernel(*xs, least_log_decay=LEAST_LOG_DECAY), xs))
+    for name, a, e in zip(NAMES, *results, strict=True):
+        if name in ("dx", "dB", "dC"):
+            assert a.dtype == torch.bfloat16  # to which the interpreter does not round: it cuts digits off
+            torch.testing.assert_close(a.float(), e, rtol=2**-7, atol=0.0)
+        else:
+            assert torch.equal(a, e), name
 
 
 def test_inputs_of_other_strides():

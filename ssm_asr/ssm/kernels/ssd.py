@@ -1,235 +1,332 @@
-"""Mamba-2's state-space operation as two Triton kernels, forward and backward.
+"""Mamba-2's state-space operation in Triton kernels, forward and backward, with blocks of L frames in parallel.
 
-Source: Dao and Gu (arXiv 2405.21060), section 6; the equations are those of ssm_asr.ssm.mamba2.ssd_chunked. One program
-takes one head of one sequence through all blocks of L frames, with the state in registers. Every result but the
-gradients of B and C is a sum over the states: where there are many, a program takes a part of them. The forward pass
-keeps the states at the starts of the blocks for the backward pass.
+Source: Dao and Gu (arXiv 2405.21060), section 6; the equations are those of ssm_asr.ssm.mamba2.ssd_chunked. With a_t
+the sum of dt·A from the block's start to t, E_ts = exp(a_t - a_s) for t >= s, S and S' the states at the start and end
+of a block, and dS and dS' their gradients, each direction takes three launches. The first makes what every block adds
+to the state, or to its gradient; the second passes the states from block to block:
 
-With a_t the sum of dt·A from the block's start to t, E_ts = exp(a_t - a_s) for t >= s, S and S' the states at the start
-and end of a block, and dS' the gradient that comes from later blocks:
+    S' = exp(a_L)·S + Σ_s exp(a_L - a_s)·dt_s·x_s ⊗ B_s
+    dS = exp(a_L)·dS' + Σ_t exp(a_t)·dy_t ⊗ C_t
 
-    u_s  = Σ_t E_ts·(C_t·B_s)·dy_t + exp(a_L - a_s)·dS'·B_s
-    dx_s = dt_s·u_s + D·dy_s
-    dC_t = Σ_s E_ts·dt_s·(dy_t·x_s)·B_s + exp(a_t)·Sᵀ·dy_t
-    dB_s = Σ_t E_ts·dt_s·(dy_t·x_s)·C_t + exp(a_L - a_s)·dt_s·dS'ᵀ·x_s
-    dS   = exp(a_L)·dS' + Σ_t exp(a_t)·dy_t ⊗ C_t
+The third makes the results of every block:
 
-The gradient of dt_τ·A is Σ K_ts over s < τ <= t, with K_ts = E_ts·(C_t·B_s)·dt_s·(dy_t·x_s), the same for what comes
-from S (every s) and what goes to S' (every t), and exp(a_L)·⟨dS', S⟩, which goes from one to the other.
+    y_t  = Σ_s F_ts·x_s + exp(a_t)·S·C_t          with F_ts = E_ts·(C_t·B_s)·dt_s, and D more where t = s
+    dx_s = Σ_t F_ts·dy_t + exp(a_L - a_s)·dt_s·dS'·B_s
+    dC_t = Σ_heads Σ_s V_ts·dt_s·B_s + read_t     with V_ts = E_ts·(dy_t·x_s), read_t = exp(a_t)·Sᵀ·dy_t
+    dB_s = Σ_heads dt_s·(Σ_t V_ts·C_t + given_s)  with given_s = exp(a_L - a_s)·dS'ᵀ·x_s
 
-Shapes: B batch, T frames, H heads, P channels a head, G groups, N states, M blocks of L frames, S parts of the states.
-P and N are filled up to powers of 2.
+With K_ts = V_ts·(C_t·B_s), the gradient of dt_s is Σ_t K_ts + B_s·given_s, and A times that of dt_s·A. The gradient of
+dt_τ·A is the sum of dt_s·K_ts over s < τ <= t, of C_t·read_t over t >= τ, and of dt_s·B_s·given_s over s < τ, and
+exp(a_L)·⟨dS', S⟩.
+
+A program of the first and third launch takes one block of one sequence, and the heads of one group in turn: so it makes
+C·Bᵀ once, and sums dB and dC over the heads in a fixed order; V·dt is summed over them before it meets B and C.
+
+Shapes: B batch, T frames, H heads, P channels a head, G groups, N states, M blocks of L frames, Z = M + 1 starts and
+ends of blocks. P and N are filled up to powers of 2. Offsets inside a sequence fit in 32 bits.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Larger tiles need more registers than there are, and more warps a program wait for each other.
-BLOCK_FRAMES = 16
-MOST_STATE = 512  # P·N of a program
+
+class Tiles(NamedTuple):
+    block_frames: int  # in longer blocks there is more to do a frame, between them fewer states to write and read
+    added_warps: int
+    output_warps: int
+    gradient_warps: int
+    gradient_registers: int | None = None  # a thread: fewer than the compiler takes let more programs run at once
+
+
+# By P and N, filled up to powers of 2; LARGE_TILES for those that are not here.
+TILES = {
+    (16, 16): Tiles(16, 1, 1, 1, gradient_registers=168),
+    (16, 32): Tiles(16, 1, 1, 1),
+    (16, 64): Tiles(16, 1, 1, 2),
+    (16, 128): Tiles(16, 2, 2, 2),
+    (32, 16): Tiles(16, 1, 1, 1),
+    (32, 32): Tiles(16, 1, 1, 2),
+    (32, 64): Tiles(16, 2, 2, 2),
+}
+LARGE_TILES = Tiles(16, 2, 4, 4)
+PASS_BLOCKS, PASS_NUMBERS = 8, 128  # of the second launch: blocks it loads at once, and numbers of a state a program
 
 
 @triton.jit
-def _load(base, stride_t, stride_c, t, c, t_mask, c_mask):  # type: ignore[no-untyped-def]
-    pointers = base + t[:, None] * stride_t + c[None, :] * stride_c
-    return tl.load(pointers, mask=t_mask[:, None] & c_mask[None, :], other=0.0).to(tl.float32)
+def _split(x):  # type: ignore[no-untyped-def]
+    """x rounded to the 11 bits of tf32, and the rest."""
+    high = ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+    return high, x - high
 
 
 @triton.jit
-def _add(a, b):  # type: ignore[no-untyped-def]
-    return a + b
+def _dot(a, b):  # type: ignore[no-untyped-def]
+    """a @ b as exact as in float32, on the matrix units: three tf32 products, without that of the rests."""
+    a_high, a_low = _split(a)
+    b_high, b_low = _split(b)
+    product = tl.dot(a_low, b_high, input_precision="tf32")
+    product = tl.dot(a_high, b_low, acc=product, input_precision="tf32")
+    return tl.dot(a_high, b_high, acc=product, input_precision="tf32")
 
 
 @triton.jit
-def _decays(dt_ptr, A, t, t_mask, stride_t, least: tl.constexpr):  # type: ignore[no-untyped-def]
-    """dt, dt·A, its sums from the block's start, their last, and E_ts with zeros above the diagonal."""
-    dt = tl.load(dt_ptr + t * stride_t, mask=t_mask, other=0.0).to(tl.float32)
+def _load(base, stride_t, stride_c, i, c, i_mask, c_mask):  # type: ignore[no-untyped-def]
+    pointers = base + (i[:, None] * stride_t + c[None, :] * stride_c)
+    return tl.load(pointers, mask=i_mask[:, None] & c_mask[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _decays(dt_ptr, A, i, i_mask, stride_t, least: tl.constexpr):  # type: ignore[no-untyped-def]
+    """dt, dt·A, exp(a_t), exp(a_L - a_t), exp(a_L), and a_t to base 2 as two sums, the first of them exact.
+
+    Fast decays would otherwise leave no digits to the differences between the slow ones after them.
+    """
+    dt = tl.load(dt_ptr + i * stride_t, mask=i_mask, other=0.0).to(tl.float32)
     dtA = dt * A
-    clamped = tl.maximum(dtA, least)
-    a = tl.cumsum(clamped, axis=0)
-    last = tl.sum(clamped, axis=0)
-    i = tl.arange(0, dt.shape[0])
-    causal = i[:, None] >= i[None, :]
-    between = tl.where(causal, tl.exp(tl.where(causal, a[:, None] - a[None, :], 0.0)), 0.0)
-    return dt, dtA, a, last, between
+    exponents = tl.maximum(dtA, least) * 1.4426950408889634
+    coarse = tl.floor(exponents * 1024.0) * (1.0 / 1024.0)
+    fine = exponents - coarse
+    a, rest = tl.cumsum(coarse, axis=0), tl.cumsum(fine, axis=0)
+    last, last_rest = tl.sum(coarse, axis=0), tl.sum(fine, axis=0)
+    return dt, dtA, tl.exp2(a + rest), tl.exp2((last - a) + (last_rest - rest)), tl.exp2(last + last_rest), a, rest
 
 
 @triton.jit
-def _forward_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, state_ptr,
-    y_ptr, starts_ptr, end_ptr,
+def _between(a, rest, i):  # type: ignore[no-untyped-def]
+    """E_ts, with zeros above the diagonal."""
+    exponents = (a[:, None] - a[None, :]) + (rest[:, None] - rest[None, :])
+    return tl.exp2(tl.where(i[:, None] >= i[None, :], exponents, float("-inf")))
+
+
+@triton.jit
+def _added_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, dt_ptr, A_ptr, B_ptr, states_ptr, decays_ptr,
+    x_b, x_t, x_h, x_p, dt_b, dt_t, dt_h, B_b, B_t, B_g, B_n,
+    T, M, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    P_PAD: tl.constexpr, N_PAD: tl.constexpr, L: tl.constexpr, LEAST: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """What a block adds to the state at its end; BACKWARD, with dy and C, to the gradient of the one at its start."""
+    b, g, m = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G, tl.program_id(1)
+    i, p, n = tl.arange(0, L), tl.arange(0, P_PAD), tl.arange(0, N_PAD)
+    i_mask, p_mask, n_mask = i < T - m * L, p < P, n < N
+    pn, pn_mask = p[:, None] * N + n[None, :], p_mask[:, None] & n_mask[None, :]
+    B = _load(B_ptr + b * B_b + m * L * B_t + g * B_g, B_t, B_n, i, n, i_mask, n_mask)
+    slot = m if BACKWARD else m + 1
+    for r in range(H // G):
+        h = g * (H // G) + r
+        x = _load(x_ptr + b * x_b + m * L * x_t + h * x_h, x_t, x_p, i, p, i_mask, p_mask)
+        dt, _, from_start, to_end, decay, _, _ = _decays(
+            dt_ptr + b * dt_b + m * L * dt_t + h * dt_h, tl.load(A_ptr + h), i, i_mask, dt_t, LEAST
+        )
+        weights = from_start if BACKWARD else dt * to_end
+        added = _dot(tl.trans(x * weights[:, None]), B)
+        tl.store(states_ptr + ((b * (M + 1) + slot) * H + h) * P * N + pn, added, mask=pn_mask)
+        tl.store(decays_ptr + (b * M + m) * H + h, decay)
+
+
+@triton.jit
+def _pass_kernel(  # type: ignore[no-untyped-def]
+    states_ptr, decays_ptr, first_ptr, last_ptr,
+    M, H: tl.constexpr, PN: tl.constexpr, BLOCKS: tl.constexpr, NUMBERS: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """From what blocks add to the states, in place: from the first block to the last, or BACKWARD."""
+    b = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1) * NUMBERS + tl.arange(0, NUMBERS)
+    e_mask = e < H * PN
+    states_ptr += b * (M + 1) * H * PN + e
+    decays_ptr += b * M * H + e // PN
+    state = tl.load(first_ptr + b * H * PN + e, mask=e_mask, other=0.0)
+    tl.store(states_ptr + (M * H * PN if BACKWARD else 0), state, mask=e_mask)
+    done = 0
+    while done < M:  # Triton's interpreter cannot take a number of steps for a range with present versions of numpy
+        loaded = ()  # those of several blocks at once, since no load depends on the states
+        for j in tl.static_range(BLOCKS):
+            m = M - 1 - done - j if BACKWARD else done + j
+            mask = e_mask & (done + j < M)
+            slot = m if BACKWARD else m + 1
+            loaded += (  # type: ignore[assignment]
+                tl.load(decays_ptr + m * H, mask=mask, other=1.0),
+                tl.load(states_ptr + slot * H * PN, mask=mask, other=0.0),
+            )
+        for j in tl.static_range(BLOCKS):
+            slot = M - 1 - done - j if BACKWARD else done + j + 1
+            state = loaded[2 * j] * state + loaded[2 * j + 1]
+            tl.store(states_ptr + slot * H * PN, state, mask=e_mask & (done + j < M))
+        done += BLOCKS
+    tl.store(last_ptr + b * H * PN + e, state, mask=e_mask)
+
+
+@triton.jit
+def _output_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, states_ptr, y_ptr,
     x_b, x_t, x_h, x_p, dt_b, dt_t, dt_h, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
-    T, M, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, heads_a_group: tl.constexpr,
-    P_PAD: tl.constexpr, N_PART: tl.constexpr, L: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr,
+    T, M, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    P_PAD: tl.constexpr, N_PAD: tl.constexpr, L: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
-    b, h = tl.program_id(0) // H, tl.program_id(0) % H
-    g, part = h // heads_a_group, tl.program_id(1)
-    p, n, i = tl.arange(0, P_PAD), part * N_PART + tl.arange(0, N_PART), tl.arange(0, L)
-    p_mask, n_mask = p < P, n < N
-    pn_mask = p_mask[:, None] & n_mask[None, :]
-    pn = p[:, None] * N + n[None, :]
-    A, D = tl.load(A_ptr + h), tl.where(part == 0, tl.load(D_ptr + h), 0.0)
-    rows = part * (tl.num_programs(0) // H) * T  # of the results of the parts before
-    state = tl.load(state_ptr + (b * H + h) * P * N + pn, mask=pn_mask, other=0.0)
-    m = 0
-    while m < M:  # Triton's interpreter cannot take a number of steps for a range with present versions of numpy
-        t = m * L + i
-        t_mask = t < T
-        x = _load(x_ptr + b * x_b + h * x_h, x_t, x_p, t, p, t_mask, p_mask)
-        B = _load(B_ptr + b * B_b + g * B_g, B_t, B_n, t, n, t_mask, n_mask)
-        C = _load(C_ptr + b * C_b + g * C_g, C_t, C_n, t, n, t_mask, n_mask)
-        dt, _, a, last, between = _decays(dt_ptr + b * dt_b + h * dt_h, A, t, t_mask, dt_t, LEAST)
-        tl.store(starts_ptr + ((b * M + m) * H + h) * P * N + pn, state, mask=pn_mask)
-        scores = tl.dot(C, tl.trans(B), input_precision=PRECISION) * between * dt[None, :]
-        y = tl.dot(scores, x, input_precision=PRECISION) + D * x
-        y += tl.dot(C, tl.trans(state), input_precision=PRECISION) * tl.exp(a)[:, None]
-        y_pointers = y_ptr + ((rows + b * T + t)[:, None] * H + h) * P + p[None, :]
-        tl.store(y_pointers, y, mask=t_mask[:, None] & p_mask[None, :])
-        weighted = x * (dt * tl.exp(last - a))[:, None]
-        state = tl.exp(last) * state + tl.dot(tl.trans(weighted), B, input_precision=PRECISION)
-        m += 1
-    tl.store(end_ptr + (b * H + h) * P * N + pn, state, mask=pn_mask)
+    b, g, m = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G, tl.program_id(1)
+    i, p, n = tl.arange(0, L), tl.arange(0, P_PAD), tl.arange(0, N_PAD)
+    i_mask, p_mask, n_mask = i < T - m * L, p < P, n < N
+    pn, pn_mask = p[:, None] * N + n[None, :], p_mask[:, None] & n_mask[None, :]
+    B = _load(B_ptr + b * B_b + m * L * B_t + g * B_g, B_t, B_n, i, n, i_mask, n_mask)
+    C = _load(C_ptr + b * C_b + m * L * C_t + g * C_g, C_t, C_n, i, n, i_mask, n_mask)
+    products = _dot(C, tl.trans(B))
+    diagonal = i[:, None] == i[None, :]
+    for r in range(H // G):
+        h = g * (H // G) + r
+        x = _load(x_ptr + b * x_b + m * L * x_t + h * x_h, x_t, x_p, i, p, i_mask, p_mask)
+        state = tl.load(states_ptr + ((b * (M + 1) + m) * H + h) * P * N + pn, mask=pn_mask, other=0.0)
+        dt, _, from_start, _, _, a, rest = _decays(
+            dt_ptr + b * dt_b + m * L * dt_t + h * dt_h, tl.load(A_ptr + h), i, i_mask, dt_t, LEAST
+        )
+        y = _dot(C, tl.trans(state)) * from_start[:, None]
+        y += _dot(products * _between(a, rest, i) * dt[None, :] + tl.where(diagonal, tl.load(D_ptr + h), 0.0), x)
+        y_pointers = y_ptr + ((b * T + m * L) * H + h) * P + (i[:, None] * (H * P) + p[None, :])
+        tl.store(y_pointers, y, mask=i_mask[:, None] & p_mask[None, :])
 
 
 @triton.jit
-def _backward_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, dy_ptr, dend_ptr,
-    dx_ptr, ddt_ptr, dB_ptr, dC_ptr, dA_ptr, dD_ptr, dstate_ptr,
+def _gradient_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, states_ptr, dy_ptr, dstates_ptr,
+    dx_ptr, ddt_ptr, dB_ptr, dC_ptr, dA_ptr, dD_ptr,
     x_b, x_t, x_h, x_p, dt_b, dt_t, dt_h, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n, dy_b, dy_t, dy_h, dy_p,
-    T, M, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, heads_a_group: tl.constexpr,
-    P_PAD: tl.constexpr, N_PART: tl.constexpr, L: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr,
+    T, M, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    P_PAD: tl.constexpr, N_PAD: tl.constexpr, L: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
-    b, h = tl.program_id(0) // H, tl.program_id(0) % H
-    g, part = h // heads_a_group, tl.program_id(1)
-    p, n, i = tl.arange(0, P_PAD), part * N_PART + tl.arange(0, N_PART), tl.arange(0, L)
-    p_mask, n_mask = p < P, n < N
-    pn_mask = p_mask[:, None] & n_mask[None, :]
-    pn = p[:, None] * N + n[None, :]
-    A, D = tl.load(A_ptr + h), tl.where(part == 0, tl.load(D_ptr + h), 0.0)
-    rows = part * (tl.num_programs(0) // H) * T  # of the results of the parts before
-    dstate = tl.load(dend_ptr + (b * H + h) * P * N + pn, mask=pn_mask, other=0.0)
-    dA, dD = 0.0, 0.0
-    m = M - 1
-    while m >= 0:
-        t = m * L + i
-        t_mask = t < T
-        x = _load(x_ptr + b * x_b + h * x_h, x_t, x_p, t, p, t_mask, p_mask)
-        dy = _load(dy_ptr + b * dy_b + h * dy_h, dy_t, dy_p, t, p, t_mask, p_mask)
-        B = _load(B_ptr + b * B_b + g * B_g, B_t, B_n, t, n, t_mask, n_mask)
-        C = _load(C_ptr + b * C_b + g * C_g, C_t, C_n, t, n, t_mask, n_mask)
-        dt, dtA, a, last, between = _decays(dt_ptr + b * dt_b + h * dt_h, A, t, t_mask, dt_t, LEAST)
-        state = tl.load(starts_ptr + ((b * M + m) * H + h) * P * N + pn, mask=pn_mask, other=0.0)
-        from_start, to_end = tl.exp(a), tl.exp(last - a)
+    b, g, m = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G, tl.program_id(1)
+    i, p, n = tl.arange(0, L), tl.arange(0, P_PAD), tl.arange(0, N_PAD)
+    i_mask, p_mask, n_mask = i < T - m * L, p < P, n < N
+    pn, pn_mask = p[:, None] * N + n[None, :], p_mask[:, None] & n_mask[None, :]
+    B = _load(B_ptr + b * B_b + m * L * B_t + g * B_g, B_t, B_n, i, n, i_mask, n_mask)
+    C = _load(C_ptr + b * C_b + m * L * C_t + g * C_g, C_t, C_n, i, n, i_mask, n_mask)
+    products = _dot(C, tl.trans(B))
+    weights = tl.zeros([L, L], tl.float32)
+    dB, dC = tl.zeros([L, N_PAD], tl.float32), tl.zeros([L, N_PAD], tl.float32)
+    earlier, diagonal = i[:, None] > i[None, :], i[:, None] == i[None, :]
+    for r in range(H // G):
+        h = g * (H // G) + r
+        A, D = tl.load(A_ptr + h), tl.load(D_ptr + h)
+        x = _load(x_ptr + b * x_b + m * L * x_t + h * x_h, x_t, x_p, i, p, i_mask, p_mask)
+        dy = _load(dy_ptr + b * dy_b + m * L * dy_t + h * dy_h, dy_t, dy_p, i, p, i_mask, p_mask)
+        start = ((b * (M + 1) + m) * H + h) * P * N
+        state = tl.load(states_ptr + start + pn, mask=pn_mask, other=0.0)
+        dstate = tl.load(dstates_ptr + start + H * P * N + pn, mask=pn_mask, other=0.0)
+        dt, dtA, from_start, to_end, decay, a, rest = _decays(
+            dt_ptr + b * dt_b + m * L * dt_t + h * dt_h, A, i, i_mask, dt_t, LEAST
+        )
+        between = _between(a, rest, i)
 
-        products = tl.dot(C, tl.trans(B), input_precision=PRECISION)
-        decayed = products * between
-        weights = tl.dot(dy, tl.trans(x), input_precision=PRECISION) * between * dt[None, :]
-        sent = tl.dot(B, tl.trans(dstate), input_precision=PRECISION) * to_end[:, None]
-        u = tl.dot(tl.trans(decayed), dy, input_precision=PRECISION) + sent
-        read = tl.dot(dy, state, input_precision=PRECISION) * from_start[:, None]
-        dC = tl.dot(weights, B, input_precision=PRECISION) + read
-        weighted = x * (dt * to_end)[:, None]
-        dB = tl.dot(tl.trans(weights), C, input_precision=PRECISION)
-        dB += tl.dot(weighted, dstate, input_precision=PRECISION)
+        pairs = _dot(dy, tl.trans(x)) * between
+        weights += pairs * dt[None, :]
+        mixing = products * between * dt[None, :] + tl.where(diagonal, D, 0.0)
+        dx = _dot(B, tl.trans(dstate)) * (dt * to_end)[:, None] + _dot(tl.trans(mixing), dy)
+        read = _dot(dy, state) * from_start[:, None]
+        dC += read
+        given = _dot(x, dstate) * to_end[:, None]
+        dB += given * dt[:, None]
 
-        earlier = i[:, None] > i[None, :]
-        inside = tl.where(earlier, weights * products, 0.0)
-        arrived = tl.sum(inside, axis=1) - tl.sum(inside, axis=0) + tl.sum(read * C, axis=1)
-        passed = dt * tl.sum(x * sent, axis=1)
-        # Not a running sum less its last term: that one is the largest by far where decays are fast.
-        ddtA = tl.sum(tl.where(earlier, passed[None, :], 0.0), axis=1)
-        ddtA += tl.associative_scan(arrived, 0, _add, reverse=True)
-        ddtA += tl.exp(last) * tl.sum(dstate * state)
-        ddtA = tl.where((dtA >= LEAST) & t_mask, ddtA, 0.0)
-        dA += tl.sum(ddtA * dt, axis=0)
-        dD += tl.where(part == 0, tl.sum(dy * x), 0.0)
+        both = pairs * products
+        passed, arrived = dt * tl.sum(given * B, axis=1), tl.sum(read * C, axis=1)
+        # Sums of sums, not differences of them: where decays are fast, these would leave only rounding errors.
+        crossing = tl.cumsum(both * dt[None, :], axis=0, reverse=True)
+        ddtA = tl.sum(tl.where(earlier, crossing + passed[None, :], arrived[None, :]), axis=1)
+        ddtA += decay * tl.sum(dstate * state)
+        ddtA = tl.where((dtA >= LEAST) & i_mask, ddtA, 0.0)
 
-        row = (b * T + t) * H + h
-        tl.store(ddt_ptr + rows * H + row, ddtA * A + tl.sum(x * u, axis=1), mask=t_mask)
-        dx = dt[:, None] * u + D * dy
-        tl.store(dx_ptr + (rows * H + row)[:, None] * P + p[None, :], dx, mask=t_mask[:, None] & p_mask[None, :])
-        tn_mask = t_mask[:, None] & n_mask[None, :]
-        tl.store(dB_ptr + row[:, None] * N + n[None, :], dB, mask=tn_mask)
-        tl.store(dC_ptr + row[:, None] * N + n[None, :], dC, mask=tn_mask)
-        from_outputs = tl.trans(dy * from_start[:, None])
-        dstate = tl.exp(last) * dstate + tl.dot(from_outputs, C, input_precision=PRECISION)
-        m -= 1
-    sequences = part * tl.num_programs(0)
-    tl.store(dA_ptr + sequences + b * H + h, dA)
-    tl.store(dD_ptr + sequences + b * H + h, dD)
-    tl.store(dstate_ptr + (b * H + h) * P * N + pn, dstate, mask=pn_mask)
+        row = (b * T + m * L) * H + h
+        ddt = ddtA * A + tl.sum(both, axis=0) + tl.sum(given * B, axis=1)
+        tl.store(ddt_ptr + row + i * H, ddt, mask=i_mask)
+        dx_pointers = dx_ptr + row * P + (i[:, None] * (H * P) + p[None, :])
+        tl.store(dx_pointers, dx, mask=i_mask[:, None] & p_mask[None, :])
+        tl.store(dA_ptr + (b * M + m) * H + h, tl.sum(ddtA * dt, axis=0))
+        tl.store(dD_ptr + (b * M + m) * H + h, tl.sum(tl.where(diagonal, pairs, 0.0)))
+    dC += _dot(weights, B)
+    dB += _dot(tl.trans(weights), C)
+    start = ((b * T + m * L) * G + g) * N
+    in_mask, offsets = i_mask[:, None] & n_mask[None, :], i[:, None] * (G * N) + n[None, :]
+    tl.store(dB_ptr + start + offsets, dB, mask=in_mask)
+    tl.store(dC_ptr + start + offsets, dC, mask=in_mask)
 
 
-def _sizes(x_BTHP: Tensor, B_BTGN: Tensor, least_log_decay: float) -> dict[str, Any]:
-    """The constants of both kernels."""
+def _sizes(x_BTHP: Tensor, B_BTGN: Tensor, least_log_decay: float) -> tuple[Tiles, dict[str, Any]]:
+    """The tiles, and the constants of the kernels of blocks."""
     _, T, H, P = x_BTHP.shape
     G, N = B_BTGN.shape[2:]
-    P_pad = max(16, triton.next_power_of_2(P))
-    N_part = min(MOST_STATE // P_pad, max(16, triton.next_power_of_2(N)))
-    return dict(
-        T=T,
-        M=triton.cdiv(T, BLOCK_FRAMES),
-        H=H,
-        P=P,
-        N=N,
-        heads_a_group=H // G,
-        P_PAD=P_pad,
-        N_PART=N_part,
-        L=BLOCK_FRAMES,
-        LEAST=least_log_decay,
-        PRECISION="tf32x3",  # as exact as float32, on the matrix units
-        num_warps=1 if N_part == 16 else 2,
-        num_stages=1,
-    )
+    P_pad, N_pad = max(16, triton.next_power_of_2(P)), max(16, triton.next_power_of_2(N))
+    tiles = TILES.get((P_pad, N_pad), LARGE_TILES)
+    L = tiles.block_frames
+    return tiles, dict(
+        T=T, M=triton.cdiv(T, L), H=H, G=G, P=P, N=N, P_PAD=P_pad, N_PAD=N_pad, L=L, LEAST=least_log_decay, num_stages=1
+    )  # fmt: skip
+
+
+def _states(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    first_BHPN: Tensor,
+    warps: int,
+    sizes: dict[str, Any],
+    *,
+    backward: bool,
+) -> tuple[Tensor, Tensor]:
+    """The states at the starts and ends of all blocks, and the one after the last; backward, their gradients."""
+    (B, _, H, P), (G, N), M = x_BTHP.shape, B_BTGN.shape[2:], sizes["M"]
+    states_BZHPN = first_BHPN.new_empty(B, M + 1, H, P, N)
+    decays_BMH = first_BHPN.new_empty(B, M, H)
+    last_BHPN = first_BHPN.new_empty(B, H, P, N)
+    _added_kernel[(B * G, M)](
+        x_BTHP, dt_BTH, A_H, B_BTGN, states_BZHPN, decays_BMH,
+        *x_BTHP.stride(), *dt_BTH.stride(), *B_BTGN.stride(), **sizes, BACKWARD=backward, num_warps=warps,
+    )  # fmt: skip
+    _pass_kernel[(B, triton.cdiv(H * P * N, PASS_NUMBERS))](
+        states_BZHPN, decays_BMH, first_BHPN.contiguous(), last_BHPN,
+        M, H=H, PN=P * N, BLOCKS=PASS_BLOCKS, NUMBERS=PASS_NUMBERS, BACKWARD=backward, num_warps=1,
+    )  # fmt: skip
+    return states_BZHPN, last_BHPN
 
 
 class _Ssd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, least_log_decay: float, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN = inputs
-        sizes = _sizes(x_BTHP, B_BTGN, least_log_decay)
-        (B, T, H, P), N = x_BTHP.shape, sizes["N"]
-        parts = triton.cdiv(N, sizes["N_PART"])
-        y_SBTHP = x_BTHP.new_empty(parts, B, T, H, P)
-        starts_BMHPN = x_BTHP.new_empty(B, sizes["M"], H, P, N)
-        end_BHPN = torch.empty_like(state_BHPN, memory_format=torch.contiguous_format)
+        tiles, sizes = _sizes(x_BTHP, B_BTGN, least_log_decay)
+        states_BZHPN, end_BHPN = _states(
+            x_BTHP, dt_BTH, A_H, B_BTGN, state_BHPN, tiles.added_warps, sizes, backward=False
+        )
+        y_BTHP = state_BHPN.new_empty(x_BTHP.shape)
         strides = [s for x in (x_BTHP, dt_BTH, B_BTGN, C_BTGN) for s in x.stride()]
-        _forward_kernel[(B * H, parts)](
-            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN.contiguous(),
-            y_SBTHP, starts_BMHPN, end_BHPN, *strides, **sizes,
+        _output_kernel[(len(x_BTHP) * sizes["G"], sizes["M"])](
+            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, states_BZHPN, y_BTHP,
+            *strides, **sizes, num_warps=tiles.output_warps,
         )  # fmt: skip
-        ctx.save_for_backward(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, starts_BMHPN)
-        ctx.sizes, ctx.parts = sizes, parts
-        return _sum_of_parts(y_SBTHP), end_BHPN
+        ctx.save_for_backward(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, states_BZHPN)
+        ctx.tiles, ctx.sizes = tiles, sizes
+        return y_BTHP, end_BHPN
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, starts_BMHPN = ctx.saved_tensors
+        x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, states_BZHPN = ctx.saved_tensors
         dy_BTHP, dend_BHPN = grads
-        B, T, H, P = x_BTHP.shape
-        G, N = B_BTGN.shape[2:]
-        dx_SBTHP, ddt_SBTH = x_BTHP.new_empty(ctx.parts, B, T, H, P), x_BTHP.new_empty(ctx.parts, B, T, H)
-        # Each head its own, summed over the heads of a group afterwards: atomic sums would differ from run to run.
-        dBC_2BTHN = x_BTHP.new_empty(2, B, T, H, N)
-        dAD_2BH = x_BTHP.new_empty(2, ctx.parts * B, H)
-        dstate_BHPN = x_BTHP.new_empty(B, H, P, N)
+        B, H, M = len(x_BTHP), len(A_H), ctx.sizes["M"]
+        dstates_BZHPN, dstate_BHPN = _states(
+            dy_BTHP, dt_BTH, A_H, C_BTGN, dend_BHPN, ctx.tiles.added_warps, ctx.sizes, backward=True
+        )
+        dx_BTHP, ddt_BTH = (x.new_empty(x.shape) for x in (x_BTHP, dt_BTH))
+        dB_BTGN, dC_BTGN = (x.new_empty(x.shape) for x in (B_BTGN, C_BTGN))
+        dAD_2BMH = A_H.new_empty(2, B, M, H)
         strides = [s for x in (x_BTHP, dt_BTH, B_BTGN, C_BTGN, dy_BTHP) for s in x.stride()]
-        _backward_kernel[(B * H, ctx.parts)](
-            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, starts_BMHPN, dy_BTHP, dend_BHPN.contiguous(),
-            dx_SBTHP, ddt_SBTH, dBC_2BTHN[0], dBC_2BTHN[1], dAD_2BH[0], dAD_2BH[1], dstate_BHPN, *strides, **ctx.sizes,
+        _gradient_kernel[(B * ctx.sizes["G"], M)](
+            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, states_BZHPN, dy_BTHP, dstates_BZHPN,
+            dx_BTHP, ddt_BTH, dB_BTGN, dC_BTGN, dAD_2BMH[0], dAD_2BMH[1],
+            *strides, **ctx.sizes, num_warps=ctx.tiles.gradient_warps, maxnreg=ctx.tiles.gradient_registers,
         )  # fmt: skip
-        dB_BTGN, dC_BTGN = dBC_2BTHN.reshape(2, B, T, G, H // G, N).sum(dim=4)
-        dA_H, dD_H = dAD_2BH.sum(dim=1)
-        dx_BTHP, ddt_BTH = _sum_of_parts(dx_SBTHP), _sum_of_parts(ddt_SBTH)
+        dA_H, dD_H = dAD_2BMH.sum(dim=(1, 2))
         return None, dx_BTHP, ddt_BTH, dA_H, dB_BTGN, dC_BTGN, dD_H, dstate_BHPN
-
-
-def _sum_of_parts(x_S: Tensor) -> Tensor:
-    return x_S[0] if len(x_S) == 1 else x_S.sum(dim=0)
 
 
 def ssd_kernel(
@@ -243,7 +340,9 @@ def ssd_kernel(
     *,
     least_log_decay: float,
 ) -> tuple[Tensor, Tensor]:
-    """`ssm_asr.ssm.mamba2.ssd` on a GPU, for float32 inputs of any strides.
+    """`ssm_asr.ssm.mamba2.ssd` on a GPU, for inputs of any strides.
+
+    x, B and C may be in half precision, as if they were cast to float32 before; all else is float32.
 
     Args:
         least_log_decay: to which dt·A is clamped.
