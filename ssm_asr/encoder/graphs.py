@@ -8,7 +8,7 @@ at once where it begins, and all gradients where it ends, instead of each by a k
 Shapes: B batch, T feature frames, F mels, S output frames, D encoder width.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,11 +39,9 @@ class EncoderGraphs:
         self.modules = nn.ModuleList(modules)
         self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
         self.draws = Draws(self.modules, self.parameters[0].device)
-        linears = [module for module in self.modules.modules() if isinstance(module, nn.Linear)]
-        self.places = [(m, name) for m in linears for name, p in m.named_parameters(recurse=False) if p.requires_grad]
         self.graphs: dict[Any, _Graph | None] = {}
-        self.gradients: list[Tensor] = []
         self.pool: Any = None
+        self.weights: dict[torch.dtype | None, _Weights] = {}
 
     def __call__(
         self, features_BTF: Tensor, lens_B: Tensor, chunk: int = -1, left_context: int = -1
@@ -66,8 +64,60 @@ class EncoderGraphs:
         return out_BSD, lens_B
 
 
+class _Weights:
+    """What stands in for the parameters in graphs of one precision, and the place of their gradients.
+
+    The parameters of linear layers lie end to end in the lower precision, so that one kernel casts all of them; the
+    others, and without a lower precision all, are themselves.
+    """
+
+    def __init__(self, modules: nn.Module, parameters: list[nn.Parameter], dtype: torch.dtype | None) -> None:
+        linears = [module for module in modules.modules() if isinstance(module, nn.Linear)] if dtype else []
+        self.places = [(m, name) for m in linears for name, p in m.named_parameters(recurse=False) if p.requires_grad]
+        self.own = [getattr(module, name) for module, name in self.places]
+        sizes = [p.numel() for p in self.own]
+        self.wide, self.gradient = (torch.zeros(sum(sizes), device=parameters[0].device) for _ in range(2))
+        self.narrow = self.wide.to(dtype)
+        self.tensors: dict[int, Tensor] = {id(p): p for p in parameters}
+        self.gradients = {id(p): self.gradient[:0] for p in parameters}
+        for narrow, gradient, p in zip(self.narrow.split(sizes), self.gradient.split(sizes), self.own, strict=True):
+            self.tensors[id(p)] = narrow.view_as(p).detach().requires_grad_()
+            self.gradients[id(p)] = gradient.view_as(p)
+        self.others = [p for p in parameters if self.tensors[id(p)] is p]
+        self.gradients |= {id(p): torch.zeros_like(p) for p in self.others}
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Casts the parameters as they are now."""
+        if self.places:
+            torch.cat([p.flatten() for p in self.own], out=self.wide)
+            self.narrow.copy_(self.wide)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within it, the layers use the cast tensors."""
+        for module, name in self.places:
+            module._parameters[name] = self.tensors[id(module._parameters[name])]  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for (module, name), parameter in zip(self.places, self.own, strict=True):
+                module._parameters[name] = parameter
+
+    def take(self, found: dict[int, Tensor | None]) -> None:
+        """Copies gradients to their place; those of linear layers that are not used are 0."""
+        if self.places:
+            parts = [found[id(p)] for p in self.own]
+            pairs = zip(parts, self.own, strict=True)
+            flat = [torch.zeros_like(p, dtype=self.narrow.dtype) if part is None else part for part, p in pairs]
+            self.gradient.copy_(torch.cat([part.flatten() for part in flat]))
+        others = [(self.gradients[id(p)], found[id(p)]) for p in self.others]
+        targets, gradients = zip(*((target, g) for target, g in others if g is not None), strict=True)
+        torch._foreach_copy_(targets, gradients)
+
+
 class _Graph:
-    """The graphs for one shape. All parameters' gradients end in `owner.gradients`, which all graphs share."""
+    """The graphs for one shape. Gradients end in one place, that of the owner's weights of this precision."""
 
     def __init__(
         self,
@@ -80,21 +130,16 @@ class _Graph:
     ) -> None:
         self.owner, self.features_BTF, self.lens_B = owner, features_BTF.clone(), lens_B.clone()
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        if owner.pool is None:
-            owner.pool = torch.cuda.graph_pool_handle()
-            owner.gradients = [torch.zeros_like(p) for p in owner.parameters]
-        weights = [getattr(module, name) for module, name in owner.places]
-        cast = [torch.empty_like(w, dtype=dtype, requires_grad=True) for w in weights] if dtype else weights
-        of_weight = dict(zip(map(id, weights), cast, strict=True))
-        self.sources = [of_weight.get(id(p), p) for p in owner.parameters]
+        owner.pool = owner.pool or torch.cuda.graph_pool_handle()
+        if dtype not in owner.weights:
+            owner.weights[dtype] = _Weights(owner.modules, owner.parameters, dtype)
+        self.weights = owner.weights[dtype]
 
         def encode() -> tuple[Tensor, Tensor]:
-            if dtype:
-                with torch.no_grad():
-                    torch._foreach_copy_(cast, weights)
+            self.weights.refresh()
             # Other casts of weights must be inside the graph as well, not kept from before it.
             autocast = torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False)
-            with autocast, _replaced(owner.places, cast):
+            with autocast, self.weights.in_use():
                 return owner.encode(self.features_BTF, self.lens_B, chunk, left_context)
 
         self._warm_up(encode)
@@ -107,10 +152,10 @@ class _Graph:
         self.out_BSD = out_BSD.detach()  # and let go of what the backward pass needed, for the next graph to use
 
     def _differentiate(self, out_BSD: Tensor) -> None:
-        found = torch.autograd.grad(out_BSD, self.sources, self.grad_BSD, allow_unused=True)
+        tensors = self.weights.tensors
+        found = torch.autograd.grad(out_BSD, list(tensors.values()), self.grad_BSD, allow_unused=True)
         self.used = [gradient is not None for gradient in found]
-        targets = [gradient for gradient, used in zip(self.owner.gradients, self.used, strict=True) if used]
-        torch._foreach_copy_(targets, [gradient for gradient in found if gradient is not None])
+        self.weights.take(dict(zip(tensors, found, strict=True)))
 
     def _warm_up(self, encode: Callable[[], tuple[Tensor, Tensor]]) -> None:
         """Leaves random numbers and regularisers as they were."""
@@ -127,19 +172,6 @@ class _Graph:
         torch.cuda.set_rng_state(random_state)
 
 
-@contextmanager
-def _replaced(places: Sequence[tuple[nn.Module, str]], tensors: list[Tensor]) -> Iterator[None]:
-    """Within it, modules use these tensors in place of their parameters of these names."""
-    own = [module._parameters[name] for module, name in places]
-    for (module, name), tensor in zip(places, tensors, strict=True):
-        module._parameters[name] = tensor  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for (module, name), parameter in zip(places, own, strict=True):
-            module._parameters[name] = parameter
-
-
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graph: _Graph, features_BTF: Tensor, lens_B: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,5 +186,5 @@ class _Replay(torch.autograd.Function):
         graph: _Graph = ctx.graph
         graph.grad_BSD.copy_(grads[0])
         graph.backward.replay()
-        gradients = zip(graph.owner.gradients, graph.used, strict=True)
-        return None, None, None, *(gradient.detach() if used else None for gradient, used in gradients)
+        pairs = zip(graph.weights.gradients.values(), graph.used, strict=True)
+        return None, None, None, *(gradient.detach() if used else None for gradient, used in pairs)

@@ -3,6 +3,7 @@
 Source: Yao et al. (arXiv 2310.11230), sections 3.1 - 3.3. Shapes: B batch, T time, D channels, F hidden channels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,14 +86,28 @@ class _AddBias(torch.autograd.Function):
         return grads[0], column_sums(grads[0], ctx.dtype)
 
 
+def biased(layer: Callable[[Tensor | None], Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+    """layer(bias), which adds the bias to the last dimension; on a GPU its gradient takes a fourth of the time.
+
+    Args:
+        x: what the layer is applied to.
+    """
+    if bias is None or not bias.requires_grad or not torch.is_grad_enabled() or not kernels.usable(x):
+        return layer(bias)
+    y: Tensor = _AddBias.apply(layer(bias.detach()), bias)
+    return y
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """torch.nn.functional.linear, `biased`."""
+    return biased(lambda bias: nn.functional.linear(x, weight, bias), x, bias)
+
+
 class Linear(nn.Linear):
-    """nn.Linear; on a GPU the bias's gradient takes a fourth of the time."""
+    """nn.Linear, `biased`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias
-        if bias is None or not bias.requires_grad or not torch.is_grad_enabled() or not kernels.usable(x):
-            return super().forward(x)
-        return _AddBias.apply(nn.functional.linear(x, self.weight, bias.detach()), bias)
+        return linear(x, self.weight, self.bias)
 
 
 def scaled_linear(in_features: int, out_features: int, scale: float, bias: bool = True) -> Linear:

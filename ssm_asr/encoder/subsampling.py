@@ -5,11 +5,13 @@ Source: Yao et al. (arXiv 2310.11230), section 3.1.
 Shapes: B batch, T feature frames, S = (T - 7) // 2 encoder frames, F = 80 mels, C channels, W = 19 frequencies left.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
 from ssm_asr import units
-from ssm_asr.encoder.modules import BiasNorm, Linear, SwooshL, SwooshR, scale_parameters_
+from ssm_asr.encoder.modules import BiasNorm, Linear, SwooshL, SwooshR, biased, linear, scale_parameters_
 from ssm_asr.encoder.regularize import Balancer, Dropout, ScaleGradient, Schedule, Scheduled, Value, Whiten, never
 from ssm_asr.ssm import kernels
 
@@ -31,8 +33,17 @@ def pointwise(conv: nn.Conv2d, x_BCTW: Tensor) -> Tensor:
         out_BCTW: Tensor = conv(x_BCTW)
         return out_BCTW
     x_BTWC = x_BCTW.permute(0, 2, 3, 1)
-    out_NC = nn.functional.linear(x_BTWC.flatten(0, 2), conv.weight.flatten(1), conv.bias)
+    out_NC = linear(x_BTWC.flatten(0, 2), conv.weight.flatten(1), conv.bias)
     return out_NC.unflatten(0, x_BTWC.shape[:3]).permute(0, 3, 1, 2)
+
+
+def _conv2d(conv: nn.Conv2d, x_BCTW: Tensor) -> Tensor:
+    """The convolution, `biased`."""
+
+    def channels_last(bias: Tensor | None) -> Tensor:
+        return nn.functional.conv2d(x_BCTW, conv.weight, bias, conv.stride).permute(0, 2, 3, 1)
+
+    return biased(channels_last, x_BCTW, conv.bias).permute(0, 3, 1, 2)
 
 
 class ConvNeXt(Scheduled):
@@ -69,7 +80,7 @@ class ConvNeXt(Scheduled):
         return self._finish(x_BCTW[:, :, :frames], mixed), padded[:, :, frames : frames + LOOK_AHEAD]
 
     def _finish(self, x_BCTW: Tensor, mixed_BCTW: Tensor) -> Tensor:
-        hidden = self.activation(self.balance_hidden(pointwise(self.pointwise_conv1, mixed_BCTW)))
+        hidden = self.activation(pointwise(self.pointwise_conv1, mixed_BCTW), self.balance_hidden)
         out_BCTW = pointwise(self.pointwise_conv2, hidden)
         skip_rate = self.now(self.skip_rate) if self.training else 0.0
         if never(skip_rate):
@@ -115,15 +126,7 @@ class ConvSubsampling(nn.Module):
     def forward(self, features_BTF: Tensor, lens_B: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, F) -> (B, S, D), and the lengths in encoder frames."""
         # All convolutions are faster with the channels last, which a tensor of one channel says by its strides alone.
-        x = features_BTF[..., None].permute(0, 3, 1, 2)
-        if kernels.usable(x) and not x.requires_grad:
-            from ssm_asr.encoder.kernels.first_conv import first_conv  # only where Triton is installed
-
-            conv = self.conv[0]
-            assert isinstance(conv, nn.Conv2d) and conv.bias is not None
-            x = self.conv[1:](first_conv(features_BTF, conv.weight, conv.bias, autocast_dtype(x)))
-        else:
-            x = self.conv(x)
+        x = self._convolve(features_BTF[..., None].permute(0, 3, 1, 2))
         return self._finish(self.convnext(x)), units.embed_frames(lens_B)
 
     def init_state(self, batch_size: int, device: torch.device | None = None) -> Tensor:
@@ -132,13 +135,30 @@ class ConvSubsampling(nn.Module):
 
     def stream(self, features_BTF: Tensor, cache_BCTW: Tensor) -> tuple[Tensor, Tensor]:
         """2C + 13 feature frames -> C encoder frames, and the new cache."""
-        x, cache_BCTW = self.convnext.stream(self.conv(features_BTF[:, None]), cache_BCTW)
+        x, cache_BCTW = self.convnext.stream(self._convolve(features_BTF[:, None]), cache_BCTW)
         return self._finish(x), cache_BCTW
+
+    def _convolve(self, x_B1TF: Tensor) -> Tensor:
+        """`self.conv`; on a GPU the balancers take part in the activations' kernels."""
+        if not kernels.usable(x_B1TF):
+            out_BCTW: Tensor = self.conv(x_B1TF)
+            return out_BCTW
+        from ssm_asr.encoder.kernels.first_conv import first_conv  # only where Triton is installed
+
+        conv1, scale, balance1, swoosh1, *rest = cast(list[Any], list(self.conv))
+        if x_B1TF.requires_grad:
+            x = conv1(x_B1TF)
+        else:
+            x = first_conv(x_B1TF[:, 0], conv1.weight, conv1.bias, autocast_dtype(x_B1TF))
+        x = swoosh1(scale(x), balance1)
+        for conv, balance, swoosh in (rest[:3], rest[3:]):
+            x = swoosh(_conv2d(conv, x), balance)
+        return x
 
     def _finish(self, x_BCTW: Tensor) -> Tensor:
         if kernels.usable(x_BCTW):  # the weights in the order of channels-last memory, rather than x in theirs
             weight = self.out.weight.unflatten(1, (self.channels, -1)).transpose(1, 2).flatten(1)
-            x_BTD = nn.functional.linear(x_BCTW.permute(0, 2, 3, 1).flatten(2), weight, self.out.bias)
+            x_BTD = linear(x_BCTW.permute(0, 2, 3, 1).flatten(2), weight, self.out.bias)
         else:
             x_BTD = self.out(x_BCTW.transpose(1, 2).flatten(2))
         return self.dropout(self.out_norm(self.out_whiten(x_BTD)))

@@ -1,4 +1,7 @@
-"""The stateless predictor and the joiner of the transducer. Shapes: N sequences, U tokens, C context, J joiner dim."""
+"""The stateless predictor and the joiner of the transducer.
+
+Shapes: N sequences, U tokens, D channels in G groups of I (in) and O (out), C context, J joiner dim.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +36,16 @@ class Predictor(nn.Module):
         x_NDU = embedded.transpose(1, 2)
         if pad:
             x_NDU = nn.functional.pad(x_NDU, (self.context_size - 1, 0))
-        return self.balance_out(self.conv(x_NDU).relu().transpose(1, 2))
+        # cuDNN launches kernels for each of the many groups.
+        conv_NDU = grouped_product(x_NDU, self.conv) if x_NDU.is_cuda else self.conv(x_NDU)
+        return self.balance_out(conv_NDU.relu().transpose(1, 2))
+
+
+def grouped_product(x_NDU: Tensor, conv: nn.Conv1d) -> Tensor:
+    """A convolution without padding and bias as one product."""
+    x_NGIUC = x_NDU.unfold(2, conv.kernel_size[0], 1).unflatten(1, (conv.groups, -1))
+    weight_GOIC = conv.weight.unflatten(0, (conv.groups, -1))
+    return torch.einsum("ngiuc,goic->ngou", x_NGIUC, weight_GOIC).flatten(1, 2)
 
 
 class Joiner(nn.Module):

@@ -132,4 +132,5 @@ def test_front_end(half, monkeypatch):
     assert actual_dtype == plain_dtype
     for i, expected in enumerate(exact):
         plain_error, error = (float((found[i] - expected).norm() / expected.norm()) for found in (plain, actual))
-        assert error < 3 * plain_error + 1e-6, i
+        # The gradient of a single number is in half precision a difference of many, of chance size.
+        assert error < 3 * plain_error + (2**-6 if half and expected.numel() == 1 else 1e-6), i

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import experiment
 
-from ssm_asr.encoder.graphs import EncoderGraphs
+from ssm_asr.encoder.graphs import EncoderGraphs, _Weights
 from ssm_asr.encoder.regularize import load_whitening_flags, whitening_flags
 from ssm_asr.encoder.schedule import Draws, set_batch_count
 from ssm_asr.transducer.model import Transducer
@@ -98,3 +98,26 @@ def test_evaluation_is_the_plain_path():
     plain, graphs = make_model().eval(), make_model(graphs=True).eval()
     for name, value in step(plain, 1).items():
         assert torch.equal(step(graphs, 1)[name], value)
+
+
+def test_weights_cast_together():
+    """As autocast casts each, in values and gradients; the layers have their own again afterwards."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 3)).to(DEVICE)
+    parameters, x = list(model.parameters()), torch.randn(4, 6, device=DEVICE)
+    weights = _Weights(model, parameters, torch.bfloat16)
+    weights.refresh()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        expected = torch.autograd.grad(model(x).float().square().sum(), parameters)
+        with weights.in_use():
+            assert model[2].weight.dtype == torch.bfloat16
+            loss = model(x).float().square().sum()
+    found = torch.autograd.grad(loss, list(weights.tensors.values()))
+    weights.take(dict(zip(weights.tensors, found, strict=True)))
+    assert list(map(id, model.parameters())) == list(map(id, parameters)) == list(weights.gradients)
+    for p, gradient in zip(parameters, expected, strict=True):
+        assert torch.equal(weights.gradients[id(p)], gradient)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    weights.refresh()
+    assert torch.equal(weights.tensors[id(parameters[0])], parameters[0].bfloat16())
