@@ -308,7 +308,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--size", default="m", choices=SIZES)
-    parser.add_argument("--variant", default="zipformer", choices=VARIANTS, help="the peer is a zipformer beside either")
+    parser.add_argument("--variant", default="zipformer", choices=VARIANTS, help="the peer is a zipformer")
     parser.add_argument("--precision", default="bf16", choices=("float32", "bf16", "fp16"))
     parser.add_argument("--vocab-size", type=int, default=500)
     parser.add_argument("--sides", default="peer,plain,graphs", help="which to time (default: all)")

@@ -17,7 +17,7 @@ BATCH_COUNT = 10000.0  # where no rate of the schedules is 0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def make_model(long_range="nonlin_attention", graphs=False):
+def make_model(long_range="nonlin_attention", graphs=False, most=256):
     torch.manual_seed(0)
     encoder: dict[str, Any] = {**experiment().model.encoder.__dict__, "long_range": long_range, "dim": (64, 64)}
     config = experiment().model
@@ -25,7 +25,7 @@ def make_model(long_range="nonlin_attention", graphs=False):
     model = Transducer(config, 5).to(DEVICE)
     set_batch_count(model, BATCH_COUNT)
     if graphs:
-        model.encode = EncoderGraphs(model.encode, [model.encoder_embed, model.encoder])
+        model.encode = EncoderGraphs(model.encode, [model.encoder_embed, model.encoder], most)
     return model
 
 
@@ -46,7 +46,8 @@ def step(model, seed, frames=120, left_context=32):
 @pytest.mark.parametrize("long_range", ["nonlin_attention", "mamba2"])
 def test_graphs_equal_the_plain_path(long_range):
     """On a CPU without the capture: then this is about the decisions alone, and nothing may differ at all."""
-    plain, graphs = make_model(long_range), make_model(long_range, graphs=True)
+    # On a GPU both take their decisions from outside, since that switches on kernels, which have tests of their own.
+    plain, graphs = make_model(long_range, DEVICE == "cuda", most=0), make_model(long_range, graphs=True)
     # The last one again: at the second call of a shape a graph is replayed.
     for seed, frames in ((1, 120), (2, 120), (3, 90), (4, 120), (5, 90)):
         expected, actual = step(plain, seed, frames), step(graphs, seed, frames)

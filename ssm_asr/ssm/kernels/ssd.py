@@ -39,15 +39,14 @@ class Tiles(NamedTuple):
     added_warps: int
     output_warps: int
     gradient_warps: int
-    gradient_registers: int | None = None  # a thread: fewer than the compiler takes let more programs run at once
 
 
 # By P and N, filled up to powers of 2; LARGE_TILES for those that are not here.
 TILES = {
-    (16, 16): Tiles(16, 1, 1, 1, gradient_registers=168),
+    (16, 16): Tiles(16, 1, 1, 1),
     (16, 32): Tiles(16, 1, 1, 1),
     (16, 64): Tiles(16, 1, 1, 2),
-    (16, 128): Tiles(16, 2, 2, 2),
+    (16, 128): Tiles(16, 4, 2, 4),
     (32, 16): Tiles(16, 1, 1, 1),
     (32, 32): Tiles(16, 1, 1, 2),
     (32, 64): Tiles(16, 2, 2, 2),
@@ -194,7 +193,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     dx_ptr, ddt_ptr, dB_ptr, dC_ptr, dA_ptr, dD_ptr,
     x_b, x_t, x_h, x_p, dt_b, dt_t, dt_h, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n, dy_b, dy_t, dy_h, dy_p,
     T, M, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    P_PAD: tl.constexpr, N_PAD: tl.constexpr, L: tl.constexpr, LEAST: tl.constexpr,
+    P_PAD: tl.constexpr, N_PAD: tl.constexpr, L: tl.constexpr, LEAST: tl.constexpr, BY_DOT: tl.constexpr,
 ):  # fmt: skip
     b, g, m = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G, tl.program_id(1)
     i, p, n = tl.arange(0, L), tl.arange(0, P_PAD), tl.arange(0, N_PAD)
@@ -205,7 +204,8 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     products = _dot(C, tl.trans(B))
     weights = tl.zeros([L, L], tl.float32)
     dB, dC = tl.zeros([L, N_PAD], tl.float32), tl.zeros([L, N_PAD], tl.float32)
-    earlier, diagonal = i[:, None] > i[None, :], i[:, None] == i[None, :]
+    earlier, diagonal, above = i[:, None] > i[None, :], i[:, None] == i[None, :], i[:, None] < i[None, :]
+    later = above.to(tl.float32)
     for r in range(H // G):
         h = g * (H // G) + r
         A, D = tl.load(A_ptr + h), tl.load(D_ptr + h)
@@ -231,8 +231,14 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
         both = pairs * products
         passed, arrived = dt * tl.sum(given * B, axis=1), tl.sum(read * C, axis=1)
         # Sums of sums, not differences of them: where decays are fast, these would leave only rounding errors.
-        crossing = tl.cumsum(both * dt[None, :], axis=0, reverse=True)
-        ddtA = tl.sum(tl.where(earlier, crossing + passed[None, :], arrived[None, :]), axis=1)
+        if BY_DOT:  # which several warps would all do
+            high, low = _split(both * dt[None, :])
+            crossing = tl.dot(low, later, acc=tl.broadcast_to(arrived[:, None], L, L), input_precision="tf32")
+            crossing = tl.dot(high, later, acc=crossing, input_precision="tf32")
+            ddtA = tl.sum(tl.where(above, passed[:, None], crossing), axis=0)
+        else:
+            crossing = tl.cumsum(both * dt[None, :], axis=0, reverse=True)
+            ddtA = tl.sum(tl.where(earlier, crossing + passed[None, :], arrived[None, :]), axis=1)
         ddtA += decay * tl.sum(dstate * state)
         ddtA = tl.where((dtA >= LEAST) & i_mask, ddtA, 0.0)
 
@@ -241,8 +247,9 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
         tl.store(ddt_ptr + row + i * H, ddt, mask=i_mask)
         dx_pointers = dx_ptr + row * P + (i[:, None] * (H * P) + p[None, :])
         tl.store(dx_pointers, dx, mask=i_mask[:, None] & p_mask[None, :])
-        tl.store(dA_ptr + (b * M + m) * H + h, tl.sum(ddtA * dt, axis=0))
-        tl.store(dD_ptr + (b * M + m) * H + h, tl.sum(tl.where(diagonal, pairs, 0.0)))
+        block = (h * (tl.num_programs(0) // G) + b) * M + m
+        tl.store(dA_ptr + block, tl.sum(ddtA * dt, axis=0))
+        tl.store(dD_ptr + block, tl.sum(tl.where(diagonal, pairs, 0.0)))
     dC += _dot(weights, B)
     dB += _dot(tl.trans(weights), C)
     start = ((b * T + m * L) * G + g) * N
@@ -318,14 +325,14 @@ class _Ssd(torch.autograd.Function):
         )
         dx_BTHP, ddt_BTH = (x.new_empty(x.shape) for x in (x_BTHP, dt_BTH))
         dB_BTGN, dC_BTGN = (x.new_empty(x.shape) for x in (B_BTGN, C_BTGN))
-        dAD_2BMH = A_H.new_empty(2, B, M, H)
+        dAD_2HBM = A_H.new_empty(2, H, B, M)
         strides = [s for x in (x_BTHP, dt_BTH, B_BTGN, C_BTGN, dy_BTHP) for s in x.stride()]
         _gradient_kernel[(B * ctx.sizes["G"], M)](
             x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, states_BZHPN, dy_BTHP, dstates_BZHPN,
-            dx_BTHP, ddt_BTH, dB_BTGN, dC_BTGN, dAD_2BMH[0], dAD_2BMH[1],
-            *strides, **ctx.sizes, num_warps=ctx.tiles.gradient_warps, maxnreg=ctx.tiles.gradient_registers,
+            dx_BTHP, ddt_BTH, dB_BTGN, dC_BTGN, dAD_2HBM[0], dAD_2HBM[1],
+            *strides, **ctx.sizes, BY_DOT=ctx.tiles.gradient_warps == 1, num_warps=ctx.tiles.gradient_warps,
         )  # fmt: skip
-        dA_H, dD_H = dAD_2BMH.sum(dim=(1, 2))
+        dA_H, dD_H = dAD_2HBM.sum(dim=(2, 3))
         return None, dx_BTHP, ddt_BTH, dA_H, dB_BTGN, dC_BTGN, dD_H, dstate_BHPN
 
 
@@ -340,9 +347,7 @@ def ssd_kernel(
     *,
     least_log_decay: float,
 ) -> tuple[Tensor, Tensor]:
-    """`ssm_asr.ssm.mamba2.ssd` on a GPU, for inputs of any strides.
-
-    x, B and C may be in half precision, as if they were cast to float32 before; all else is float32.
+    """`ssm_asr.ssm.mamba2.ssd` on a GPU, for float32 inputs of any strides.
 
     Args:
         least_log_decay: to which dt·A is clamped.
