@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssm_asr.encoder.regularize import load_whitening_flags, whitening_flags
 from ssm_asr.encoder.schedule import Draws
 
 Encode = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
@@ -158,8 +157,9 @@ class _Graph:
         self.weights.take(dict(zip(tensors, found, strict=True)))
 
     def _warm_up(self, encode: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        """Leaves random numbers and regularisers as they were."""
-        flags, random_state = whitening_flags(self.owner.modules), torch.cuda.get_rng_state()
+        """Leaves random numbers and buffers, of whitening and batch norm, as they were."""
+        random_state = torch.cuda.get_rng_state()
+        buffers = [(buffer, buffer.clone()) for buffer in self.owner.modules.buffers()]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -168,7 +168,8 @@ class _Graph:
                 self.grad_BSD = torch.zeros_like(out_BSD)
                 self._differentiate(out_BSD)
         torch.cuda.current_stream().wait_stream(stream)
-        load_whitening_flags(self.owner.modules, flags)
+        for buffer, value in buffers:
+            buffer.copy_(value)
         torch.cuda.set_rng_state(random_state)
 
 
