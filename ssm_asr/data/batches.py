@@ -194,9 +194,10 @@ def train_batches(
         An iterator. It does not touch the global random generators.
     """
     bins_s = _duration_bins(cuts, config.num_buckets)
-    bounds_s = [*bins_s, max(cut.duration for cut in cuts)]
+    bounds_s: list[float] = []
     limit: dict[str, Any] = {"max_duration": config.max_duration_s}
     if config.fixed_shapes:
+        bounds_s = [*bins_s, max(cut.duration for cut in cuts)]
         sizes = [max(1, int(config.max_duration_s / bound_s)) for bound_s in bounds_s]
         limit = {"constraint": FixedBucketBatchSizeConstraint(bounds_s, sizes)}
     with warnings.catch_warnings():

@@ -8,17 +8,22 @@ Shapes: B utterances, T frames, S symbols, U = S+1 predictor outputs, R kept cel
 the blank, J joiner dimension; N cells and M frames of one piece.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from ssm_asr.encoder.modules import linear
+from ssm_asr.ssm import kernels
 
 # Largest piece of a distribution tensor, in numbers: on a CPU small enough for its cache.
 PIECE_NUMEL_CPU = 1 << 20
 PIECE_NUMEL_GPU = 1 << 24
+# GPUs are fastest at products of matrices whose rows are a multiple of this many numbers.
+MEMORY_LINE = 64
 
 
 def pieces(count: int, numel_each: int, device: torch.device) -> Iterator[slice]:
@@ -26,6 +31,17 @@ def pieces(count: int, numel_each: int, device: torch.device) -> Iterator[slice]
     numel = PIECE_NUMEL_CPU if device.type == "cpu" else PIECE_NUMEL_GPU
     size = max(1, numel // max(1, numel_each))
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def vocabulary_projection(layer: nn.Linear, x: Tensor) -> Tensor:
+    """layer(x) for `SumJointTerms`; on a GPU for fast products with further tokens, whose logits are -inf."""
+    weight_VD: Tensor = layer.weight
+    bias_V: Tensor = layer.bias
+    padding = -len(weight_VD) % MEMORY_LINE
+    if padding and kernels.usable(x, on_trial=True):
+        weight_VD = functional.pad(weight_VD, (0, 0, 0, padding))
+        bias_V = functional.pad(bias_V, (0, padding), value=-torch.inf)
+    return linear(x, weight_VD, bias_V)
 
 
 def _full_precision(x: Tensor) -> torch.autocast:
@@ -44,13 +60,17 @@ class SumJointTerms(torch.autograd.Function):
         ctx: Any, am_BTV: Tensor, lm_BUV: Tensor, symbols_BS: Tensor, blank: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         B, T, V = am_BTV.shape
-        normaliser_BTU = am_BTV.new_empty(B, T, lm_BUV.shape[1])
+        sum_BTU = am_BTV.new_empty(B, T, lm_BUV.shape[1])
+        normaliser_BTU = torch.empty_like(sum_BTU)
         with _full_precision(am_BTV):
             for batch in pieces(B, T * V, am_BTV.device):
                 am_exp, am_max = _exp_below_max(am_BTV[batch])
                 lm_exp, lm_max = _exp_below_max(lm_BUV[batch])
-                normaliser_BTU[batch] = _sum_exp(am_exp, lm_exp).log_() + am_max + lm_max.mT
-        ctx.save_for_backward(am_BTV, lm_BUV, symbols_BS)
+                # Without the smallest number a frame and a context that share no likely token would have the
+                # logarithm of 0.
+                torch.add(torch.matmul(am_exp, lm_exp.mT), torch.finfo(am_exp.dtype).tiny, out=sum_BTU[batch])
+                normaliser_BTU[batch] = sum_BTU[batch].log() + am_max + lm_max.mT
+        ctx.save_for_backward(am_BTV, lm_BUV, symbols_BS, sum_BTU)
         ctx.blank = blank
         am_symbol_BTS = am_BTV.gather(2, symbols_BS[:, None].expand(-1, T, -1))
         return am_symbol_BTS, am_BTV[:, :, blank].clone(), normaliser_BTU
@@ -60,31 +80,47 @@ class SumJointTerms(torch.autograd.Function):
     def backward(
         ctx: Any, d_symbol_BTS: Tensor, d_blank_BT: Tensor, d_normaliser_BTU: Tensor
     ) -> tuple[Tensor | None, ...]:
-        am_BTV, lm_BUV, symbols_BS = ctx.saved_tensors
+        am_BTV, lm_BUV, symbols_BS, sum_BTU = ctx.saved_tensors
         B, T, V = am_BTV.shape
-        d_am_BTV, d_lm_BUV = torch.empty_like(am_BTV), torch.empty_like(lm_BUV)
+        width = _exp_width(am_BTV)
+        d_am, d_lm = am_BTV.new_empty(B, T, width), lm_BUV.new_empty(*lm_BUV.shape[:2], width)
         with _full_precision(am_BTV):
             for batch in pieces(B, T * V, am_BTV.device):
                 am_exp, _ = _exp_below_max(am_BTV[batch])
                 lm_exp, _ = _exp_below_max(lm_BUV[batch])
-                d_sum = d_normaliser_BTU[batch] / _sum_exp(am_exp, lm_exp)
-                torch.matmul(d_sum, lm_exp, out=d_am_BTV[batch])
-                d_am_BTV[batch].mul_(am_exp)
-                torch.matmul(d_sum.mT, am_exp, out=d_lm_BUV[batch])
-                d_lm_BUV[batch].mul_(lm_exp)
+                d_sum = d_normaliser_BTU[batch] / sum_BTU[batch]
+                torch.matmul(d_sum, lm_exp, out=d_am[batch])
+                d_am[batch].mul_(am_exp)
+                torch.matmul(d_sum.mT, am_exp, out=d_lm[batch])
+                d_lm[batch].mul_(lm_exp)
+        d_am_BTV, d_lm_BUV = d_am[:, :, :V], d_lm[:, :, :V]
         d_am_BTV[:, :, ctx.blank].add_(d_blank_BT)
         d_am_BTV.scatter_add_(2, symbols_BS[:, None].expand(-1, T, -1), d_symbol_BTS)
         return d_am_BTV, d_lm_BUV, None, None
 
 
+def _fused(x: Tensor) -> bool:
+    """Whether the kernels can be used, which compute in float32."""
+    return kernels.usable(x, on_trial=True) and x.dtype == torch.float32
+
+
+def _exp_width(x: Tensor) -> int:
+    """Width of what `_exp_below_max` returns, which for fast products is more than V in the kernels' case."""
+    if _fused(x):
+        from ssm_asr.transducer import log_prob_kernels
+
+        return log_prob_kernels.columns(x.shape[2])
+    return x.shape[2]
+
+
 def _exp_below_max(x: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(x - max) and max, over the last dim; after the V numbers there may come zeros."""
+    if _fused(x):
+        from ssm_asr.transducer import log_prob_kernels
+
+        return log_prob_kernels.exp_below_max(x)
     max_x = x.amax(2, keepdim=True)
     return (x - max_x).exp_(), max_x
-
-
-def _sum_exp(am_exp: Tensor, lm_exp: Tensor) -> Tensor:
-    # Without the smallest number a frame and a context that share no likely token would have the logarithm of 0.
-    return torch.matmul(am_exp, lm_exp.mT) + torch.finfo(am_exp.dtype).tiny
 
 
 class LogitTerms(torch.autograd.Function):
@@ -143,7 +179,7 @@ class JoinerTerms(torch.autograd.Function):
         decoder_BUJ: Tensor,
         weight_VJ: Tensor,
         bias_V: Tensor,
-        row_BTR: Tensor,  # s of each cell
+        row_BTR: Tensor,  # s of each cell: neighbours that do not fall over the frames
         symbol_BTR: Tensor,  # id of each cell's symbol
         frame_M: Tensor,  # indices into the flattened (B, T)
         blank: int,
@@ -153,53 +189,44 @@ class JoinerTerms(torch.autograd.Function):
         ctx.blank, ctx.matmul_dtype = blank, matmul_dtype
         row_BTR = row_BTR + decoder_BUJ.shape[1] * torch.arange(B, device=row_BTR.device)[:, None, None]
         terms_3BTR = bias_V.new_zeros(3, B, T, R)
+        inputs = (encoder_BTJ, decoder_BUJ, weight_VJ, bias_V, row_BTR, symbol_BTR)
         with _full_precision(encoder_BTJ):
-            cells = _JoinerCells(encoder_BTJ, decoder_BUJ, weight_VJ, bias_V, row_BTR, matmul_dtype)
+            cells = _joiner_cells(*inputs, matmul_dtype)
             for frames in _frame_pieces(frame_M, R, weight_VJ):
-                _, logits_NV = cells.logits(frames)
-                terms_3N = bias_V.new_empty(3, len(logits_NV))
-                _cell_terms(logits_NV, symbol_BTR.flatten(0, 1)[frames].flatten(), blank, out=terms_3N)
-                terms_3BTR.flatten(1, 2)[:, frames] = terms_3N.view(3, -1, R)
-        ctx.save_for_backward(encoder_BTJ, decoder_BUJ, weight_VJ, bias_V, row_BTR, symbol_BTR, frame_M, terms_3BTR[2])
+                cells.write_terms(frames, blank, terms_3BTR)
+        ctx.save_for_backward(*inputs, frame_M, terms_3BTR[2])
         return terms_3BTR[0], terms_3BTR[1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_symbol_BTR: Tensor, d_blank_BTR: Tensor) -> tuple[Tensor | None, ...]:
-        encoder_BTJ, decoder_BUJ, weight_VJ, bias_V, row_BTR, symbol_BTR, frame_M, normaliser_BTR = ctx.saved_tensors
-        R = symbol_BTR.shape[2]
-        d_encoder = bias_V.new_zeros(encoder_BTJ.shape).flatten(0, 1)
-        d_decoder = bias_V.new_zeros(decoder_BUJ.shape).flatten(0, 1)
-        d_weight_VJ, d_bias_V = bias_V.new_zeros(weight_VJ.shape), torch.zeros_like(bias_V)
+        *inputs, frame_M, normaliser_BTR = ctx.saved_tensors
+        encoder_BTJ, _, weight_VJ, *_ = inputs
         with _full_precision(encoder_BTJ):
-            cells = _JoinerCells(encoder_BTJ, decoder_BUJ, weight_VJ, bias_V, row_BTR, ctx.matmul_dtype)
-            for frames in _frame_pieces(frame_M, R, weight_VJ):
-                hidden_NJ, d_logits_NV = cells.logits(frames)
-                symbol_N, normaliser_N, d_symbol_N, d_blank_N, row_N = (
-                    x.flatten(0, 1)[frames].flatten()
-                    for x in (symbol_BTR, normaliser_BTR, d_symbol_BTR, d_blank_BTR, row_BTR)
-                )
-                d_logits_NV -= normaliser_N[:, None]
-                _to_gradient(d_logits_NV, symbol_N, ctx.blank, d_symbol_N, d_blank_N)
-                d_bias_V += d_logits_NV.sum(0)
-                d_logits_NV = d_logits_NV.to(ctx.matmul_dtype)
-                d_weight_VJ += d_logits_NV.mT @ hidden_NJ.to(ctx.matmul_dtype)
-                d_hidden_NJ = (d_logits_NV @ cells.weight_VJ).to(bias_V.dtype)
-                d_sum_NJ = d_hidden_NJ.addcmul_(d_hidden_NJ, hidden_NJ.square().to(bias_V.dtype), value=-1)
-                d_encoder[frames] = d_sum_NJ.view(len(frames), R, -1).sum(1)
-                d_decoder.index_add_(0, row_N, d_sum_NJ)
-        return (
-            d_encoder.view_as(encoder_BTJ).to(encoder_BTJ.dtype),
-            d_decoder.view_as(decoder_BUJ).to(decoder_BUJ.dtype),
-            d_weight_VJ.to(weight_VJ.dtype),
-            d_bias_V,
-            *(None,) * 5,
-        )
+            cells = _joiner_cells(*inputs, ctx.matmul_dtype)
+            gradients = cells.gradients(
+                _frame_pieces(frame_M, d_symbol_BTR.shape[2], weight_VJ),
+                ctx.blank,
+                normaliser_BTR,
+                d_symbol_BTR,
+                d_blank_BTR,
+            )
+        return *(d_x.view_as(x).to(x.dtype) for d_x, x in zip(gradients, inputs, strict=False)), *(None,) * 5
 
 
 def _frame_pieces(frame_M: Tensor, cells_per_frame: int, weight_VJ: Tensor) -> Iterator[Tensor]:
     width = max(weight_VJ.shape)
     return (frame_M[piece] for piece in pieces(len(frame_M), cells_per_frame * width, weight_VJ.device))
+
+
+def _joiner_cells(*inputs: Any) -> Any:
+    """The joiner by kernels or plain, each with `write_terms` and `gradients`."""
+    bias_V = inputs[3]
+    if _fused(bias_V):
+        from ssm_asr.transducer import log_prob_kernels
+
+        return log_prob_kernels.JoinerCells(*inputs)
+    return _JoinerCells(*inputs)
 
 
 class _JoinerCells:
@@ -212,16 +239,51 @@ class _JoinerCells:
         weight_VJ: Tensor,
         bias_V: Tensor,
         row_BTR: Tensor,
+        symbol_BTR: Tensor,
         matmul_dtype: torch.dtype,
     ) -> None:
         self.encoder, self.decoder = encoder_BTJ.flatten(0, 1), decoder_BUJ.flatten(0, 1)
         self.weight_VJ, self.bias_V = weight_VJ.to(matmul_dtype), bias_V
-        self.row = row_BTR.flatten(0, 1)
+        self.row, self.symbol = row_BTR.flatten(0, 1), symbol_BTR.flatten(0, 1)
 
-    def logits(self, frames_M: Tensor) -> tuple[Tensor, Tensor]:
+    def _logits(self, frames_M: Tensor) -> tuple[Tensor, Tensor]:
         """tanh(encoder + decoder) (N, J) and the logits (N, V) of the cells of these frames."""
         row_MR = self.row[frames_M]
         decoder_MRJ = self.decoder.index_select(0, row_MR.flatten()).view(*row_MR.shape, -1)
         hidden_NJ = (self.encoder[frames_M][:, None] + decoder_MRJ).tanh_().flatten(0, 1)
         logits_NV = functional.linear(hidden_NJ.to(self.weight_VJ.dtype), self.weight_VJ)
         return hidden_NJ, logits_NV.to(self.bias_V.dtype).add_(self.bias_V)
+
+    def write_terms(self, frames_M: Tensor, blank: int, terms_3BTR: Tensor) -> None:
+        """Writes the symbol log-probability, blank log-probability and normaliser of these frames' cells."""
+        _, logits_NV = self._logits(frames_M)
+        terms_3N = self.bias_V.new_empty(3, len(logits_NV))
+        _cell_terms(logits_NV, self.symbol[frames_M].flatten(), blank, out=terms_3N)
+        terms_3BTR.flatten(1, 2)[:, frames_M] = terms_3N.view(3, len(frames_M), -1)
+
+    def gradients(
+        self,
+        frame_pieces: Iterable[Tensor],
+        blank: int,
+        normaliser_BTR: Tensor,
+        d_symbol_BTR: Tensor,
+        d_blank_BTR: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of encoder (B*T, J), decoder (B*U, J), weight and bias, given those of the terms."""
+        dtype = self.bias_V.dtype
+        d_encoder, d_decoder = (torch.zeros_like(x, dtype=dtype) for x in (self.encoder, self.decoder))
+        d_weight_VJ, d_bias_V = torch.zeros_like(self.weight_VJ, dtype=dtype), torch.zeros_like(self.bias_V)
+        cells = (self.symbol, self.row, *(x.flatten(0, 1) for x in (normaliser_BTR, d_symbol_BTR, d_blank_BTR)))
+        for frames_M in frame_pieces:
+            hidden_NJ, d_logits_NV = self._logits(frames_M)
+            symbol_N, row_N, normaliser_N, d_symbol_N, d_blank_N = (x[frames_M].flatten() for x in cells)
+            d_logits_NV -= normaliser_N[:, None]
+            _to_gradient(d_logits_NV, symbol_N, blank, d_symbol_N, d_blank_N)
+            d_bias_V += d_logits_NV.sum(0)
+            d_logits_NV = d_logits_NV.to(self.weight_VJ.dtype)
+            d_weight_VJ += d_logits_NV.mT @ hidden_NJ.to(self.weight_VJ.dtype)
+            d_hidden_NJ = (d_logits_NV @ self.weight_VJ).to(dtype)
+            d_sum_NJ = d_hidden_NJ.addcmul_(d_hidden_NJ, hidden_NJ.square().to(dtype), value=-1)
+            d_encoder[frames_M] = d_sum_NJ.view(len(frames_M), -1, d_sum_NJ.shape[1]).sum(1)
+            d_decoder.index_add_(0, row_N, d_sum_NJ)
+        return d_encoder, d_decoder, d_weight_VJ, d_bias_V

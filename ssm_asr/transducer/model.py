@@ -17,6 +17,7 @@ from ssm_asr.encoder.modules import scaled_linear
 from ssm_asr.encoder.schedule import to_device
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP, ConvSubsampling
 from ssm_asr.encoder.zipformer import DROPOUT, Zipformer, ZipformerConfig
+from ssm_asr.transducer.log_probs import vocabulary_projection
 from ssm_asr.transducer.predictor import Joiner, Predictor
 from ssm_asr.transducer.pruned_loss import pruned_transducer_loss
 
@@ -130,8 +131,8 @@ class Transducer(nn.Module):
         decoder_out_BUD = self.decoder(blank_first)
         config = self.config
         simple_B, pruned_B = pruned_transducer_loss(
-            self.simple_am_proj(encoder_out_BSD),
-            self.simple_lm_proj(decoder_out_BUD),
+            vocabulary_projection(self.simple_am_proj, encoder_out_BSD),
+            vocabulary_projection(self.simple_lm_proj, decoder_out_BUD),
             self.joiner.encoder_proj(encoder_out_BSD),
             self.joiner.decoder_proj(decoder_out_BUD),
             self.joiner,

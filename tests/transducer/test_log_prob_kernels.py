@@ -1,0 +1,150 @@
+"""Triton kernels of the cells' log-probabilities against the plain form: on a GPU, or by Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, at the import below
+pytest.importorskip("triton", reason="Triton is not installed (it comes with PyTorch for GPUs)")
+
+from ssm_asr.encoder.modules import scaled_linear  # noqa: E402
+from ssm_asr.ssm import kernels  # noqa: E402
+from ssm_asr.transducer import log_prob_kernels, log_probs, pruned_loss  # noqa: E402
+from ssm_asr.transducer.predictor import Joiner  # noqa: E402
+
+EXACT = dict(atol=1e-5, rtol=1e-5)
+B, T, U, J, R = 2, 19, 7, 20, 3
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(1)
+
+
+def joiner_batch(V, scale=1.0):
+    """Leaves encoder, decoder, weight, bias; rows and symbols of the cells; the frames that count."""
+    leaves = [torch.randn(B, T, J), torch.randn(B, U, J), torch.randn(V, J) * scale, torch.randn(V) * scale]
+    start_BT = torch.randint(0, U - R + 1, (B, T)).sort(1).values
+    row_BTR = start_BT[..., None] + torch.arange(R)
+    symbol_BTR = torch.randint(0, V, (B, T, R))  # the blank among them
+    frames_BT = torch.arange(T) < torch.tensor([[T], [T - 4]])
+    return leaves, row_BTR, symbol_BTR, frames_BT.flatten().nonzero()[:, 0]
+
+
+def joiner_terms(batch, weights, dtype, matmul_dtype, use, monkeypatch, blank=2):
+    """The terms (2, B, T, R) and the gradients of all leaves, weighted."""
+    monkeypatch.setattr(kernels, "usable", lambda x, on_trial=False: use)
+    leaves, *ids = batch
+    leaves = [x.detach().clone().to(DEVICE, dtype).requires_grad_() for x in leaves]
+    terms = torch.stack(log_probs.JoinerTerms.apply(*leaves, *(x.to(DEVICE) for x in ids), blank, matmul_dtype))
+    return [x.double().cpu() for x in (terms, *torch.autograd.grad(terms, leaves, weights.to(terms)))]
+
+
+@pytest.mark.parametrize("V, piece_frames", [(5, 100), (64, 6), (100, 5), (700, 100), (700, 16)])
+def test_joiner_terms(V, piece_frames, monkeypatch):
+    batch, weights = joiner_batch(V), torch.randn(2, B, T, R)
+    for device in ("CPU", "GPU"):
+        monkeypatch.setattr(log_probs, f"PIECE_NUMEL_{device}", piece_frames * R * max(V, J))
+    expected = joiner_terms(batch, weights, torch.float64, torch.float64, False, monkeypatch)
+    plain = joiner_terms(batch, weights, torch.float32, torch.float32, False, monkeypatch)
+    actual = joiner_terms(batch, weights, torch.float32, torch.float32, True, monkeypatch)
+    for ours, single, double in zip(actual, plain, expected, strict=True):
+        torch.testing.assert_close(ours, double, **EXACT)
+        torch.testing.assert_close(ours, single, **EXACT)
+    terms, d_encoder, *_ = actual
+    assert terms[:, 1, T - 4 :].count_nonzero() == 0 and d_encoder[1, T - 4 :].count_nonzero() == 0
+    assert (terms[:, 0] < 0).all()
+
+
+def test_joiner_terms_of_large_logits(monkeypatch):
+    """Where float32 has no exponential of a logit nor of its negative; a symbol that cannot be has -inf alone."""
+    batch, weights = joiner_batch(70, scale=100.0), torch.randn(2, B, T, R)
+    expected = joiner_terms(batch, weights, torch.float64, torch.float64, False, monkeypatch)
+    actual = joiner_terms(batch, weights, torch.float32, torch.float32, True, monkeypatch)
+    assert all(x.isfinite().all() for x in actual)
+    torch.testing.assert_close(actual[0], expected[0], atol=1e-3, rtol=1e-5)
+    batch[0][3][69] = -torch.inf
+    batch[2].clamp_(max=68)
+    assert all(
+        x.isfinite().all() for x in joiner_terms(batch, weights, torch.float32, torch.float32, True, monkeypatch)
+    )
+
+
+def test_joiner_terms_in_half_precision(monkeypatch):
+    """Inputs and products in bfloat16: as near to the truth as the plain form is."""
+    batch, weights = joiner_batch(100), torch.randn(2, B, T, R)
+    batch[0][:2] = [x.bfloat16() for x in batch[0][:2]]
+    expected = joiner_terms(batch, weights, torch.float64, torch.float64, False, monkeypatch)
+    monkeypatch.setattr(kernels, "usable", lambda x, on_trial=False: True)
+    leaves, *ids = batch
+    leaves = [x.to(DEVICE).requires_grad_() for x in leaves]
+    ids = [x.to(DEVICE) for x in ids]
+    terms = torch.stack(log_probs.JoinerTerms.apply(*leaves, *ids, 2, torch.bfloat16))
+    assert terms.dtype == torch.float32
+    gradients = torch.autograd.grad(terms, leaves, weights.to(DEVICE))
+    for leaf, ours, double in zip((terms, *leaves), (terms, *gradients), expected, strict=True):
+        assert ours.dtype == leaf.dtype
+        size = float(double.detach().abs().max())
+        torch.testing.assert_close(ours.double().cpu(), double, rtol=0.02, atol=0.02 * size)
+
+
+@pytest.mark.parametrize("scale", [1.0, 50.0])
+@pytest.mark.parametrize("V", [5, 64, 100, 5000])
+def test_sum_joint_terms(V, scale, monkeypatch):
+    leaves = [torch.randn(B, T, V) * scale, torch.randn(B, U, V) * scale]
+    symbols_BS = torch.randint(0, V, (B, U - 1))
+    symbols_BS[:, 2] = symbols_BS[:, 1]
+    monkeypatch.setattr(log_probs, "PIECE_NUMEL_CPU", T * V)
+    results, weights = [], [torch.randn(B, T, U - 1), torch.randn(B, T), torch.randn(B, T, U)]
+    for dtype, use in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
+        monkeypatch.setattr(kernels, "usable", lambda x, on_trial=False, use=use: use)
+        inputs = [x.to(DEVICE, dtype).requires_grad_() for x in leaves]
+        terms = log_probs.SumJointTerms.apply(*inputs, symbols_BS.to(DEVICE), 3)
+        gradients = torch.autograd.grad(terms, inputs, [x.to(DEVICE, dtype) for x in weights])
+        results.append([x.double().cpu() for x in (*terms, *gradients)])
+    for double, single, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, single, **EXACT)
+        if scale == 1.0:  # else float32 ends at its smallest number
+            torch.testing.assert_close(ours, double, **EXACT)
+
+
+def test_padding_of_exponentials_is_zero():
+    x = torch.randn(2, 3, 90, device=DEVICE)[..., :70]
+    exp, largest = log_prob_kernels.exp_below_max(x)
+    assert torch.equal(largest, x.amax(2, keepdim=True)) and exp[..., 70:].count_nonzero() == 0
+    torch.testing.assert_close(exp[..., :70], (x - largest).exp(), **EXACT)
+
+
+@pytest.mark.parametrize("am_scale", [0.0, 0.1])
+@pytest.mark.parametrize("V", [37, 64])
+def test_both_losses(V, am_scale, monkeypatch):
+    """From the projections' inputs on: losses and the gradients of inputs and parameters."""
+    D = 6
+    layers = torch.nn.ModuleList([scaled_linear(D, V, 1.0), scaled_linear(D, V, 1.0), Joiner(D, D, J, V)])
+    encoder_BTD, decoder_BUD = torch.randn(B, T, D), torch.randn(B, U, D)
+    symbols_BS = torch.randint(1, V, (B, U - 1))
+    results = []
+    for dtype, use in ((torch.float64, False), (torch.float32, True)):
+        monkeypatch.setattr(kernels, "usable", lambda x, on_trial=False, use=use: use)
+        am_proj, lm_proj, joiner = layers.to(DEVICE, dtype)
+        inputs = [x.to(DEVICE, dtype).requires_grad_() for x in (encoder_BTD, decoder_BUD)]
+        simple_B, pruned_B = pruned_loss.pruned_transducer_loss(
+            log_probs.vocabulary_projection(am_proj, inputs[0]),
+            log_probs.vocabulary_projection(lm_proj, inputs[1]),
+            joiner.encoder_proj(inputs[0]),
+            joiner.decoder_proj(inputs[1]),
+            joiner,
+            symbols_BS.to(DEVICE),
+            torch.tensor([T, T - 4]),
+            torch.tensor([U - 1, 2]),
+            prune_range=R,
+            am_scale=am_scale,
+            backend="torch",
+        )
+        gradients = torch.autograd.grad((simple_B + pruned_B).sum(), [*inputs, *layers.parameters()])
+        results.append([x.double().cpu() for x in (simple_B, pruned_B, *gradients)])
+    for double, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, double, **EXACT)
