@@ -31,7 +31,6 @@ from ssm_asr.data.batches import Batch, eval_batches, train_batches
 from ssm_asr.data.filtering import filter_cuts
 from ssm_asr.data.store import read_cuts
 from ssm_asr.data.tokens import Tokenizer
-from ssm_asr.encoder.graphs import EncoderGraphs
 from ssm_asr.encoder.regularize import load_whitening_flags, set_batch_count, whitening_flags
 from ssm_asr.encoder.weight_noise import noisy_weights, variational_noise
 from ssm_asr.experiment_dir import fingerprint, make_ready, resumable
@@ -66,8 +65,7 @@ class Trainer:
         self.model = Transducer(experiment.model, tokenizer.vocab_size).to(place.device)
         distributed.share_weights(self.model, place)
         if settings.cuda_graphs and place.device.type == "cuda":
-            parts = [self.model.encoder_embed, self.model.encoder]
-            self.model.encode = EncoderGraphs(self.model.encode, parts)  # type: ignore[method-assign]
+            self.model.capture_graphs()
         self.noisy_weights = noisy_weights(self.model, settings.weight_noise.parts)
         self.average = RunningAverage(settings.average_period)
         self.optimizer = ScaledAdam(

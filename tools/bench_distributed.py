@@ -20,14 +20,13 @@ from torch import Tensor
 
 from ssm_asr import distributed, units
 from ssm_asr.config import Experiment, load_experiment
-from ssm_asr.data.batches import SHAPE_FRAMES
-from ssm_asr.encoder.graphs import EncoderGraphs
+from ssm_asr.data.batches import shape_frames
 from ssm_asr.encoder.schedule import set_batch_count
 from ssm_asr.optim import ScaledAdam
+from ssm_asr.train import PRECISIONS
 from ssm_asr.transducer.model import Transducer
 
 BATCH_COUNT = 10000.0  # where the schedules stand
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCES = {"float32": 1e-4, "bf16": 0.05, "fp16": 0.05}
 
 
@@ -43,8 +42,7 @@ class Data(NamedTuple):
 def make_batch(rank: int, options: argparse.Namespace) -> Data:
     """The batch of a process, of one of the trainer's fixed shapes."""
     generator = torch.Generator().manual_seed(rank)
-    encoder_frames = round(options.seconds * 1000 / units.ENCODER_FRAME_MS)
-    frames = units.feature_frames(-(-encoder_frames // SHAPE_FRAMES) * SHAPE_FRAMES)
+    frames = shape_frames(options.seconds)
     count, tokens = options.utterances, round(4 * options.seconds)
     return Data(
         torch.randn(count, frames, units.NUM_MELS, generator=generator),
@@ -64,16 +62,14 @@ class Step:
         self.chunk, self.left_context = experiment.decode.chunk_frames, experiment.decode.left_context_frames
         distributed.share_weights(self.model, place)
         set_batch_count(self.model, BATCH_COUNT)
-        self.model.encode = EncoderGraphs(  # type: ignore[method-assign]
-            self.model.encode, [self.model.encoder_embed, self.model.encoder]
-        )
+        self.model.capture_graphs()
         self.optimizer = ScaledAdam(self.model.parameters(), lr=0.01)
 
     def backward(self, batch: Data) -> None:
         """Leaves the gradients of a batch at the parameters."""
         device = self.place.device
         self.model.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, DTYPES[self.precision], enabled=self.precision != "float32"):
+        with torch.autocast(device.type, PRECISIONS[self.precision], enabled=self.precision != "float32"):
             losses = self.model(
                 batch.features_BTF.to(device),
                 batch.lens_B,
@@ -129,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="configuration of the experiment (default: Zipformer M)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--precision", default="bf16", choices=DTYPES, help="default: bf16")
+    parser.add_argument("--precision", default="bf16", choices=PRECISIONS, help="default: bf16")
     parser.add_argument("--utterances", type=int, default=40, help="in the batch of a process (default: 40)")
     parser.add_argument("--seconds", type=float, default=15.0, help="of the longest utterance (default: 15)")
     parser.add_argument("--vocab-size", type=int, default=500)

@@ -27,8 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from ssm_asr import units
-from ssm_asr.data.batches import SHAPE_FRAMES
-from ssm_asr.encoder.graphs import EncoderGraphs
+from ssm_asr.data.batches import shape_frames
 from ssm_asr.encoder.schedule import set_batch_count
 from ssm_asr.encoder.zipformer import ZipformerConfig
 from ssm_asr.optim import ScaledAdam
@@ -69,8 +68,7 @@ def make_batches(shapes: list[tuple[int, float]], device: str, vocab_size: int, 
     batches = []
     for count, seconds in shapes:
         count = max(2, round(count * scale))
-        encoder_frames = round(seconds * 1000 / units.ENCODER_FRAME_MS)
-        frames = units.feature_frames(-(-encoder_frames // SHAPE_FRAMES) * SHAPE_FRAMES)
+        frames = shape_frames(seconds)
         tokens = round(4 * seconds)
         lens_B = torch.linspace(0.9 * frames, frames, count).long()
         batches.append(
@@ -200,7 +198,7 @@ def make_ours(config: ZipformerConfig, options: argparse.Namespace, graphs: bool
         model.load_state_dict(weights)
     set_batch_count(model, BATCH_COUNT)
     if graphs:
-        model.encode = EncoderGraphs(model.encode, [model.encoder_embed, model.encoder])  # type: ignore[method-assign]
+        model.capture_graphs()
     return Side("graphs" if graphs else "plain", model, ScaledAdam(model.parameters(), lr=0.01), options)
 
 

@@ -88,6 +88,12 @@ def _fbank() -> FeatureExtractor:
     return make_fbank()
 
 
+def shape_frames(seconds: float) -> int:
+    """Feature frames of a fixed shape for utterances of at most so many seconds."""
+    encoder_frames = math.ceil(seconds * 1000 / ENCODER_FRAME_MS)
+    return feature_frames(math.ceil(encoder_frames / SHAPE_FRAMES) * SHAPE_FRAMES)
+
+
 class _BatchMaker(torch.utils.data.Dataset):
     """Turns a job into a Batch; runs in the workers."""
 
@@ -158,8 +164,7 @@ class _TrainingJobs(torch.utils.data.Sampler):
         if not self._config.fixed_shapes:
             return 0
         longest_s = self._bounds_s[bisect_left(self._bounds_s, max(cut.duration for cut in cuts))]
-        encoder_frames = math.ceil(longest_s * 1000 / ENCODER_FRAME_MS)
-        return feature_frames(math.ceil(encoder_frames / SHAPE_FRAMES) * SHAPE_FRAMES)
+        return shape_frames(longest_s)
 
     def _draw_noise(self, rng: np.random.Generator) -> _Noise | None:
         if not self._noises or rng.random() >= self._config.noise_probability:

@@ -32,7 +32,8 @@ class Context(NamedTuple):
     """Which keys each query may see. Both masks are True where a key is hidden.
 
     Attributes:
-        chunk_mask_TK: hidden by the chunks and the left context, the same for the whole batch; or None.
+        chunk_mask_TK: hidden by the chunks and the left context, the same for the whole batch; or None, also where
+            there is a span.
         padding_mask_BK: hidden since it is padding or, in streaming, not yet filled; or None.
         span_2BT: what the masks say of whole sequences, for kernels: the first visible key of each query and the end
             of those visible (no more than K), int32; where the end is not behind the first, none is visible.

@@ -356,10 +356,11 @@ class Zipformer(Scheduled):
         """
         T, device = x_BTD.shape[1], x_BTD.device
         chunk_seen = chunk if self.config.causal else -1
+        span_2BT = visible_span(lens_B, T, chunk_seen, left_context) if kernels.usable(x_BTD) else None
         context = Context(
-            chunk_mask(T, chunk_seen, left_context, device),
+            chunk_mask(T, chunk_seen, left_context, device) if span_2BT is None else None,
             torch.arange(T, device=device) >= lens_B[:, None],
-            visible_span(lens_B, T, chunk_seen, left_context) if kernels.usable(x_BTD) else None,
+            span_2BT,
         )
         outputs: list[Tensor] = []
         for i, (stack, mask) in enumerate(zip(self.encoders, self._channel_masks(x_BTD), strict=True)):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ssm_asr import units
 from ssm_asr.encoder.conformer import Conformer, ConformerConfig
+from ssm_asr.encoder.graphs import EncoderGraphs
 from ssm_asr.encoder.modules import scaled_linear
 from ssm_asr.encoder.schedule import to_device
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP, ConvSubsampling
@@ -84,6 +85,11 @@ class Transducer(nn.Module):
         """
         x_BTD, lens_B = self.encoder_embed(features_BTF, lens_B)
         return self.encoder(x_BTD, lens_B, chunk, left_context)
+
+    def capture_graphs(self, most: int = 256) -> None:
+        """From now on `encode` in training on a GPU replays captured graphs, of at most so many shapes."""
+        parts = [self.encoder_embed, self.encoder]
+        self.encode = EncoderGraphs(self.encode, parts, most)  # type: ignore[method-assign]
 
     def init_state(self, batch_size: int, left_context: int, device: torch.device | None = None) -> StreamState:
         """The state at the start of `batch_size` streams, left_context in frames of 20 ms."""

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import experiment
 
-from ssm_asr.encoder.graphs import EncoderGraphs, _Weights
+from ssm_asr.encoder.graphs import _Weights
 from ssm_asr.encoder.regularize import load_whitening_flags, whitening_flags
 from ssm_asr.encoder.schedule import Draws, set_batch_count
 from ssm_asr.transducer.model import Transducer
@@ -25,7 +25,7 @@ def make_model(long_range="nonlin_attention", graphs=False, most=256):
     model = Transducer(config, 5).to(DEVICE)
     set_batch_count(model, BATCH_COUNT)
     if graphs:
-        model.encode = EncoderGraphs(model.encode, [model.encoder_embed, model.encoder], most)
+        model.capture_graphs(most)
     return model
 
 
