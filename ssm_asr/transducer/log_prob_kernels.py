@@ -164,11 +164,11 @@ def _exp_below_max_kernel(  # type: ignore[no-untyped-def]
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (n < N)[:, None]
     row = x_ptr + n.to(tl.int64)[:, None] * V
-    largest = tl.full((ROWS,), LOWEST, tl.float32)
+    most = tl.full((ROWS, WIDTH), LOWEST, tl.float32)
     for begin in range(0, V, WIDTH):
         v = begin + tl.arange(0, WIDTH)[None, :]
-        x = tl.load(row + v, mask=inside & (v < V), other=-float("inf"))
-        largest = tl.maximum(largest, tl.max(x, axis=1))
+        most = tl.maximum(most, tl.load(row + v, mask=inside & (v < V), other=-float("inf")))
+    largest = tl.max(most, axis=1)
     tl.store(max_ptr + n, largest, mask=n < N)
     for begin in range(0, P, WIDTH):
         v = begin + tl.arange(0, WIDTH)[None, :]

@@ -12,16 +12,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ssm_asr.encoder.modules import linear
 from ssm_asr.ssm import kernels
 
 # Largest piece of a distribution tensor, in numbers: on a CPU small enough for its cache.
 PIECE_NUMEL_CPU = 1 << 20
-PIECE_NUMEL_GPU = 1 << 24
+PIECE_NUMEL_GPU = 1 << 26
 # GPUs are fastest at products of matrices whose rows are a multiple of this many numbers.
 MEMORY_LINE = 64
 
@@ -31,17 +30,6 @@ def pieces(count: int, numel_each: int, device: torch.device) -> Iterator[slice]
     numel = PIECE_NUMEL_CPU if device.type == "cpu" else PIECE_NUMEL_GPU
     size = max(1, numel // max(1, numel_each))
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-
-def vocabulary_projection(layer: nn.Linear, x: Tensor) -> Tensor:
-    """layer(x) for `SumJointTerms`; on a GPU for fast products with further tokens, whose logits are -inf."""
-    weight_VD: Tensor = layer.weight
-    bias_V: Tensor = layer.bias
-    padding = -len(weight_VD) % MEMORY_LINE
-    if padding and kernels.usable(x, on_trial=True):
-        weight_VD = functional.pad(weight_VD, (0, 0, 0, padding))
-        bias_V = functional.pad(bias_V, (0, padding), value=-torch.inf)
-    return linear(x, weight_VD, bias_V)
 
 
 def _full_precision(x: Tensor) -> torch.autocast:
@@ -101,7 +89,7 @@ class SumJointTerms(torch.autograd.Function):
 
 def _fused(x: Tensor) -> bool:
     """Whether the kernels can be used, which compute in float32."""
-    return kernels.usable(x, on_trial=True) and x.dtype == torch.float32
+    return kernels.usable(x) and x.dtype == torch.float32
 
 
 def _exp_width(x: Tensor) -> int:

@@ -18,9 +18,8 @@ from ssm_asr.encoder.modules import scaled_linear
 from ssm_asr.encoder.schedule import to_device
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP, ConvSubsampling
 from ssm_asr.encoder.zipformer import DROPOUT, Zipformer, ZipformerConfig
-from ssm_asr.transducer.log_probs import vocabulary_projection
 from ssm_asr.transducer.predictor import Joiner, Predictor
-from ssm_asr.transducer.pruned_loss import pruned_transducer_loss
+from ssm_asr.transducer.pruned_loss import pruned_transducer_loss, vocabulary_projection
 
 EncoderConfig = ZipformerConfig | ConformerConfig
 

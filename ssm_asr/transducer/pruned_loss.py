@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ssm_asr.encoder.modules import linear
 from ssm_asr.encoder.schedule import to_device
+from ssm_asr.ssm import kernels
 from ssm_asr.transducer import rnnt_loss as torch_losses
 from ssm_asr.transducer.lattice import checked_boundary
-from ssm_asr.transducer.log_probs import JoinerTerms
+from ssm_asr.transducer.log_probs import MEMORY_LINE, JoinerTerms
 from ssm_asr.transducer.rnnt_loss import (
     at_least_float32,
     do_rnnt_pruning,
@@ -41,6 +43,7 @@ __all__ = [
     "rnnt_loss_pruned",
     "rnnt_loss_simple",
     "rnnt_loss_smoothed",
+    "vocabulary_projection",
 ]
 
 BLANK = 0
@@ -58,6 +61,17 @@ def _k2() -> ModuleType | None:
     except (ImportError, OSError):  # OSError: its libraries were built for another PyTorch
         return None
     return k2
+
+
+def vocabulary_projection(layer: nn.Linear, x: Tensor) -> Tensor:
+    """layer(x), for the simple loss; on a GPU for fast products with further tokens, whose logits are -inf."""
+    weight_VD: Tensor = layer.weight
+    bias_V: Tensor = layer.bias
+    padding = -len(weight_VD) % MEMORY_LINE
+    if padding and kernels.usable(x) and _k2() is None:
+        weight_VD = functional.pad(weight_VD, (0, 0, 0, padding))
+        bias_V = functional.pad(bias_V, (0, padding), value=-torch.inf)
+    return linear(x, weight_VD, bias_V)
 
 
 def pruned_transducer_loss(

@@ -36,7 +36,7 @@ def joiner_batch(V, scale=1.0):
 
 def joiner_terms(batch, weights, dtype, matmul_dtype, use, monkeypatch, blank=2):
     """The terms (2, B, T, R) and the gradients of all leaves, weighted."""
-    monkeypatch.setattr(kernels, "usable", lambda x, on_trial=False: use)
+    monkeypatch.setattr(kernels, "usable", lambda x: use)
     leaves, *ids = batch
     leaves = [x.detach().clone().to(DEVICE, dtype).requires_grad_() for x in leaves]
     terms = torch.stack(log_probs.JoinerTerms.apply(*leaves, *(x.to(DEVICE) for x in ids), blank, matmul_dtype))
@@ -78,7 +78,7 @@ def test_joiner_terms_in_half_precision(monkeypatch):
     batch, weights = joiner_batch(100), torch.randn(2, B, T, R)
     batch[0][:2] = [x.bfloat16() for x in batch[0][:2]]
     expected = joiner_terms(batch, weights, torch.float64, torch.float64, False, monkeypatch)
-    monkeypatch.setattr(kernels, "usable", lambda x, on_trial=False: True)
+    monkeypatch.setattr(kernels, "usable", lambda x: True)
     leaves, *ids = batch
     leaves = [x.to(DEVICE).requires_grad_() for x in leaves]
     ids = [x.to(DEVICE) for x in ids]
@@ -100,7 +100,7 @@ def test_sum_joint_terms(V, scale, monkeypatch):
     monkeypatch.setattr(log_probs, "PIECE_NUMEL_CPU", T * V)
     results, weights = [], [torch.randn(B, T, U - 1), torch.randn(B, T), torch.randn(B, T, U)]
     for dtype, use in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
-        monkeypatch.setattr(kernels, "usable", lambda x, on_trial=False, use=use: use)
+        monkeypatch.setattr(kernels, "usable", lambda x, use=use: use)
         inputs = [x.to(DEVICE, dtype).requires_grad_() for x in leaves]
         terms = log_probs.SumJointTerms.apply(*inputs, symbols_BS.to(DEVICE), 3)
         gradients = torch.autograd.grad(terms, inputs, [x.to(DEVICE, dtype) for x in weights])
@@ -128,12 +128,12 @@ def test_both_losses(V, am_scale, monkeypatch):
     symbols_BS = torch.randint(1, V, (B, U - 1))
     results = []
     for dtype, use in ((torch.float64, False), (torch.float32, True)):
-        monkeypatch.setattr(kernels, "usable", lambda x, on_trial=False, use=use: use)
+        monkeypatch.setattr(kernels, "usable", lambda x, use=use: use)
         am_proj, lm_proj, joiner = layers.to(DEVICE, dtype)
         inputs = [x.to(DEVICE, dtype).requires_grad_() for x in (encoder_BTD, decoder_BUD)]
         simple_B, pruned_B = pruned_loss.pruned_transducer_loss(
-            log_probs.vocabulary_projection(am_proj, inputs[0]),
-            log_probs.vocabulary_projection(lm_proj, inputs[1]),
+            pruned_loss.vocabulary_projection(am_proj, inputs[0]),
+            pruned_loss.vocabulary_projection(lm_proj, inputs[1]),
             joiner.encoder_proj(inputs[0]),
             joiner.decoder_proj(inputs[1]),
             joiner,
