@@ -85,4 +85,6 @@ def test_two_processes() -> None:
     assert done.returncode == 0, done.stderr
     error = re.search(r"gradients of 2 processes differ from those of one by (\S+) of", done.stdout)
     assert error and 0 < float(error[1]) < 1e-5
+    way = re.search(r"after 20 steps the weights have gone ways that differ by (\S+) of", done.stdout)
+    assert way and 0 < float(way[1]) < 0.02
     assert re.search(r"one process [\d.]+ ms a step, 2 together [\d.]+ ms; efficiency [\d.]+ %", done.stdout)

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 tools/bench_distributed.py --device cpu --config FILE --seconds 2 --utterances 4
 
 Every process has a batch of its own, so that N processes work on N times the audio in a step; the efficiency is the
-time of one process, while the others wait, over the time of all together. Before that, with the regularisers off, the
-mean gradient of all processes is compared with the one that a single process finds for all their batches joined.
+time of one process, while the others wait, over the time of all together. Before that, with the regularisers off, a
+short training run of all processes is compared with that of a single one, whose batches are all of theirs joined.
 """
 
 import argparse
@@ -39,9 +39,9 @@ class Data(NamedTuple):
     token_lens_B: Tensor
 
 
-def make_batch(rank: int, options: argparse.Namespace) -> Data:
-    """The batch of a process, of one of the trainer's fixed shapes."""
-    generator = torch.Generator().manual_seed(rank)
+def make_batch(seed: int, options: argparse.Namespace) -> Data:
+    """A batch of one process, of one of the trainer's fixed shapes."""
+    generator = torch.Generator().manual_seed(seed)
     frames = shape_frames(options.seconds)
     count, tokens = options.utterances, round(4 * options.seconds)
     return Data(
@@ -67,8 +67,12 @@ class Step:
 
     def backward(self, batch: Data) -> None:
         """Leaves the gradients of a batch at the parameters."""
-        device = self.place.device
         self.model.zero_grad(set_to_none=True)
+        self.loss(batch).backward()
+
+    def loss(self, batch: Data) -> Tensor:
+        """Both losses, summed over the utterances."""
+        device = self.place.device
         with torch.autocast(device.type, PRECISIONS[self.precision], enabled=self.precision != "float32"):
             losses = self.model(
                 batch.features_BTF.to(device),
@@ -78,7 +82,7 @@ class Step:
                 self.chunk,
                 self.left_context,
             )
-        (0.5 * losses.simple_B + losses.pruned_B).sum().backward()
+        return (0.5 * losses.simple_B + losses.pruned_B).sum()
 
     def alone(self, batch: Data) -> None:
         """A step without the others."""
@@ -97,16 +101,43 @@ class Step:
             [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.model.parameters()]
         )
 
+    def weights(self) -> Tensor:
+        """All weights end to end."""
+        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
 
-def difference(step: Step, options: argparse.Namespace) -> float:
-    """How far the mean gradient of all processes is from that of one with all batches, relative to its norm."""
-    batches = [make_batch(rank, options) for rank in range(step.place.world_size)]
-    step.model.eval()
-    step.backward(Data(*(torch.cat(parts) for parts in zip(*batches, strict=True))))
-    expected = step.gradient() / step.place.world_size
-    step.backward(batches[step.place.rank])
-    distributed.average_gradients(step.model, step.place)
-    return float((step.gradient() - expected).norm() / expected.norm())
+
+class Run(NamedTuple):
+    """What a short training run leaves."""
+
+    gradient: Tensor  # of the first step, a mean over the processes
+    way: Tensor  # from the first weights to the last
+    loss: float  # of the last weights for the first batches, in nats an utterance
+
+
+def train(step: Step, together: bool, options: argparse.Namespace) -> Run:
+    """Trains on batches of all processes: on all of them here, or each process on its own together with the others."""
+    place = step.place
+    step.model.eval()  # no regularisers
+    start, gradient = step.weights(), torch.empty(0)
+    for number in range(options.steps):
+        own = [make_batch(number * place.world_size + rank, options) for rank in range(place.world_size)]
+        joined = Data(*(torch.cat(parts) for parts in zip(*own, strict=True)))
+        if number == 0:
+            first = joined
+        if together:
+            step.together(own[place.rank])
+        else:
+            step.alone(joined)
+        if number == 0:
+            gradient = step.gradient() / (1 if together else place.world_size)
+    with torch.no_grad():
+        loss = float(step.loss(first)) / len(first.lens_B)
+    return Run(gradient, step.weights() - start, loss)
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """Relative to the norm of the first."""
+    return float((other - one).norm() / one.norm())
 
 
 def time_ms(run: Callable[[Data], None], batch: Data, device: torch.device, repeats: int) -> float:
@@ -129,14 +160,17 @@ def main() -> None:
     parser.add_argument("--utterances", type=int, default=40, help="in the batch of a process (default: 40)")
     parser.add_argument("--seconds", type=float, default=15.0, help="of the longest utterance (default: 15)")
     parser.add_argument("--vocab-size", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=20, help="of the runs that are compared (default: 20)")
     parser.add_argument("--repeats", type=int, default=10, help="the median counts (default: 10)")
     options = parser.parse_args()
     place = distributed.join(options.device)
-    step = Step(load_experiment(options.config) if options.config else Experiment(), place, options)
-    error = difference(step, options)
+    experiment = load_experiment(options.config) if options.config else Experiment()
+    one, all_ = (train(Step(experiment, place, options), together, options) for together in (False, True))
+    error = difference(one.gradient, all_.gradient)
     if not error < TOLERANCES[options.precision]:
         raise SystemExit(f"the gradients differ by {error:.1e} of their norm: nothing is timed")
 
+    step = Step(experiment, place, options)
     step.model.train()
     batch = make_batch(place.rank, options)
     one_ms = 0.0
@@ -152,6 +186,8 @@ def main() -> None:
             f"{name}, torch {torch.__version__}, {options.precision}, {options.utterances} × {options.seconds:g} s each"
         )
         print(f"gradients of {place.world_size} processes differ from those of one by {error:.1e} of their norm")
+        print(f"after {options.steps} steps the weights have gone ways that differ by", end=" ")
+        print(f"{difference(one.way, all_.way):.1e} of their length; loss {one.loss:.4f} and {all_.loss:.4f}")
         print(f"one process {one_ms:.1f} ms a step, {place.world_size} together {all_ms:.1f} ms", end="; ")
         print(f"efficiency {100 * one_ms / all_ms:.1f} %")
     distributed.leave(place)
