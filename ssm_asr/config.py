@@ -61,7 +61,7 @@ class TrainConfig:
     num_epochs: int = 30
     seed: int = 42
     precision: str = "float32"  # float32, bf16 or fp16 (autocast)
-    # On a GPU: capture the encoder's passes once for every shape of batch, which wants data.fixed_shapes.
+    # On a GPU: capture the passes of encoder and losses once for every shape of batch, which wants data.fixed_shapes.
     cuda_graphs: bool = False
     # The regularisers' schedules are in batches of 600 s. A short run goes through them faster by this factor.
     schedule_speed: float = 1.0

@@ -11,6 +11,7 @@ import argparse
 import gc
 import importlib
 import importlib.util
+import math
 import random
 import statistics
 import sys
@@ -27,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from ssm_asr import units
-from ssm_asr.data.batches import shape_frames
+from ssm_asr.data.batches import SHAPE_TOKENS, shape_frames
 from ssm_asr.encoder.schedule import set_batch_count
 from ssm_asr.encoder.zipformer import ZipformerConfig
 from ssm_asr.optim import ScaledAdam
@@ -70,13 +71,13 @@ def make_batches(shapes: list[tuple[int, float]], device: str, vocab_size: int, 
     for count, seconds in shapes:
         count = max(2, round(count * scale))
         frames = shape_frames(seconds)
-        tokens = round(4 * seconds)
+        tokens, places = round(4 * seconds), math.ceil(4 * seconds / SHAPE_TOKENS) * SHAPE_TOKENS
         lens_B = torch.linspace(0.9 * frames, frames, count).long()
         batches.append(
             Data(
                 torch.randn(count, frames, units.NUM_MELS, device=device),
                 lens_B,
-                torch.randint(1, vocab_size, (count, tokens), device=device),
+                torch.randint(1, vocab_size, (count, places), device=device),
                 torch.full((count,), tokens),
             )
         )
@@ -285,7 +286,7 @@ def time_side(side: Side, shapes: dict[str, list[Data]], options: argparse.Names
     rows = []
     jobs = [(shape, kind) for shape in shapes for kind in KINDS if kind in options.kinds.split(",")]
     for shape, kind in tqdm(jobs, desc=side.name, leave=False, disable=None):
-        if (kind == "evaluation" and side.name == "graphs") or (kind == "loss" and side.name != "plain"):
+        if (kind == "evaluation" and side.name == "graphs") or (kind == "loss" and side.name == "peer"):
             continue
         side.model.train(kind != "evaluation")
         rows.append((shape, kind, side.name, measure(getattr(side, kind), shapes[shape], side.device, options.repeats)))

@@ -37,6 +37,7 @@ from ssm_asr.units import ENCODER_FRAME_MS, FRAME_SHIFT_MS, LOG_MEL_SILENCE, fea
 CUTS_TO_ESTIMATE_BUCKETS = 10000
 # Fixed shapes have a multiple of so many encoder frames (50 Hz), which GPUs multiply faster than odd numbers.
 SHAPE_FRAMES = 16
+SHAPE_TOKENS = 16  # and a multiple of so many tokens
 
 
 class Batch(NamedTuple):
@@ -113,12 +114,14 @@ class _BatchMaker(torch.utils.data.Dataset):
             texts = [" ".join(texts[i] for i in group) for group in groups]
             ids = ["+".join(ids[i] for i in group) for group in groups]
         tokens = [torch.tensor(self._tokenizer.encode(text), dtype=torch.int64) for text in texts]
+        tokens_BU = pad_sequence(tokens, batch_first=True, padding_value=0)
+        extra = -tokens_BU.shape[1] % SHAPE_TOKENS if job.least_frames else 0
         features_BTF = pad_sequence(features, batch_first=True, padding_value=LOG_MEL_SILENCE)
         missing = max(0, job.least_frames - features_BTF.shape[1])
         return Batch(
             torch.nn.functional.pad(features_BTF, (0, 0, 0, missing), value=LOG_MEL_SILENCE),
             torch.tensor([len(features_TF) for features_TF in features]),
-            pad_sequence(tokens, batch_first=True, padding_value=0),
+            torch.nn.functional.pad(tokens_BU, (0, extra)),
             torch.tensor([len(tokens_U) for tokens_U in tokens]),
             ids,
             texts,

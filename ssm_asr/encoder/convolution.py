@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ssm_asr.encoder.modules import Linear, SwooshR, scaled_linear
 from ssm_asr.encoder.regularize import Balancer, Schedule, Whiten
 from ssm_asr.ssm import kernels
+from ssm_asr.ssm.depthwise import depthwise
 
 
 class ChunkCausalConv(nn.Module):
@@ -45,7 +46,7 @@ class ChunkCausalConv(nn.Module):
     def stream(self, x_BDC: Tensor, cache_BDM: Tensor) -> tuple[Tensor, Tensor]:
         """One chunk, with the last M frames before it: output (B, D, C) and the new cache."""
         x_padded = torch.cat([cache_BDM, x_BDC], dim=2)
-        out_BDC = self.causal_conv(x_padded) + self._inside(x_BDC)
+        out_BDC = depthwise(self.causal_conv, x_padded) + self._inside(x_BDC)
         return out_BDC, x_padded[..., x_padded.shape[2] - self.cached :]
 
     def _by_kernel(self, x_BTD: Tensor, chunk: int) -> Tensor:
@@ -57,7 +58,7 @@ class ChunkCausalConv(nn.Module):
         return chunk_causal_conv(x_BTD, chunk, *weights)
 
     def _inside(self, x_NDC: Tensor) -> Tensor:
-        return self.chunkwise_conv(x_NDC) * (1.0 + self._edge_scale(x_NDC.shape[2])).to(x_NDC.dtype)
+        return depthwise(self.chunkwise_conv, x_NDC) * (1.0 + self._edge_scale(x_NDC.shape[2])).to(x_NDC.dtype)
 
     def _edge_scale(self, chunk: int) -> Tensor:
         left_DK, right_DK = self.chunkwise_conv_scale

@@ -1,11 +1,9 @@
-"""CUDA graphs of the encoder's forward and backward pass in training.
+"""CUDA graphs of forward and backward passes in training: of the encoder, and of the losses.
 
-On a fast GPU the encoder's thousands of small kernels take less time than the host needs to launch them. A graph
-launches all at once. It is captured once for every shape of batch, chunk and left context; what else differs from
-batch to batch reaches it as numbers on the device (ssm_asr.encoder.schedule.Draws). Under autocast all weights are cast
-at once where it begins, and all gradients where it ends, instead of each by a kernel of its own.
-
-Shapes: B batch, T feature frames, F mels, S output frames, D encoder width.
+On a fast GPU the thousands of small kernels of a pass take less time than the host needs to launch them. A graph
+launches all at once. It is captured once for all arguments of the same shapes; what else differs from batch to batch
+reaches it as numbers on the device (ssm_asr.encoder.schedule.Draws). Under autocast the weights of all layers may be
+cast at once where it begins, and their gradients where it ends, instead of each by a kernel of its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,50 +15,58 @@ from torch import Tensor, nn
 
 from ssm_asr.encoder.schedule import Draws
 
-Encode = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+Outputs = tuple[Tensor, ...]
 WARM_UPS = 2  # eager passes before a capture, in which libraries choose their algorithms
 
 
-class EncoderGraphs:
-    """Stands in for `encode` of a model; passes that are not for training on a GPU go to `encode` itself.
+class Graphs:
+    """Stands in for a function of a model; calls that are not for training on a GPU go to the function itself.
 
-    So does the first batch of a shape: one that comes only once is not worth a capture. A gradient that it leaves at a
-    parameter is overwritten by its next backward pass: set gradients to None between.
+    So does the first call with arguments of given shapes: what comes only once is not worth a capture. A gradient that
+    it leaves at a parameter is overwritten by its next backward pass: set gradients to None between.
 
     Args:
-        encode: features (B, T, F), lengths, chunk and left context -> (B, S, D) and lengths.
-        modules: those that `encode` uses; their decisions are drawn at every call from now on.
+        function: tensors and constants -> tensors. It may not wait for the device.
+        modules: those that it uses; their decisions are drawn at every call from now on.
         most: graphs to keep, which share their memory but for input and output; further shapes run without.
+        cast_together: whether the weights of linear layers are cast at once, for functions that use them in layers.
     """
 
-    def __init__(self, encode: Encode, modules: Iterable[nn.Module], most: int = 256) -> None:
-        self.encode, self.most = encode, most
+    def __init__(
+        self, function: Callable[..., Outputs], modules: Iterable[nn.Module], most: int, *, cast_together: bool
+    ) -> None:
+        self.function, self.most, self.cast_together = function, most, cast_together
         self.modules = nn.ModuleList(modules)
         self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
-        self.draws = Draws(self.modules, self.parameters[0].device)
+        self.device = self.parameters[0].device
+        self.draws = Draws(self.modules, self.device)
         self.graphs: dict[Any, _Graph | None] = {}
         self.pool: Any = None
         self.weights: dict[torch.dtype | None, _Weights] = {}
 
-    def __call__(
-        self, features_BTF: Tensor, lens_B: Tensor, chunk: int = -1, left_context: int = -1
-    ) -> tuple[Tensor, Tensor]:
-        """As `encode`."""
+    def __call__(self, *arguments: Any) -> Outputs:
+        """As the function."""
         training = self.modules[0].training and torch.is_grad_enabled()
         if training:
             self.draws.renew()
-        if not training or not features_BTF.is_cuda:
-            return self.encode(features_BTF, lens_B, chunk, left_context)
+        if not training or self.device.type != "cuda":
+            return self.function(*arguments)
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = (features_BTF.shape, chunk, left_context, dtype)
+        key = (*map(_kind, arguments), dtype)
         if key not in self.graphs:
             if len(self.graphs) < self.most:
                 self.graphs[key] = None
-            return self.encode(features_BTF, lens_B, chunk, left_context)
-        graph = self.graphs[key] or _Graph(self, features_BTF, lens_B, chunk, left_context, dtype)
+            return self.function(*arguments)
+        graph = self.graphs[key] or _Graph(self, arguments, dtype)
         self.graphs[key] = graph
-        out_BSD, lens_B = _Replay.apply(graph, features_BTF, lens_B, *self.parameters)
-        return out_BSD, lens_B
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        outputs: Outputs = _Replay.apply(graph, *tensors, *self.parameters)
+        return outputs
+
+
+def _kind(argument: Any) -> Any:
+    """What of an argument is captured, and may not change."""
+    return (argument.shape, argument.dtype, argument.requires_grad) if isinstance(argument, Tensor) else argument
 
 
 class _Weights:
@@ -118,45 +124,49 @@ class _Weights:
 class _Graph:
     """The graphs for one shape. Gradients end in one place, that of the owner's weights of this precision."""
 
-    def __init__(
-        self,
-        owner: EncoderGraphs,
-        features_BTF: Tensor,
-        lens_B: Tensor,
-        chunk: int,
-        left_context: int,
-        dtype: torch.dtype | None,
-    ) -> None:
-        self.owner, self.features_BTF, self.lens_B = owner, features_BTF.clone(), lens_B.clone()
+    def __init__(self, owner: Graphs, arguments: tuple[Any, ...], dtype: torch.dtype | None) -> None:
+        self.owner = owner
+        own = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in arguments]
+        self.inputs = [x for x in own if isinstance(x, Tensor)]
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         owner.pool = owner.pool or torch.cuda.graph_pool_handle()
         if dtype not in owner.weights:
-            owner.weights[dtype] = _Weights(owner.modules, owner.parameters, dtype)
+            cast_to = dtype if owner.cast_together else None
+            owner.weights[dtype] = _Weights(owner.modules, owner.parameters, cast_to)
         self.weights = owner.weights[dtype]
 
-        def encode() -> tuple[Tensor, Tensor]:
+        def run() -> Outputs:
             self.weights.refresh()
             # Other casts of weights must be inside the graph as well, not kept from before it.
             autocast = torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False)
             with autocast, self.weights.in_use():
-                return owner.encode(self.features_BTF, self.lens_B, chunk, left_context)
+                return owner.function(*own)
 
-        self._warm_up(encode)
+        self._warm_up(run)
         mode = {"pool": owner.pool, "capture_error_mode": "thread_local"}  # loaders pin memory in other threads
         with torch.cuda.graph(self.forward, **mode):
-            out_BSD, self.out_lens_B = encode()
-        self.grad_BSD = torch.zeros_like(out_BSD)
+            outputs = run()
+        self._make_gradients(outputs)
         with torch.cuda.graph(self.backward, **mode):
-            self._differentiate(out_BSD)
-        self.out_BSD = out_BSD.detach()  # and let go of what the backward pass needed, for the next graph to use
+            self._differentiate(outputs)
+        self.outputs = [x.detach() for x in outputs]  # and let go of what the backward pass needed, for the next graph
 
-    def _differentiate(self, out_BSD: Tensor) -> None:
+    def _make_gradients(self, outputs: Outputs) -> None:
+        """The places of the gradients of the outputs, None of those that have none."""
+        self.output_gradients = [torch.zeros_like(x) if x.requires_grad else None for x in outputs]
+
+    def _differentiate(self, outputs: Outputs) -> None:
         tensors = self.weights.tensors
-        found = torch.autograd.grad(out_BSD, list(tensors.values()), self.grad_BSD, allow_unused=True)
-        self.used = [gradient is not None for gradient in found]
-        self.weights.take(dict(zip(tensors, found, strict=True)))
+        wanted = [x for x in self.inputs if x.requires_grad]
+        pairs = [(x, g) for x, g in zip(outputs, self.output_gradients, strict=True) if g is not None]
+        results, gradients = zip(*pairs, strict=True)
+        found = torch.autograd.grad(results, [*wanted, *tensors.values()], gradients, allow_unused=True)
+        of_inputs, of_weights = iter(found[: len(wanted)]), found[len(wanted) :]
+        self.input_gradients = [next(of_inputs) if x.requires_grad else None for x in self.inputs]
+        self.used = [gradient is not None for gradient in of_weights]
+        self.weights.take(dict(zip(tensors, of_weights, strict=True)))
 
-    def _warm_up(self, encode: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    def _warm_up(self, run: Callable[[], Outputs]) -> None:
         """Leaves random numbers and buffers, of whitening and batch norm, as they were."""
         random_state = torch.cuda.get_rng_state()
         buffers = [(buffer, buffer.clone()) for buffer in self.owner.modules.buffers()]
@@ -164,9 +174,9 @@ class _Graph:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                out_BSD, _ = encode()
-                self.grad_BSD = torch.zeros_like(out_BSD)
-                self._differentiate(out_BSD)
+                outputs = run()
+                self._make_gradients(outputs)
+                self._differentiate(outputs)
         torch.cuda.current_stream().wait_stream(stream)
         for buffer, value in buffers:
             buffer.copy_(value)
@@ -175,17 +185,21 @@ class _Graph:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, graph: _Graph, features_BTF: Tensor, lens_B: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, graph: _Graph, *tensors: Tensor) -> Outputs:
         ctx.graph = graph
-        graph.features_BTF.copy_(features_BTF)
-        graph.lens_B.copy_(lens_B)
+        with torch.no_grad():
+            for place, x in zip(graph.inputs, tensors, strict=False):  # the parameters follow
+                place.copy_(x)
         graph.forward.replay()
-        return graph.out_BSD.detach(), graph.out_lens_B.detach()
+        return tuple(x.detach() for x in graph.outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         graph: _Graph = ctx.graph
-        graph.grad_BSD.copy_(grads[0])
+        for place, gradient in zip(graph.output_gradients, grads, strict=True):
+            if place is not None:
+                place.copy_(gradient)
         graph.backward.replay()
         pairs = zip(graph.weights.gradients.values(), graph.used, strict=True)
-        return None, None, None, *(gradient.detach() if used else None for gradient, used in pairs)
+        of_weights = (gradient.detach() if used else None for gradient, used in pairs)
+        return None, *(None if x is None else x.detach() for x in graph.input_gradients), *of_weights

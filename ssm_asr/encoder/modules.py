@@ -13,6 +13,10 @@ from ssm_asr.encoder.regularize import Balancer, Dropout, LimitParameter, Schedu
 from ssm_asr.ssm import kernels
 
 
+def _swoosh(x: Tensor, shift: float, offset: float) -> Tensor:
+    return nn.functional.softplus(x - shift).sub_(offset).sub_(x, alpha=0.08)
+
+
 class _Swoosh(torch.autograd.Function):
     """log(1 + exp(x - shift)) - 0.08·x - offset, keeping only x for the backward pass."""
 
@@ -20,7 +24,7 @@ class _Swoosh(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, shift: float, offset: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.shift = shift
-        return nn.functional.softplus(x - shift).sub_(offset).sub_(x, alpha=0.08)
+        return _swoosh(x, shift, offset)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -53,7 +57,8 @@ class Swoosh(nn.Module):
             if drop is not None:
                 return x
         else:
-            x = _Swoosh.apply(x, self.shift, self.offset)
+            # Streaming is spared what the gradient costs.
+            x = (_Swoosh.apply if x.requires_grad else _swoosh)(x, self.shift, self.offset)
         return x if dropout is None else dropout(x)
 
 

@@ -181,6 +181,7 @@ class ZipformerLayer(Scheduled):
         self, x: Tensor, pos_PE: Tensor, context: Context, chunk: int, state: LayerState | None
     ) -> tuple[Tensor, LayerState | None]:
         left_context = 0 if state is None else state.key_BLQ.shape[1]
+        past = state if left_context else None  # what attention sees of the frames before
 
         def keep(cache_BKD: Tensor) -> Tensor:
             return cache_BKD[:, cache_BKD.shape[1] - left_context :]
@@ -190,19 +191,19 @@ class ZipformerLayer(Scheduled):
             self, x, self.attention_skip_rate, self.conv_skip_rate, self.ff_skip_rate, self.conv_skip_rate,
             self.ff_skip_rate, self.bypass_skip_rate,
         )  # fmt: skip
-        weights, key = self.self_attn_weights(for_weights, pos_PE, context, state and state.key_BLQ)
+        weights, key = self.self_attn_weights(for_weights, pos_PE, context, past and past.key_BLQ)
         weights1, weights2, first_head = weights
         x = x + self.feed_forward1(for_feed_forward)
 
         x, long_range = self._mix_long_range(x, first_head, context, attention_mask, state)
-        mixed, value1 = self.self_attn1(x, weights1, state and state.value1_BLV, context.span_2BT)
+        mixed, value1 = self.self_attn1(x, weights1, past and past.value1_BLV, context.span_2BT)
         x = add_masked(x, mixed, attention_mask)
         mixed, conv1 = self._convolve(self.conv_module1, x, context, chunk, state and state.conv1_BDM)
         x = add_masked(x, mixed, conv1_mask)
         x = add_masked(x, self.balance_ff2(self.feed_forward2(x)), ff2_mask)
         x = self.bypass_mid(orig, x)
 
-        mixed, value2 = self.self_attn2(x, weights2, state and state.value2_BLV, context.span_2BT)
+        mixed, value2 = self.self_attn2(x, weights2, past and past.value2_BLV, context.span_2BT)
         x = add_masked(x, mixed, attention_mask)
         mixed, conv2 = self._convolve(self.conv_module2, x, context, chunk, state and state.conv2_BDM)
         x = add_masked(x, mixed, conv2_mask)

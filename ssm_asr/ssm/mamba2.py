@@ -5,8 +5,8 @@ matrix form section 6, the block section 7. Parameter names are those of the pac
 
 Shapes: B batch, T frames, D model channels, I inner channels, H heads, P channels a head (H·P = I), N state size,
 G groups of heads that share B and C, R = H / G heads a group, C = I + 2·G·N convolved channels, K frames that the
-convolution keeps (its taps - 1), M blocks of L frames. As in the paper, dt, A, B, C and D also name the operation's
-inputs.
+convolution keeps (its taps - 1), M blocks of L frames, X = B·M·G groups of blocks, whose heads are one matrix of
+Q = R·P rows where they meet their B or C. As in the paper, dt, A, B, C and D also name the operation's inputs.
 """
 
 import math
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssm_asr.ssm import kernels
+from ssm_asr.ssm.depthwise import depthwise
 
 # Longer blocks cost more inside, shorter ones between. On a CPU, for N = 16 to 128, forward and backward with blocks of
 # 16 and 32 frames take the same time within 20 %, with 64 frames 1.5 times as long, with 128 twice.
@@ -101,52 +102,45 @@ def ssd_chunked(
     B, T, H, P = x_BTHP.shape
     G, N = B_BTGN.shape[2:]
     R, L = H // G, max(1, min(block_frames, T))
-    dx_BMGRPL = _blocks(dt_BTH[..., None] * x_BTHP, L, (G, R, P))
-    a_BMGRL = _blocks((dt_BTH * A_H).clamp(min=LEAST_LOG_DECAY), L, (G, R)).cumsum(dim=-1)
-    B_BMGLN = _blocks(B_BTGN, L, (G, N)).transpose(3, 4)
-    C_BMGNL = _blocks(C_BTGN, L, (G, N))
-    M = a_BMGRL.shape[1]
+    x_XQL, dt_XRL, B_XNL, C_XNL = (_blocks(x, L, G) for x in (x_BTHP, dt_BTH, B_BTGN, C_BTGN))
+    dx_XRPL = dt_XRL[:, :, None] * x_XQL.unflatten(1, (R, P))
+    a_XRL = _blocks((dt_BTH * A_H).clamp(min=LEAST_LOG_DECAY), L, G).cumsum(dim=-1)
 
-    scores_BMGLL = B_BMGLN @ C_BMGNL
-    y_BMGRPL = dx_BMGRPL @ (scores_BMGLL[:, :, :, None] * _decay_between(a_BMGRL))
+    # Row s, column t. Where t is before s the scores are 0, and the decay is kept from overflowing.
+    scores_XLL = (B_XNL.transpose(1, 2) @ C_XNL).triu()
+    # A negated copy, since the gradient of a subtraction would negate the whole matrix.
+    decay_XRLL = (a_XRL[..., None, :] + (-a_XRL)[..., None]).clamp(max=0.0).exp()
+    y_XRPL = dx_XRPL @ (scores_XLL[:, None] * decay_XRLL)
 
-    # The heads of a group are one matrix of R·P rows (Q) where they meet their B or C.
-    decay_to_end = torch.exp(a_BMGRL[..., -1:] - a_BMGRL)
-    added_BMGQN = (dx_BMGRPL * decay_to_end[..., None, :]).flatten(3, 4) @ B_BMGLN
+    decay_to_end = torch.exp(a_XRL[..., -1:] - a_XRL)
+    added_XQN = (dx_XRPL * decay_to_end[:, :, None]).flatten(1, 2) @ B_XNL.transpose(1, 2)
+    decay_XR1L = a_XRL.exp()[:, :, None]
     starts_BMHPN, state_BHPN = _across_blocks(
-        added_BMGQN.reshape(B, M, H, P, N), a_BMGRL[..., -1].reshape(B, M, H).exp(), state_BHPN
+        added_XQN.reshape(B, -1, H, P, N), decay_XR1L[..., -1].reshape(B, -1, H, 1, 1), state_BHPN
     )
-    read_BMGQL = starts_BMHPN.reshape(B, M, G, R * P, N) @ C_BMGNL
-    y_BMGRPL = torch.addcmul(y_BMGRPL, read_BMGQL.reshape(B, M, G, R, P, L), a_BMGRL.exp()[..., None, :])
+    read_XQL = starts_BMHPN.reshape(-1, R * P, N) @ C_XNL
+    y_XRPL = torch.addcmul(y_XRPL, read_XQL.unflatten(1, (R, P)), decay_XR1L)
+    y_BTHP = y_XRPL.reshape(B, -1, H, P, L).permute(0, 1, 4, 2, 3).reshape(B, -1, H, P)[:, :T]
+    return torch.addcmul(y_BTHP, x_BTHP, D_H[:, None]), state_BHPN
 
-    y_BHPT = y_BMGRPL.reshape(B, M, H, P, L).permute(0, 2, 3, 1, 4).reshape(B, H, P, M * L)[..., :T]
-    return y_BHPT.permute(0, 3, 1, 2) + D_H[:, None] * x_BTHP, state_BHPN
 
-
-def _blocks(x_BT: Tensor, L: int, shape: tuple[int, ...]) -> Tensor:
-    """(B, T, …) -> (B, M, *shape, L): at least one block, the last one filled up with zeros."""
+def _blocks(x_BT: Tensor, L: int, G: int) -> Tensor:
+    """(B, T, …) -> (X, …, L): at least one block, the last one filled up with zeros; the rest is split into groups."""
     B, T = x_BT.shape[:2]
     M = max(1, -(-T // L))
-    x_BFT = functional.pad(x_BT.flatten(2).transpose(1, 2), (0, M * L - T))
-    return x_BFT.reshape(B, -1, M, L).transpose(1, 2).reshape(B, M, *shape, L)
+    if M * L > T:
+        x_BT = functional.pad(x_BT.flatten(2), (0, 0, 0, M * L - T))
+    return x_BT.reshape(B, M, L, G, -1).permute(0, 1, 3, 4, 2).flatten(0, 2)
 
 
-def _decay_between(a_L: Tensor) -> Tensor:
-    """(…, L) -> (…, L, L): exp(a_t - a_s) in row s and column t, 0 where t is before s."""
-    L = a_L.shape[-1]
-    before_LL = torch.ones(L, L, dtype=torch.bool, device=a_L.device).tril(-1)
-    # Added to a negated copy, since the gradient of a subtraction would negate the whole matrix.
-    return (a_L[..., None, :] + (-a_L)[..., None]).masked_fill(before_LL, -torch.inf).exp()
-
-
-def _across_blocks(added_BMHPN: Tensor, decay_BMH: Tensor, state_BHPN: Tensor) -> tuple[Tensor, Tensor]:
+def _across_blocks(added_BMHPN: Tensor, decay_BMH11: Tensor, state_BHPN: Tensor) -> tuple[Tensor, Tensor]:
     """The states at the start of every block, and the one after the last."""
     starts = []
     # Unbound beforehand: indexing in the loop would give a gradient of full size at every step.
-    for added_BHPN, decay_BH in zip(added_BMHPN.unbind(1), decay_BMH.unbind(1), strict=True):
+    for added_BHPN, decay_BH11 in zip(added_BMHPN.unbind(1), decay_BMH11.unbind(1), strict=True):
         starts.append(state_BHPN)
-        state_BHPN = torch.addcmul(added_BHPN, decay_BH[..., None, None], state_BHPN)
-    return torch.stack(starts, dim=1), state_BHPN
+        state_BHPN = torch.addcmul(added_BHPN, decay_BH11, state_BHPN)
+    return torch.stack(starts, dim=1) if len(starts) > 1 else starts[0], state_BHPN
 
 
 class Mamba2State(NamedTuple):
@@ -276,7 +270,7 @@ class Mamba2(nn.Module):
             # Behind the K cached frames, the valid frames of a sequence end where their count says.
             index_BK = (~padding_mask_BT).sum(dim=1, keepdim=True) + torch.arange(self.cached, device=x_BCT.device)
             last_BCK = x_padded.gather(2, index_BK[:, None].expand(-1, self.conv_channels, -1))
-        return functional.silu(self.conv1d(x_padded)), last_BCK.to(cache_BCK.dtype)
+        return functional.silu(depthwise(self.conv1d, x_padded)), last_BCK.to(cache_BCK.dtype)
 
     def _last_frames(self, x_BTC: Tensor, padding_mask_BT: Tensor | None) -> Tensor:
         """The last K valid frames (B, C, K) of whole sequences, zeros before the first."""

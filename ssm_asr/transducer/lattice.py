@@ -37,18 +37,28 @@ def checked_boundary(boundary_B4: Tensor | None, num_frames: int, symbols_BS: Te
     """The boundary on the device of the symbols, made where there is none: [0, 0, S, T].
 
     Raises:
-        ValueError: for an empty batch, an unknown type, a row beyond the padded lengths or with fewer frames than
-            symbols where each symbol takes one.
+        ValueError: as `check_boundary`.
     """
     B, S = symbols_BS.shape
-    if rnnt_type not in RNNT_TYPES:
-        raise ValueError(f"rnnt_type {rnnt_type!r}: give one of {', '.join(RNNT_TYPES)}")
-    if B == 0 or num_frames == 0:
-        raise ValueError(f"empty batch: {B} utterances of {num_frames} padded frames")
     if boundary_B4 is None:
         boundary_B4 = torch.tensor([0, 0, S, num_frames], device=symbols_BS.device).expand(B, 4)
     if boundary_B4.shape != (B, 4):
         raise ValueError(f"boundary of shape {tuple(boundary_B4.shape)} for {B} utterances: give ({B}, 4)")
+    check_boundary(boundary_B4, num_frames, S, rnnt_type)
+    return to_device(boundary_B4.long(), symbols_BS.device)
+
+
+def check_boundary(boundary_B4: Tensor, num_frames: int, S: int, rnnt_type: str) -> None:
+    """Waits for the device unless the boundary is on the CPU.
+
+    Raises:
+        ValueError: for an empty batch, an unknown type, a row beyond the padded lengths or with fewer frames than
+            symbols where each symbol takes one.
+    """
+    if rnnt_type not in RNNT_TYPES:
+        raise ValueError(f"rnnt_type {rnnt_type!r}: give one of {', '.join(RNNT_TYPES)}")
+    if len(boundary_B4) == 0 or num_frames == 0:
+        raise ValueError(f"empty batch: {len(boundary_B4)} utterances of {num_frames} padded frames")
     for utterance, (s_begin, t_begin, s_end, t_end) in enumerate(boundary_B4.tolist()):
         if not (0 <= s_begin <= s_end <= S and 0 <= t_begin <= t_end <= num_frames):
             raise ValueError(
@@ -60,7 +70,6 @@ def checked_boundary(boundary_B4: Tensor | None, num_frames: int, symbols_BS: Te
                 f"utterance {utterance}: {t_end - t_begin} frames are too few for {s_end - s_begin} symbols under "
                 f"rnnt_type {rnnt_type}: drop the utterance or use regular"
             )
-    return to_device(boundary_B4.long(), symbols_BS.device)
 
 
 def lattice_score(

@@ -75,10 +75,10 @@ def _encoder_gradient_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _decoder_gradient_kernel(  # type: ignore[no-untyped-def]
-    encoder_ptr, decoder_ptr, row_ptr, place_ptr, d_hidden_ptr, d_decoder_ptr, first, M, T, U,
+    encoder_ptr, decoder_ptr, row_ptr, place_ptr, d_hidden_ptr, d_decoder_ptr, T, U,
     R: tl.constexpr, J: tl.constexpr, TIMES: tl.constexpr, FRAMES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the piece has for one predictor output: its cells lie in frames next to each other."""
+    """The gradient of one predictor output: its cells lie in frames next to each other."""
     g = tl.program_id(0)
     j = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     base = (g // U) * T
@@ -91,14 +91,14 @@ def _decoder_gradient_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros((FRAMES, WIDTH), tl.float32)
     while start < end:
         times = start + tl.arange(0, FRAMES)
-        m = tl.load(place_ptr + base + times, mask=times < end, other=-1) - first
-        inside = (times < end) & (m >= 0) & (m < M)
+        m = tl.load(place_ptr + base + times, mask=times < end, other=-1)
+        inside = (times < end) & (m >= 0)
         r = g - tl.load(row_ptr + (base + times).to(tl.int64) * R, mask=inside, other=0)
         mask = inside[:, None] & (j < J)[None, :]
         hidden = _tanh(_load(encoder_ptr, base + times, j, J, mask) + decoder)
         total += _load(d_hidden_ptr, m * R + r, j, J, mask) * (1.0 - hidden * hidden)
         start += FRAMES
-    tl.store(out, tl.load(out, mask=j < J, other=0.0) + tl.sum(total, axis=0), mask=j < J)
+    tl.store(out, tl.sum(total, axis=0), mask=j < J)
 
 
 @triton.jit
@@ -255,20 +255,19 @@ class JoinerCells:
         d_blank_BTR: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cells = (normaliser_BTR, d_symbol_BTR.contiguous(), d_blank_BTR.contiguous())
-        d_encoder_FJ = torch.zeros_like(self.encoder)
-        d_decoder_GJ = torch.zeros_like(self.decoder, dtype=torch.float32)
+        pieces = list(frame_pieces)
+        frames_M = torch.cat(pieces)
+        d_hidden_NJ = self.weight_PJ.new_empty(len(frames_M) * self.R, self.J)
         d_weight_PJ = torch.zeros_like(self.weight_PJ, dtype=torch.float32)
         d_bias_P = torch.zeros_like(self.bias_P)
-        place_F = torch.full((len(self.encoder),), -1, dtype=torch.int32, device=self.encoder.device)
-        first = 0
-        for frames_M in frame_pieces:
-            place_F[frames_M] = torch.arange(first, first + len(frames_M), dtype=torch.int32, device=place_F.device)
-            hidden_NJ, logits_NP = self._logits(frames_M)
-            d_bias_P += self._to_gradient(logits_NP, frames_M, blank, *cells)
-            d_weight_PJ += logits_NP.mT @ hidden_NJ
-            d_hidden_NJ = torch.mm(logits_NP, self.weight_PJ, out=hidden_NJ)
-            self._input_gradients(d_hidden_NJ, frames_M, place_F, first, d_encoder_FJ, d_decoder_GJ)
-            first += len(frames_M)
+        for frames, d_hidden in zip(
+            pieces, d_hidden_NJ.split([len(frames) * self.R for frames in pieces]), strict=True
+        ):
+            hidden, logits = self._logits(frames)
+            d_bias_P += self._to_gradient(logits, frames, blank, *cells)
+            d_weight_PJ += logits.mT @ hidden
+            torch.mm(logits, self.weight_PJ, out=d_hidden)
+        d_encoder_FJ, d_decoder_GJ = self._input_gradients(d_hidden_NJ, frames_M)
         return d_encoder_FJ, d_decoder_GJ, d_weight_PJ[: self.V], d_bias_P[: self.V]
 
     def _to_gradient(self, logits_NP: Tensor, frames_M: Tensor, blank: int, *cells: Tensor) -> Tensor:
@@ -281,15 +280,10 @@ class JoinerCells:
         )
         return totals(sums_SP, torch.float32)
 
-    def _input_gradients(
-        self,
-        d_hidden_NJ: Tensor,
-        frames_M: Tensor,
-        place_F: Tensor,
-        first: int,
-        d_encoder_FJ: Tensor,
-        d_decoder_GJ: Tensor,
-    ) -> None:
+    def _input_gradients(self, d_hidden_NJ: Tensor, frames_M: Tensor) -> tuple[Tensor, Tensor]:
+        d_encoder_FJ, d_decoder_GJ = torch.zeros_like(self.encoder), torch.empty_like(self.decoder)
+        place_F = torch.full((len(self.encoder),), -1, dtype=torch.int32, device=frames_M.device)
+        place_F[frames_M] = torch.arange(len(frames_M), dtype=torch.int32, device=frames_M.device)
         inputs = (self.encoder, self.decoder, self.row)
         _encoder_gradient_kernel[self._grid(frames_M)](
             *inputs, frames_M, d_hidden_NJ, d_encoder_FJ, len(frames_M), **self.sizes
@@ -297,5 +291,6 @@ class JoinerCells:
         width = min(ELEMENTS // FRAMES, self.sizes["WIDTH"])
         sizes = self.sizes | dict(TIMES=triton.next_power_of_2(self.T), FRAMES=FRAMES, WIDTH=width)
         _decoder_gradient_kernel[(len(d_decoder_GJ), triton.cdiv(self.J, width))](
-            *inputs, place_F, d_hidden_NJ, d_decoder_GJ, first, len(frames_M), self.T, self.U, **sizes
+            *inputs, place_F, d_hidden_NJ, d_decoder_GJ, self.T, self.U, **sizes
         )
+        return d_encoder_FJ, d_decoder_GJ

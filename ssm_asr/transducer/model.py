@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ssm_asr import units
 from ssm_asr.encoder.conformer import Conformer, ConformerConfig
-from ssm_asr.encoder.graphs import EncoderGraphs
+from ssm_asr.encoder.graphs import Graphs
 from ssm_asr.encoder.modules import scaled_linear
 from ssm_asr.encoder.schedule import to_device
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP, ConvSubsampling
 from ssm_asr.encoder.zipformer import DROPOUT, Zipformer, ZipformerConfig
 from ssm_asr.transducer.predictor import Joiner, Predictor
-from ssm_asr.transducer.pruned_loss import pruned_transducer_loss, vocabulary_projection
+from ssm_asr.transducer.pruned_loss import Lattices, available_backend, lattice_losses, vocabulary_projection
 
 EncoderConfig = ZipformerConfig | ConformerConfig
 
@@ -86,9 +86,14 @@ class Transducer(nn.Module):
         return self.encoder(x_BTD, lens_B, chunk, left_context)
 
     def capture_graphs(self, most: int = 256) -> None:
-        """From now on `encode` in training on a GPU replays captured graphs, of at most so many shapes."""
-        parts = [self.encoder_embed, self.encoder]
-        self.encode = EncoderGraphs(self.encode, parts, most)  # type: ignore[method-assign]
+        """From now on encoder and losses, in training on a GPU, replay captured graphs of at most so many shapes."""
+        parts: list[nn.Module] = [self.encoder_embed, self.encoder]
+        self.encode = Graphs(self.encode, parts, most, cast_together=True)  # type: ignore[method-assign,assignment]
+        if available_backend() == "torch":  # k2 waits for the device
+            parts = [self.decoder, self.joiner, self.simple_am_proj, self.simple_lm_proj]
+            self.transducer_losses = Graphs(  # type: ignore[method-assign,assignment]
+                self.transducer_losses, parts, most, cast_together=False
+            )
 
     def init_state(self, batch_size: int, left_context: int, device: torch.device | None = None) -> StreamState:
         """The state at the start of `batch_size` streams, left_context in frames of 20 ms."""
@@ -132,26 +137,37 @@ class Transducer(nn.Module):
         lens_B = to_device(feature_lens_B, features_BTF.device)
         encoder_out_BSD, _ = self.encode(features_BTF, lens_B, chunk, left_context)
         frames_B = units.output_frames(feature_lens_B)
-        blank_first = nn.functional.pad(tokens_BU, (1, 0))
-        decoder_out_BUD = self.decoder(blank_first)
+        config, size = self.config, (encoder_out_BSD.shape[1], tokens_BU.shape[1])
+        lattices = Lattices.of(
+            frames_B,
+            token_lens_B,
+            *size,
+            config.prune_range,
+            config.rnnt_type,
+            features_BTF.device,
+            every_frame=isinstance(self.transducer_losses, Graphs),  # graphs are of fixed shapes
+        )
+        simple_B, pruned_B = self.transducer_losses(encoder_out_BSD, tokens_BU, *lattices)
+        ctc_B = self._ctc_loss(encoder_out_BSD, frames_B, tokens_BU, token_lens_B) if config.ctc else None
+        return Losses(simple_B, pruned_B, ctc_B)
+
+    def transducer_losses(self, encoder_out_BSD: Tensor, tokens_BU: Tensor, *lattices: Any) -> tuple[Tensor, Tensor]:
+        """Simple and pruned loss of each utterance, for the fields of `Lattices`."""
+        decoder_out_BUD = self.decoder(nn.functional.pad(tokens_BU, (1, 0)))
         config = self.config
-        simple_B, pruned_B = pruned_transducer_loss(
+        return lattice_losses(
             vocabulary_projection(self.simple_am_proj, encoder_out_BSD),
             vocabulary_projection(self.simple_lm_proj, decoder_out_BUD),
             self.joiner.encoder_proj(encoder_out_BSD),
             self.joiner.decoder_proj(decoder_out_BUD),
             self.joiner,
             tokens_BU,
-            frames_B,
-            token_lens_B,
-            prune_range=config.prune_range,
-            lm_scale=config.lm_scale,
-            am_scale=config.am_scale,
-            rnnt_type=config.rnnt_type,
-            delay_penalty=config.delay_penalty,
+            Lattices(*lattices),
+            config.lm_scale,
+            config.am_scale,
+            config.rnnt_type,
+            config.delay_penalty,
         )
-        ctc_B = self._ctc_loss(encoder_out_BSD, frames_B, tokens_BU, token_lens_B) if config.ctc else None
-        return Losses(simple_B, pruned_B, ctc_B)
 
     def _ctc_loss(self, encoder_out_BSD: Tensor, frames_B: Tensor, tokens_BU: Tensor, lens_B: Tensor) -> Tensor:
         log_probs_SBV = self.ctc_output(encoder_out_BSD).float().transpose(0, 1)

@@ -10,7 +10,7 @@ with the blank, J joiner dimension. Losses are in nats.
 
 import functools
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from torch.nn import functional
 from ssm_asr.encoder.modules import linear
 from ssm_asr.encoder.schedule import to_device
 from ssm_asr.ssm import kernels
-from ssm_asr.transducer import rnnt_loss as torch_losses
-from ssm_asr.transducer.lattice import checked_boundary
+from ssm_asr.transducer.lattice import check_boundary
 from ssm_asr.transducer.log_probs import MEMORY_LINE, JoinerTerms
+from ssm_asr.transducer.prune_ranges import window_length, window_starts
 from ssm_asr.transducer.rnnt_loss import (
     at_least_float32,
     do_rnnt_pruning,
@@ -32,6 +32,7 @@ from ssm_asr.transducer.rnnt_loss import (
     rnnt_loss_simple,
     rnnt_loss_smoothed,
     score_arcs,
+    smoothed_terms,
 )
 
 __all__ = [
@@ -115,53 +116,181 @@ def pruned_transducer_loss(
     Raises:
         ValueError: as `checked_boundary`; for a backend that is unknown or not installed.
     """
-    if backend not in ("auto", "torch", "k2") or (backend == "k2" and _k2() is None):
-        raise ValueError(f"backend {backend!r} is unknown or not installed: give auto or torch")
-    k2 = None if backend == "torch" else _k2()
-    device = simple_am_BTV.device
-    if symbols_BS.shape[1] == 0:  # only empty transcripts, but windows have two rows
-        symbols_BS = functional.pad(symbols_BS, (0, 1))
-        simple_lm_BUV, decoder_out_BUJ = (functional.pad(x, (0, 0, 0, 1)) for x in (simple_lm_BUV, decoder_out_BUJ))
     if not len(frames_B) == len(symbols_lens_B) == len(symbols_BS):
         raise ValueError(
             f"{len(frames_B)} and {len(symbols_lens_B)} lengths for {len(symbols_BS)} utterances: give one each"
         )
-    boundary_B4, feasible_B = _feasible_boundary(frames_B.cpu(), symbols_lens_B.cpu(), rnnt_type)
-    checked_boundary(boundary_B4, simple_am_BTV.shape[1], symbols_BS, rnnt_type)
+    size = (simple_am_BTV.shape[1], symbols_BS.shape[1])
+    batch = Lattices.of(frames_B, symbols_lens_B, *size, prune_range, rnnt_type, simple_am_BTV.device)
+    return lattice_losses(
+        simple_am_BTV,
+        simple_lm_BUV,
+        encoder_out_BTJ,
+        decoder_out_BUJ,
+        joiner,
+        symbols_BS,
+        batch,
+        lm_scale,
+        am_scale,
+        rnnt_type,
+        delay_penalty,
+        backend,
+    )
+
+
+class Lattices(NamedTuple):
+    """What the losses need to know of the lengths in a batch."""
+
+    boundary_B4: Tensor  # [0, 0, symbols, frames]; of an utterance without an alignment, that of one frame
+    feasible_B: Tensor  # whether there is an alignment
+    cells: int  # R
+    frame_M: Tensor | None  # which of the B·T frames count; None to compute all, and use those that count
+
+    @classmethod
+    def of(
+        cls,
+        frames_B: Tensor,
+        symbols_lens_B: Tensor,
+        num_frames: int,
+        num_symbols: int,
+        prune_range: int,
+        rnnt_type: str,
+        device: torch.device,
+        every_frame: bool = False,
+    ) -> "Lattices":
+        """Of a batch padded to num_frames and num_symbols. Lengths on the CPU save a wait for the device.
+
+        Raises:
+            ValueError: as `checked_boundary`; for a prune_range that lets no symbol through.
+        """
+        boundary_B4, feasible_B = _feasible_boundary(frames_B.cpu(), symbols_lens_B.cpu(), rnnt_type)
+        check_boundary(boundary_B4, num_frames, num_symbols, rnnt_type)
+        cells = window_length(boundary_B4, max(1, num_symbols), prune_range, rnnt_type == "regular")
+        if rnnt_type == "regular" and cells < 2:
+            raise ValueError(f"prune_range of {prune_range} lets no symbol through a regular lattice: give 2 or more")
+        counts_BT = torch.arange(num_frames) < boundary_B4[:, 3:]
+        frame_M = None if every_frame else to_device(counts_BT.flatten().nonzero()[:, 0], device)
+        return cls(to_device(boundary_B4, device), to_device(feasible_B, device), cells, frame_M)
+
+
+def lattice_losses(
+    simple_am_BTV: Tensor,
+    simple_lm_BUV: Tensor,
+    encoder_out_BTJ: Tensor,
+    decoder_out_BUJ: Tensor,
+    joiner: nn.Module,
+    symbols_BS: Tensor,
+    lattices: Lattices,
+    lm_scale: float,
+    am_scale: float,
+    rnnt_type: str,
+    delay_penalty: float,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`pruned_transducer_loss`, with what it finds out about the lengths given. By "torch" it never waits for a GPU."""
+    if backend not in ("auto", "torch", "k2") or (backend == "k2" and _k2() is None):
+        raise ValueError(f"backend {backend!r} is unknown or not installed: give auto or torch")
+    k2 = None if backend == "torch" else _k2()
+    if symbols_BS.shape[1] == 0:  # only empty transcripts, but windows have two rows
+        symbols_BS = functional.pad(symbols_BS, (0, 1))
+        simple_lm_BUV, decoder_out_BUJ = (functional.pad(x, (0, 0, 0, 1)) for x in (simple_lm_BUV, decoder_out_BUJ))
+    arguments: Any = (
+        at_least_float32(simple_lm_BUV),
+        at_least_float32(simple_am_BTV),
+        encoder_out_BTJ,
+        decoder_out_BUJ,
+        joiner,
+        symbols_BS,
+        lattices,
+        lm_scale,
+        am_scale,
+        rnnt_type,
+        delay_penalty,
+    )
+    simple_B, pruned_B = _k2_losses(k2, *arguments) if k2 else _torch_losses(*arguments)
+    # Where a loss is infinite this also cuts off its gradients, which k2 makes up.
+    simple_B, pruned_B = (
+        loss_B.masked_fill(~lattices.feasible_B | (loss_B == torch.inf), torch.inf) for loss_B in (simple_B, pruned_B)
+    )
+    return simple_B, pruned_B
+
+
+def _torch_losses(
+    lm_BUV: Tensor,
+    am_BTV: Tensor,
+    encoder_out_BTJ: Tensor,
+    decoder_out_BUJ: Tensor,
+    joiner: Any,
+    symbols_BS: Tensor,
+    lattices: Lattices,
+    lm_scale: float,
+    am_scale: float,
+    rnnt_type: str,
+    delay_penalty: float,
+) -> tuple[Tensor, Tensor]:
+    """Neither of the joiner's logits nor of their gradients does more exist at a time than a piece of the cells."""
+    boundary_B4, cells, regular = lattices.boundary_B4, lattices.cells, rnnt_type == "regular"
+    arcs: Any = dict(
+        boundary_B4=boundary_B4, num_symbols=symbols_BS.shape[1], rnnt_type=rnnt_type, delay_penalty=delay_penalty
+    )
+    weight_VJ, bias_V = joiner.output_linear.weight, joiner.output_linear.bias
+    matmul_dtype = functional.linear(encoder_out_BTJ[:0], weight_VJ).dtype  # autocast's, where it is on
+    with torch.autocast(am_BTV.device.type, enabled=False):
+        terms = smoothed_terms(lm_BUV, am_BTV, symbols_BS.long(), BLANK, lm_scale, am_scale)
+        simple = score_arcs(*terms, **arcs)
+        start_BT = window_starts(
+            simple.symbol_occupation_BTR[:, :, :-1], simple.blank_occupation_BTR, boundary_B4, cells, regular
+        )
+        ranges_BTR = start_BT[..., None] + torch.arange(cells, device=start_BT.device)
+        frame_M = lattices.frame_M
+        if frame_M is None:
+            frame_M = torch.arange(start_BT.numel(), device=start_BT.device)
+        terms = JoinerTerms.apply(
+            encoder_out_BTJ,
+            decoder_out_BUJ,
+            weight_VJ,
+            at_least_float32(bias_V),
+            ranges_BTR,
+            next_symbols(symbols_BS, ranges_BTR),
+            frame_M,
+            BLANK,
+            matmul_dtype,
+        )
+        pruned = score_arcs(*terms, start_BT=start_BT, **arcs)
+    return -simple.score_B, -pruned.score_B
+
+
+def _k2_losses(
+    k2: Any,
+    lm_BUV: Tensor,
+    am_BTV: Tensor,
+    encoder_out_BTJ: Tensor,
+    decoder_out_BUJ: Tensor,
+    joiner: nn.Module,
+    symbols_BS: Tensor,
+    lattices: Lattices,
+    lm_scale: float,
+    am_scale: float,
+    rnnt_type: str,
+    delay_penalty: float,
+) -> tuple[Tensor, Tensor]:
     common: dict[str, Any] = dict(
         symbols=symbols_BS,
         termination_symbol=BLANK,
-        boundary=to_device(boundary_B4, device) if k2 else boundary_B4,
+        boundary=lattices.boundary_B4,
         rnnt_type=rnnt_type,
         delay_penalty=delay_penalty,
+        reduction="none",
     )
-
-    with torch.autocast(device.type, enabled=False):
-        losses: Any = k2 or torch_losses
-        simple_B, occupations = losses.rnnt_loss_smoothed(
-            lm=at_least_float32(simple_lm_BUV),
-            am=at_least_float32(simple_am_BTV),
-            lm_only_scale=lm_scale,
-            am_only_scale=am_scale,
-            reduction="none",
-            return_grad=True,
-            **common,
+    with torch.autocast(am_BTV.device.type, enabled=False):
+        simple_B, occupations = k2.rnnt_loss_smoothed(
+            lm=lm_BUV, am=am_BTV, lm_only_scale=lm_scale, am_only_scale=am_scale, return_grad=True, **common
         )
-        ranges_BTR = losses.get_rnnt_prune_ranges(*occupations, common["boundary"], prune_range)
-    if k2:
-        encoder_pruned, decoder_pruned = k2.do_rnnt_pruning(encoder_out_BTJ, decoder_out_BUJ, ranges_BTR)
-        logits_BTRV = joiner(encoder_pruned, decoder_pruned, project_input=False)
-        with torch.autocast(device.type, enabled=False):
-            logits_BTRV = at_least_float32(logits_BTRV)
-            pruned_B = k2.rnnt_loss_pruned(logits_BTRV, ranges=ranges_BTR, reduction="none", **common)
-    else:
-        pruned_B = _joiner_loss(encoder_out_BTJ, decoder_out_BUJ, joiner, ranges_BTR, **common)
-
-    feasible_B = to_device(feasible_B, device)
-    # Where a loss is infinite this also cuts off its gradients, which k2 makes up.
-    simple_B, pruned_B = (
-        loss_B.masked_fill(~feasible_B | (loss_B == torch.inf), torch.inf) for loss_B in (simple_B, pruned_B)
-    )
+        ranges_BTR = k2.get_rnnt_prune_ranges(*occupations, lattices.boundary_B4, lattices.cells)
+    encoder_pruned, decoder_pruned = k2.do_rnnt_pruning(encoder_out_BTJ, decoder_out_BUJ, ranges_BTR)
+    logits_BTRV = joiner(encoder_pruned, decoder_pruned, project_input=False)
+    with torch.autocast(am_BTV.device.type, enabled=False):
+        pruned_B = k2.rnnt_loss_pruned(at_least_float32(logits_BTRV), ranges=ranges_BTR, **common)
     return simple_B, pruned_B
 
 
@@ -174,42 +303,3 @@ def _feasible_boundary(frames_B: Tensor, symbols_lens_B: Tensor, rnnt_type: str)
     s_end_B = torch.where(feasible_B, symbols_lens_B, zero_B)
     t_end_B = torch.where(feasible_B, frames_B, zero_B + 1)
     return torch.stack([zero_B, zero_B, s_end_B, t_end_B], dim=1).long(), feasible_B
-
-
-def _joiner_loss(
-    encoder_out_BTJ: Tensor,
-    decoder_out_BUJ: Tensor,
-    joiner: Any,
-    ranges_BTR: Tensor,
-    symbols: Tensor,
-    termination_symbol: int,
-    boundary: Tensor,
-    rnnt_type: str,
-    delay_penalty: float,
-) -> Tensor:
-    """`rnnt_loss_pruned` of the joiner's logits, none of which outlive a piece of them; boundary on the CPU."""
-    weight_VJ, bias_V = joiner.output_linear.weight, joiner.output_linear.bias
-    matmul_dtype = functional.linear(encoder_out_BTJ[:0], weight_VJ).dtype  # autocast's, where it is on
-    frames = torch.arange(encoder_out_BTJ.shape[1]) < boundary[:, 3:]
-    with torch.autocast(encoder_out_BTJ.device.type, enabled=False):
-        symbol_BTR, blank_BTR = JoinerTerms.apply(
-            encoder_out_BTJ,
-            decoder_out_BUJ,
-            weight_VJ,
-            at_least_float32(bias_V),
-            ranges_BTR,
-            next_symbols(symbols, ranges_BTR),
-            to_device(frames.flatten().nonzero()[:, 0], ranges_BTR.device),
-            termination_symbol,
-            matmul_dtype,
-        )
-        lattice = score_arcs(
-            symbol_BTR,
-            blank_BTR,
-            to_device(boundary, ranges_BTR.device),
-            symbols.shape[1],
-            rnnt_type,
-            delay_penalty,
-            start_BT=ranges_BTR[:, :, 0],
-        )
-    return -lattice.score_B

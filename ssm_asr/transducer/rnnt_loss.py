@@ -88,7 +88,7 @@ def rnnt_loss_smoothed(
         ValueError: as `checked_boundary` and for an unknown reduction.
     """
     boundary = checked_boundary(boundary, am.shape[1], symbols, rnnt_type)
-    symbol_BTU, blank_BTU = _smoothed_terms(
+    symbol_BTU, blank_BTU = smoothed_terms(
         at_least_float32(lm),
         at_least_float32(am),
         symbols.long(),
@@ -168,7 +168,7 @@ def rnnt_loss(
     )
 
 
-def _smoothed_terms(
+def smoothed_terms(
     lm_BUV: Tensor, am_BTV: Tensor, symbols_BS: Tensor, blank: int, lm_scale: float, am_scale: float
 ) -> tuple[Tensor, Tensor]:
     """(symbol, blank) log-probabilities (B, T, U) of the simple joint; the last row has no symbol."""

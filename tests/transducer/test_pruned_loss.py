@@ -78,7 +78,7 @@ def smoothed_arcs(
     lm: Tensor, am: Tensor, lm_only_scale: float = 0.0, am_only_scale: float = 0.0, **args: Any
 ) -> dict[str, Tensor]:
     symbols, blank = args["symbols"], args["termination_symbol"]
-    symbol_BTU, blank_BTU = rnnt._smoothed_terms(lm, am, symbols, blank, lm_only_scale, am_only_scale)
+    symbol_BTU, blank_BTU = rnnt.smoothed_terms(lm, am, symbols, blank, lm_only_scale, am_only_scale)
     return golden_arcs(symbol_BTU, blank_BTU, args)
 
 
