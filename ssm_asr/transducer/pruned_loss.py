@@ -236,8 +236,8 @@ def _torch_losses(
     weight_VJ, bias_V = joiner.output_linear.weight, joiner.output_linear.bias
     matmul_dtype = functional.linear(encoder_out_BTJ[:0], weight_VJ).dtype  # autocast's, where it is on
     with torch.autocast(am_BTV.device.type, enabled=False):
-        terms = smoothed_terms(lm_BUV, am_BTV, symbols_BS.long(), BLANK, lm_scale, am_scale)
-        simple = score_arcs(*terms, **arcs)
+        symbol_BTU, blank_BTU = smoothed_terms(lm_BUV, am_BTV, symbols_BS.long(), BLANK, lm_scale, am_scale)
+        simple = score_arcs(symbol_BTU, blank_BTU, **arcs)
         start_BT = window_starts(
             simple.symbol_occupation_BTR[:, :, :-1], simple.blank_occupation_BTR, boundary_B4, cells, regular
         )
@@ -245,7 +245,7 @@ def _torch_losses(
         frame_M = lattices.frame_M
         if frame_M is None:
             frame_M = torch.arange(start_BT.numel(), device=start_BT.device)
-        terms = JoinerTerms.apply(
+        symbol_BTR, blank_BTR = JoinerTerms.apply(
             encoder_out_BTJ,
             decoder_out_BUJ,
             weight_VJ,
@@ -256,7 +256,7 @@ def _torch_losses(
             BLANK,
             matmul_dtype,
         )
-        pruned = score_arcs(*terms, start_BT=start_BT, **arcs)
+        pruned = score_arcs(symbol_BTR, blank_BTR, start_BT=start_BT, **arcs)
     return -simple.score_B, -pruned.score_B
 
 
