@@ -1,24 +1,18 @@
 """Attention's Triton kernels against the plain forms: on a GPU where there is one, else by Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
+from kernel_device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, at the import below
-pytest.importorskip("triton", reason="Triton is not installed (it comes with PyTorch for GPUs)")
-
-from ssm_asr.encoder.attention import (  # noqa: E402
+from ssm_asr.encoder.attention import (
     LARGE_SCORE,
     Context,
     chunk_mask,
     visible_span,
     weights_of_scores,
 )
-from ssm_asr.encoder.kernels.attention import attention_weights  # noqa: E402
-from ssm_asr.encoder.kernels.weighted_sums import weighted_sums  # noqa: E402
+from ssm_asr.encoder.kernels.attention import attention_weights
+from ssm_asr.encoder.kernels.weighted_sums import weighted_sums
 
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter multiplies the bits of bfloat16
 B, H, D, X = 2, 3, 5, 3

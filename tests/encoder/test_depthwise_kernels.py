@@ -1,20 +1,14 @@
 """Triton kernels of convolutions against PyTorch's: on a GPU where there is one, else by the interpreter."""
 
-import os
-
 import pytest
 import torch
+from kernel_device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, at the import below
-pytest.importorskip("triton", reason="Triton is not installed (it comes with PyTorch for GPUs)")
-
-from ssm_asr.encoder.convolution import ChunkCausalConv  # noqa: E402
-from ssm_asr.encoder.kernels import depthwise, depthwise2d, first_conv  # noqa: E402
-from ssm_asr.encoder.kernels.depthwise2d import depthwise_conv  # noqa: E402
-from ssm_asr.encoder.subsampling import ConvSubsampling  # noqa: E402
-from ssm_asr.ssm import kernels  # noqa: E402
+from ssm_asr.encoder.convolution import ChunkCausalConv
+from ssm_asr.encoder.kernels import depthwise, depthwise2d, first_conv
+from ssm_asr.encoder.kernels.depthwise2d import depthwise_conv
+from ssm_asr.encoder.subsampling import ConvSubsampling
+from ssm_asr.ssm import kernels
 
 
 @pytest.fixture(autouse=True)

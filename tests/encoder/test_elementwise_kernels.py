@@ -1,23 +1,17 @@
 """Triton kernels of elementwise chains against the plain forms: on a GPU, or without one by Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
+from kernel_device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, at the import below
-pytest.importorskip("triton", reason="Triton is not installed (it comes with PyTorch for GPUs)")
-
-from ssm_asr.encoder.attention import NonlinAttention  # noqa: E402
-from ssm_asr.encoder.convolution import ConvolutionModule  # noqa: E402
-from ssm_asr.encoder.kernels.elementwise import balance  # noqa: E402
-from ssm_asr.encoder.kernels.gates import gated, mixed  # noqa: E402
-from ssm_asr.encoder.modules import FeedForward, SwooshL, SwooshR  # noqa: E402
-from ssm_asr.encoder.regularize import Balancer, Dropout, Schedule  # noqa: E402
-from ssm_asr.encoder.schedule import Draws  # noqa: E402
-from ssm_asr.ssm import kernels  # noqa: E402
+from ssm_asr.encoder.attention import NonlinAttention
+from ssm_asr.encoder.convolution import ConvolutionModule
+from ssm_asr.encoder.kernels.elementwise import balance
+from ssm_asr.encoder.kernels.gates import gated, mixed
+from ssm_asr.encoder.modules import FeedForward, SwooshL, SwooshR
+from ssm_asr.encoder.regularize import Balancer, Dropout, Schedule
+from ssm_asr.encoder.schedule import Draws
+from ssm_asr.ssm import kernels
 
 LIMITS = dict(positive=(0.3, 0.6), abs=(0.5, 2.0))
 EXACT = dict(atol=1e-5, rtol=1e-5)

@@ -1,20 +1,15 @@
 """Triton kernels of the encoder against the plain forms: on a GPU where there is one, else by Triton's interpreter."""
 
-import os
 import random
 
 import pytest
 import torch
+from kernel_device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, at the import below
-pytest.importorskip("triton", reason="Triton is not installed (it comes with PyTorch for GPUs)")
-
-from ssm_asr.encoder.schedule import Draws, set_batch_count  # noqa: E402
-from ssm_asr.encoder.subsampling import ConvSubsampling  # noqa: E402
-from ssm_asr.encoder.zipformer import Zipformer, ZipformerConfig  # noqa: E402
-from ssm_asr.ssm import kernels  # noqa: E402
+from ssm_asr.encoder.schedule import Draws, set_batch_count
+from ssm_asr.encoder.subsampling import ConvSubsampling
+from ssm_asr.encoder.zipformer import Zipformer, ZipformerConfig
+from ssm_asr.ssm import kernels
 
 SMALL = dict(
     layers=(1, 1), downsampling=(1, 2), dim=(64, 64), unmasked_dim=(64, 64), feedforward_dim=(32, 32), heads=(2, 2),

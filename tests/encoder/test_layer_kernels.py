@@ -1,21 +1,16 @@
 """Kernels between a layer's modules against the plain forms: on a GPU where there is one, else by the interpreter."""
 
-import os
 import random
 
 import pytest
 import torch
+from kernel_device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, at the import below
-pytest.importorskip("triton", reason="Triton is not installed (it comes with PyTorch for GPUs)")
-
-from ssm_asr.encoder.kernels.sums import column_sums  # noqa: E402
-from ssm_asr.encoder.modules import BiasNorm, Bypass, Downsample, Linear, add_masked, fork  # noqa: E402
-from ssm_asr.encoder.regularize import sequence_masks  # noqa: E402
-from ssm_asr.encoder.schedule import Draws, Schedule, Scheduled, set_batch_count  # noqa: E402
-from ssm_asr.ssm import kernels  # noqa: E402
+from ssm_asr.encoder.kernels.sums import column_sums
+from ssm_asr.encoder.modules import BiasNorm, Bypass, Downsample, Linear, add_masked, fork
+from ssm_asr.encoder.regularize import sequence_masks
+from ssm_asr.encoder.schedule import Draws, Schedule, Scheduled, set_batch_count
+from ssm_asr.ssm import kernels
 
 
 @pytest.fixture(autouse=True)

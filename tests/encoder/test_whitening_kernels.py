@@ -1,19 +1,13 @@
 """Whitening by Triton kernels against the plain form: on a GPU where there is one, else by Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
+from kernel_device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, at the import below
-pytest.importorskip("triton", reason="Triton is not installed (it comes with PyTorch for GPUs)")
-
-from ssm_asr.encoder.kernels.whitening import whiten  # noqa: E402
-from ssm_asr.encoder.regularize import Whiten, whitening_flags, whitening_metric  # noqa: E402
-from ssm_asr.encoder.schedule import Draws  # noqa: E402
-from ssm_asr.ssm import kernels  # noqa: E402
+from ssm_asr.encoder.kernels.whitening import whiten
+from ssm_asr.encoder.regularize import Whiten, whitening_flags, whitening_metric
+from ssm_asr.encoder.schedule import Draws
+from ssm_asr.ssm import kernels
 
 GRAD_SCALE = 0.5
 

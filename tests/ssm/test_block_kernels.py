@@ -1,18 +1,12 @@
 """Triton kernels around Mamba-2's operation against the plain forms: on a GPU, or without one by the interpreter."""
 
-import os
-
 import pytest
 import torch
+from kernel_device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, at the import below
-pytest.importorskip("triton", reason="Triton is not installed (it comes with PyTorch for GPUs)")
-
-from ssm_asr.ssm import kernels  # noqa: E402
-from ssm_asr.ssm.kernels.block import convolve, gated_norm  # noqa: E402
-from ssm_asr.ssm.mamba2 import GatedRMSNorm, Mamba2  # noqa: E402
+from ssm_asr.ssm import kernels
+from ssm_asr.ssm.kernels.block import convolve, gated_norm
+from ssm_asr.ssm.mamba2 import GatedRMSNorm, Mamba2
 
 
 @pytest.fixture(autouse=True)

@@ -3,19 +3,13 @@
 Shapes are those of ssm_asr/ssm/mamba2.py.
 """
 
-import os
-
 import pytest
 import torch
+from kernel_device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, at the import below
-pytest.importorskip("triton", reason="Triton is not installed (it comes with PyTorch for GPUs)")
-
-from ssm_asr.ssm.kernels import ssd as kernels  # noqa: E402
-from ssm_asr.ssm.kernels.ssd import PASS_BLOCKS, TILES, ssd_kernel  # noqa: E402
-from ssm_asr.ssm.mamba2 import LEAST_LOG_DECAY, ssd_recurrent  # noqa: E402
+from ssm_asr.ssm.kernels import ssd as kernels
+from ssm_asr.ssm.kernels.ssd import PASS_BLOCKS, TILES, ssd_kernel
+from ssm_asr.ssm.mamba2 import LEAST_LOG_DECAY, ssd_recurrent
 
 BLOCK_FRAMES = TILES[16, 16].block_frames
 NAMES = ("y", "end", "dx", "ddt", "dA", "dB", "dC", "dD", "dstate")

@@ -1,16 +1,10 @@
 """Triton kernels of the lattice's loops against the plain form: on a GPU, or by Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
+from kernel_device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, at the import below
-pytest.importorskip("triton", reason="Triton is not installed (it comes with PyTorch for GPUs)")
-
-from ssm_asr.transducer import lattice, lattice_kernels  # noqa: E402
+from ssm_asr.transducer import lattice, lattice_kernels
 
 K, B = 12, 3
 

@@ -1,19 +1,13 @@
 """Triton kernels of the cells' log-probabilities against the plain form: on a GPU, or by Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
+from kernel_device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, at the import below
-pytest.importorskip("triton", reason="Triton is not installed (it comes with PyTorch for GPUs)")
-
-from ssm_asr.encoder.modules import scaled_linear  # noqa: E402
-from ssm_asr.ssm import kernels  # noqa: E402
-from ssm_asr.transducer import log_prob_kernels, log_probs, pruned_loss  # noqa: E402
-from ssm_asr.transducer.predictor import Joiner  # noqa: E402
+from ssm_asr.encoder.modules import scaled_linear
+from ssm_asr.ssm import kernels
+from ssm_asr.transducer import log_prob_kernels, log_probs, pruned_loss
+from ssm_asr.transducer.predictor import Joiner
 
 EXACT = dict(atol=1e-5, rtol=1e-5)
 B, T, U, J, R = 2, 19, 7, 20, 3
