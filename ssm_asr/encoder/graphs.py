@@ -116,9 +116,15 @@ class _Weights:
             pairs = zip(parts, self.own, strict=True)
             flat = [torch.zeros_like(p, dtype=self.narrow.dtype) if part is None else part for part, p in pairs]
             self.gradient.copy_(torch.cat([part.flatten() for part in flat]))
-        others = [(self.gradients[id(p)], found[id(p)]) for p in self.others]
-        targets, gradients = zip(*((target, g) for target, g in others if g is not None), strict=True)
-        torch._foreach_copy_(targets, gradients)
+        places, gradients = [], []  # those that one kernel can copy, which other strides than its own prevent
+        for p in self.others:
+            place, gradient = self.gradients[id(p)], found[id(p)]
+            if gradient is not None and place.is_contiguous() and gradient.is_contiguous():
+                places.append(place.view(-1))
+                gradients.append(gradient.view(-1))
+            elif gradient is not None:
+                place.copy_(gradient)
+        torch._foreach_copy_(places, gradients)
 
 
 class _Graph:
