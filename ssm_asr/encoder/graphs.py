@@ -124,7 +124,8 @@ class _Weights:
                 gradients.append(gradient.view(-1))
             elif gradient is not None:
                 place.copy_(gradient)
-        torch._foreach_copy_(places, gradients)
+        if places:
+            torch._foreach_copy_(places, gradients)
 
 
 class _Graph:
