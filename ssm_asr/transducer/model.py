@@ -19,7 +19,7 @@ from ssm_asr.encoder.schedule import to_device
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP, ConvSubsampling
 from ssm_asr.encoder.zipformer import DROPOUT, Zipformer, ZipformerConfig
 from ssm_asr.transducer.predictor import Joiner, Predictor
-from ssm_asr.transducer.pruned_loss import Lattices, available_backend, lattice_losses, vocabulary_projection
+from ssm_asr.transducer.pruned_loss import LatticeLosses, Lattices, available_backend, vocabulary_projection
 
 EncoderConfig = ZipformerConfig | ConformerConfig
 
@@ -155,7 +155,7 @@ class Transducer(nn.Module):
         """Simple and pruned loss of each utterance, for the fields of `Lattices`."""
         decoder_out_BUD = self.decoder(nn.functional.pad(tokens_BU, (1, 0)))
         config = self.config
-        return lattice_losses(
+        return LatticeLosses(
             vocabulary_projection(self.simple_am_proj, encoder_out_BSD),
             vocabulary_projection(self.simple_lm_proj, decoder_out_BUD),
             self.joiner.encoder_proj(encoder_out_BSD),
@@ -167,7 +167,7 @@ class Transducer(nn.Module):
             config.am_scale,
             config.rnnt_type,
             config.delay_penalty,
-        )
+        ).of_utterances()
 
     def _ctc_loss(self, encoder_out_BSD: Tensor, frames_B: Tensor, tokens_BU: Tensor, lens_B: Tensor) -> Tensor:
         log_probs_SBV = self.ctc_output(encoder_out_BSD).float().transpose(0, 1)

@@ -121,21 +121,19 @@ def pruned_transducer_loss(
             f"{len(frames_B)} and {len(symbols_lens_B)} lengths for {len(symbols_BS)} utterances: give one each"
         )
     size = (simple_am_BTV.shape[1], symbols_BS.shape[1])
-    batch = Lattices.of(frames_B, symbols_lens_B, *size, prune_range, rnnt_type, simple_am_BTV.device)
-    return lattice_losses(
+    return LatticeLosses(
         simple_am_BTV,
         simple_lm_BUV,
         encoder_out_BTJ,
         decoder_out_BUJ,
         joiner,
         symbols_BS,
-        batch,
+        Lattices.of(frames_B, symbols_lens_B, *size, prune_range, rnnt_type, simple_am_BTV.device),
         lm_scale,
         am_scale,
         rnnt_type,
         delay_penalty,
-        backend,
-    )
+    ).of_utterances(backend)
 
 
 class Lattices(NamedTuple):
@@ -173,125 +171,104 @@ class Lattices(NamedTuple):
         return cls(to_device(boundary_B4, device), to_device(feasible_B, device), cells, frame_M)
 
 
-def lattice_losses(
-    simple_am_BTV: Tensor,
-    simple_lm_BUV: Tensor,
-    encoder_out_BTJ: Tensor,
-    decoder_out_BUJ: Tensor,
-    joiner: nn.Module,
-    symbols_BS: Tensor,
-    lattices: Lattices,
-    lm_scale: float,
-    am_scale: float,
-    rnnt_type: str,
-    delay_penalty: float,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`pruned_transducer_loss`, with what it finds out about the lengths given. By "torch" it never waits for a GPU."""
-    if backend not in ("auto", "torch", "k2") or (backend == "k2" and _k2() is None):
-        raise ValueError(f"backend {backend!r} is unknown or not installed: give auto or torch")
-    k2 = None if backend == "torch" else _k2()
-    if symbols_BS.shape[1] == 0:  # only empty transcripts, but windows have two rows
-        symbols_BS = functional.pad(symbols_BS, (0, 1))
-        simple_lm_BUV, decoder_out_BUJ = (functional.pad(x, (0, 0, 0, 1)) for x in (simple_lm_BUV, decoder_out_BUJ))
-    arguments: Any = (
-        at_least_float32(simple_lm_BUV),
-        at_least_float32(simple_am_BTV),
-        encoder_out_BTJ,
-        decoder_out_BUJ,
-        joiner,
-        symbols_BS,
-        lattices,
-        lm_scale,
-        am_scale,
-        rnnt_type,
-        delay_penalty,
-    )
-    simple_B, pruned_B = _k2_losses(k2, *arguments) if k2 else _torch_losses(*arguments)
-    # Where a loss is infinite this also cuts off its gradients, which k2 makes up.
-    simple_B, pruned_B = (
-        loss_B.masked_fill(~lattices.feasible_B | (loss_B == torch.inf), torch.inf) for loss_B in (simple_B, pruned_B)
-    )
-    return simple_B, pruned_B
+class LatticeLosses(NamedTuple):
+    """`pruned_transducer_loss`, whose arguments these are, with what it finds out about the lengths given."""
 
+    simple_am_BTV: Tensor
+    simple_lm_BUV: Tensor
+    encoder_out_BTJ: Tensor
+    decoder_out_BUJ: Tensor
+    joiner: Any
+    symbols_BS: Tensor
+    lattices: Lattices
+    lm_scale: float
+    am_scale: float
+    rnnt_type: str
+    delay_penalty: float
 
-def _torch_losses(
-    lm_BUV: Tensor,
-    am_BTV: Tensor,
-    encoder_out_BTJ: Tensor,
-    decoder_out_BUJ: Tensor,
-    joiner: Any,
-    symbols_BS: Tensor,
-    lattices: Lattices,
-    lm_scale: float,
-    am_scale: float,
-    rnnt_type: str,
-    delay_penalty: float,
-) -> tuple[Tensor, Tensor]:
-    """Neither of the joiner's logits nor of their gradients does more exist at a time than a piece of the cells."""
-    boundary_B4, cells, regular = lattices.boundary_B4, lattices.cells, rnnt_type == "regular"
-    arcs: Any = dict(
-        boundary_B4=boundary_B4, num_symbols=symbols_BS.shape[1], rnnt_type=rnnt_type, delay_penalty=delay_penalty
-    )
-    weight_VJ, bias_V = joiner.output_linear.weight, joiner.output_linear.bias
-    matmul_dtype = functional.linear(encoder_out_BTJ[:0], weight_VJ).dtype  # autocast's, where it is on
-    with torch.autocast(am_BTV.device.type, enabled=False):
-        symbol_BTU, blank_BTU = smoothed_terms(lm_BUV, am_BTV, symbols_BS.long(), BLANK, lm_scale, am_scale)
-        simple = score_arcs(symbol_BTU, blank_BTU, **arcs)
-        start_BT = window_starts(
-            simple.symbol_occupation_BTR[:, :, :-1], simple.blank_occupation_BTR, boundary_B4, cells, regular
+    def of_utterances(self, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        """Simple and pruned losses. By "torch" it never waits for a GPU."""
+        if backend not in ("auto", "torch", "k2") or (backend == "k2" and _k2() is None):
+            raise ValueError(f"backend {backend!r} is unknown or not installed: give auto or torch")
+        k2 = None if backend == "torch" else _k2()
+        lm_BUV, am_BTV = at_least_float32(self.simple_lm_BUV), at_least_float32(self.simple_am_BTV)
+        given = self._replace(simple_lm_BUV=lm_BUV, simple_am_BTV=am_BTV)
+        if self.symbols_BS.shape[1] == 0:  # only empty transcripts, but windows have two rows
+            given = given._replace(
+                symbols_BS=functional.pad(self.symbols_BS, (0, 1)),
+                simple_lm_BUV=functional.pad(lm_BUV, (0, 0, 0, 1)),
+                decoder_out_BUJ=functional.pad(self.decoder_out_BUJ, (0, 0, 0, 1)),
+            )
+        simple_B, pruned_B = given._by_k2(k2) if k2 else given._by_torch()
+        # Where a loss is infinite this also cuts off its gradients, which k2 makes up.
+        feasible_B = self.lattices.feasible_B
+        simple_B, pruned_B = (
+            loss_B.masked_fill(~feasible_B | (loss_B == torch.inf), torch.inf) for loss_B in (simple_B, pruned_B)
         )
-        ranges_BTR = start_BT[..., None] + torch.arange(cells, device=start_BT.device)
-        frame_M = lattices.frame_M
-        if frame_M is None:
-            frame_M = torch.arange(start_BT.numel(), device=start_BT.device)
-        symbol_BTR, blank_BTR = JoinerTerms.apply(
-            encoder_out_BTJ,
-            decoder_out_BUJ,
-            weight_VJ,
-            at_least_float32(bias_V),
-            ranges_BTR,
-            next_symbols(symbols_BS, ranges_BTR),
-            frame_M,
-            BLANK,
-            matmul_dtype,
-        )
-        pruned = score_arcs(symbol_BTR, blank_BTR, start_BT=start_BT, **arcs)
-    return -simple.score_B, -pruned.score_B
+        return simple_B, pruned_B
 
-
-def _k2_losses(
-    k2: Any,
-    lm_BUV: Tensor,
-    am_BTV: Tensor,
-    encoder_out_BTJ: Tensor,
-    decoder_out_BUJ: Tensor,
-    joiner: nn.Module,
-    symbols_BS: Tensor,
-    lattices: Lattices,
-    lm_scale: float,
-    am_scale: float,
-    rnnt_type: str,
-    delay_penalty: float,
-) -> tuple[Tensor, Tensor]:
-    common: dict[str, Any] = dict(
-        symbols=symbols_BS,
-        termination_symbol=BLANK,
-        boundary=lattices.boundary_B4,
-        rnnt_type=rnnt_type,
-        delay_penalty=delay_penalty,
-        reduction="none",
-    )
-    with torch.autocast(am_BTV.device.type, enabled=False):
-        simple_B, occupations = k2.rnnt_loss_smoothed(
-            lm=lm_BUV, am=am_BTV, lm_only_scale=lm_scale, am_only_scale=am_scale, return_grad=True, **common
+    def _by_torch(self) -> tuple[Tensor, Tensor]:
+        """Of the joiner's logits and their gradients, no more exists at a time than a piece of the cells."""
+        boundary_B4, _, cells, frame_M = self.lattices
+        regular, symbols_BS = self.rnnt_type == "regular", self.symbols_BS
+        arcs: Any = dict(
+            boundary_B4=boundary_B4,
+            num_symbols=symbols_BS.shape[1],
+            rnnt_type=self.rnnt_type,
+            delay_penalty=self.delay_penalty,
         )
-        ranges_BTR = k2.get_rnnt_prune_ranges(*occupations, lattices.boundary_B4, lattices.cells)
-    encoder_pruned, decoder_pruned = k2.do_rnnt_pruning(encoder_out_BTJ, decoder_out_BUJ, ranges_BTR)
-    logits_BTRV = joiner(encoder_pruned, decoder_pruned, project_input=False)
-    with torch.autocast(am_BTV.device.type, enabled=False):
-        pruned_B = k2.rnnt_loss_pruned(at_least_float32(logits_BTRV), ranges=ranges_BTR, **common)
-    return simple_B, pruned_B
+        weight_VJ, bias_V = self.joiner.output_linear.weight, self.joiner.output_linear.bias
+        matmul_dtype = functional.linear(self.encoder_out_BTJ[:0], weight_VJ).dtype  # autocast's, where it is on
+        with torch.autocast(symbols_BS.device.type, enabled=False):
+            symbol_BTU, blank_BTU = smoothed_terms(
+                self.simple_lm_BUV, self.simple_am_BTV, symbols_BS.long(), BLANK, self.lm_scale, self.am_scale
+            )
+            simple = score_arcs(symbol_BTU, blank_BTU, **arcs)
+            start_BT = window_starts(
+                simple.symbol_occupation_BTR[:, :, :-1], simple.blank_occupation_BTR, boundary_B4, cells, regular
+            )
+            ranges_BTR = start_BT[..., None] + torch.arange(cells, device=start_BT.device)
+            if frame_M is None:
+                frame_M = torch.arange(start_BT.numel(), device=start_BT.device)
+            symbol_BTR, blank_BTR = JoinerTerms.apply(
+                self.encoder_out_BTJ,
+                self.decoder_out_BUJ,
+                weight_VJ,
+                at_least_float32(bias_V),
+                ranges_BTR,
+                next_symbols(symbols_BS, ranges_BTR),
+                frame_M,
+                BLANK,
+                matmul_dtype,
+            )
+            pruned = score_arcs(symbol_BTR, blank_BTR, start_BT=start_BT, **arcs)
+        return -simple.score_B, -pruned.score_B
+
+    def _by_k2(self, k2: Any) -> tuple[Tensor, Tensor]:
+        boundary_B4, _, cells, _ = self.lattices
+        common: dict[str, Any] = dict(
+            symbols=self.symbols_BS,
+            termination_symbol=BLANK,
+            boundary=boundary_B4,
+            rnnt_type=self.rnnt_type,
+            delay_penalty=self.delay_penalty,
+            reduction="none",
+        )
+        with torch.autocast(self.symbols_BS.device.type, enabled=False):
+            simple_B, occupations = k2.rnnt_loss_smoothed(
+                lm=self.simple_lm_BUV,
+                am=self.simple_am_BTV,
+                lm_only_scale=self.lm_scale,
+                am_only_scale=self.am_scale,
+                return_grad=True,
+                **common,
+            )
+            ranges_BTR = k2.get_rnnt_prune_ranges(*occupations, boundary_B4, cells)
+        pruned = k2.do_rnnt_pruning(self.encoder_out_BTJ, self.decoder_out_BUJ, ranges_BTR)
+        logits_BTRV = self.joiner(*pruned, project_input=False)
+        with torch.autocast(self.symbols_BS.device.type, enabled=False):
+            pruned_B = k2.rnnt_loss_pruned(at_least_float32(logits_BTRV), ranges=ranges_BTR, **common)
+        return simple_B, pruned_B
 
 
 def _feasible_boundary(frames_B: Tensor, symbols_lens_B: Tensor, rnnt_type: str) -> tuple[Tensor, Tensor]:
