@@ -227,7 +227,8 @@ def _occupations(arcs_K2BR: Tensor, state_KBR: Tensor, steps: _StepOrder, pruned
     # Probability that an alignment goes through a cell. After the slots the first comes again, in which a symbol
     # of the last one ends.
     visits_KBR = arcs_K2BR.new_zeros(K + 1, B, R + 1)
-    visits_KBR[steps.end_step_B, torch.arange(B, device=arcs_K2BR.device), steps.end_slot_B] = 1.0
+    ends = (steps.end_step_B, torch.arange(B, device=arcs_K2BR.device), steps.end_slot_B)
+    visits_KBR[ends] = visits_KBR.new_ones(B)  # a number of the host's would have to be brought to the device
     kernels = _kernels() if arcs_K2BR.is_cuda else None
     if kernels is None:
         retreat(share_K2BR, visits_KBR, pruned)

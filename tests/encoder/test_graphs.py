@@ -1,6 +1,7 @@
 """Decisions drawn outside the model, and captured graphs of its passes, against the plain path."""
 
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from ssm_asr.encoder.graphs import _Weights
 from ssm_asr.encoder.regularize import load_whitening_flags, whitening_flags
 from ssm_asr.encoder.schedule import Draws, set_batch_count
 from ssm_asr.transducer.model import Transducer
+from ssm_asr.transducer.pruned_loss import Lattices
 
 BATCH_COUNT = 10000.0  # where no rate of the schedules is 0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,14 +105,36 @@ def test_schedules_go_on():
     assert not torch.equal(before, draws.all)
 
 
+class Refuse(TorchDispatchMode):
+    """Stops at what reads numbers from the device, which cannot be captured, and stops the host in a plain step."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+class RefuseNew(Refuse):
+    """Also at numbers of the host's as tensors, for which the device would have to be waited."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten.lift_fresh.default
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def test_losses_wait_for_nothing():
+    model = make_model()
+    features, tokens = torch.randn(3, 120, 80, device=DEVICE), torch.randint(1, 5, (3, 9), device=DEVICE)
+    frames = torch.tensor([28, 25, 20])
+    lattices = Lattices.of(frames, torch.tensor([9, 4, 7]), 28, 9, 5, "regular", features.device, every_frame=True)
+    Draws(model, torch.device(DEVICE))
+    for mode in (nullcontext(), RefuseNew()):  # the first pass finds the numbers of the predictor, which may wait
+        out_BSD = model.encode(features, torch.tensor([120, 110, 90], device=DEVICE))[0]
+        with mode, torch.autograd.set_multithreading_enabled(False):
+            simple_B, pruned_B = model.transducer_losses(out_BSD, tokens, *lattices)
+            (simple_B + pruned_B).sum().backward(inputs=[*model.decoder.parameters(), *model.joiner.parameters()])
+
+
 def test_nothing_waits_for_the_device():
-    """A number that the host reads from the device cannot be captured, and stops the host in a plain step."""
-
-    class Refuse(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
-            return func(*args, **(kwargs or {}))
-
     for long_range in ("nonlin_attention", "mamba2"):
         model = make_model(long_range)
         Draws(model, torch.device(DEVICE))
