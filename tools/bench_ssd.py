@@ -7,6 +7,7 @@ each direction. Values and gradients are compared with the recurrence in float64
 """
 
 import argparse
+import functools
 import importlib
 import statistics
 import sys
@@ -76,6 +77,10 @@ def with_gradients(operation: Operation, inputs: Sequence[Tensor]) -> list[Tenso
     return [*outputs, *torch.autograd.grad(outputs, list(inputs), weights)]
 
 
+def forward_backward(operation: Operation, inputs: list[Tensor], weights: list[Tensor]) -> None:
+    torch.autograd.grad(operation(*inputs), inputs, weights)
+
+
 def worst_error(operation: Operation, inputs: list[Tensor]) -> tuple[float, str]:
     """The largest distance of a value or gradient from the float64 recurrence, relative to its norm, and its name."""
     expected = with_gradients(ssd_recurrent, inputs)
@@ -139,15 +144,12 @@ def main() -> None:
             small = operands(2, T, P, G, N, torch.float64)
             inputs = operands(options.batch_size, T, P, G, N, torch.float32)
             floor = floor_ms(inputs)
-            ones_BTHP, ones_BHPN = torch.ones_like(inputs[0]), torch.ones_like(inputs[6])
+            weights = [torch.ones_like(inputs[0]), torch.ones_like(inputs[6])]
             for name, operation in sides.items():
                 if name == "mamba_ssm" and (T != PEER_FRAMES or N not in options.peer_states):
                     continue
                 error, whose = worst_error(operation, small)
-
-                def step(operation: Operation = operation, inputs: list[Tensor] = inputs) -> None:
-                    torch.autograd.grad(operation(*inputs), inputs, [ones_BTHP, ones_BHPN])
-
+                step = functools.partial(forward_backward, operation, inputs, weights)
                 eager = time_ms(step)
                 graph = time_ms(graph_of(step))
                 row = f"T {T:<4} P {P:<3} G {G} N {N:<8}"
