@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssm_asr.ssm.kernels.ssd import ssd_kernel
-from ssm_asr.ssm.mamba2 import LEAST_LOG_DECAY, ssd_chunked, ssd_recurrent
+from ssm_asr.ssm.mamba2 import ssd, ssd_chunked, ssd_recurrent
 
 HEADS = 16
 FRAMES_DIMS = [(750, 192), (375, 256), (188, 384), (94, 512)]
@@ -45,10 +44,6 @@ def operands(batch_size: int, T: int, P: int, G: int, N: int, dtype: torch.dtype
         torch.randn(batch_size, HEADS, P, N),
     ]
     return [x.to("cuda", dtype).requires_grad_() for x in inputs]
-
-
-def kernels(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-    return ssd_kernel(*inputs, least_log_decay=LEAST_LOG_DECAY)
 
 
 def peer_operation(folder: Path) -> Operation:
@@ -131,7 +126,7 @@ def main() -> None:
     parser.add_argument("--peer-states", type=int, nargs="+", default=[16, 128], help="N to time the peer at")
     parser.add_argument("--batch-size", type=int, default=40, help="utterances of 15 s (default: 40)")
     options = parser.parse_args()
-    sides: dict[str, Operation] = {"kernels": kernels, "chunked": ssd_chunked}
+    sides: dict[str, Operation] = {"kernels": ssd, "chunked": ssd_chunked}
     if options.peer:
         sides["mamba_ssm"] = peer_operation(options.peer)
     sides = {name: side for name, side in sides.items() if name in options.sides.split(",")}

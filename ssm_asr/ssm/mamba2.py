@@ -26,6 +26,8 @@ BLOCK_FRAMES = 32
 LEAST_LOG_DECAY = -40.0
 # The longest sequence for which single steps are faster than the matrix form.
 RECURRENT_FRAMES = 4
+# From this N on, a GPU takes the kernels with long blocks, which are faster where many heads share B and C.
+WIDE_STATES = 64
 
 
 def ssd(
@@ -54,8 +56,9 @@ def ssd(
         return ssd_recurrent(*inputs)
     if kernels.usable(x_BTHP) and x_BTHP.dtype == torch.float32:
         from ssm_asr.ssm.kernels.ssd import ssd_kernel  # only where Triton is installed
+        from ssm_asr.ssm.kernels.ssd_wide import ssd_wide
 
-        return ssd_kernel(*inputs, least_log_decay=LEAST_LOG_DECAY)
+        return (ssd_wide if B_BTGN.shape[3] >= WIDE_STATES else ssd_kernel)(*inputs, least_log_decay=LEAST_LOG_DECAY)
     return ssd_chunked(*inputs)
 
 

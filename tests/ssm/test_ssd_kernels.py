@@ -8,10 +8,9 @@ import torch
 from kernel_device import DEVICE
 
 from ssm_asr.ssm.kernels import ssd as kernels
-from ssm_asr.ssm.kernels.ssd import PASS_BLOCKS, TILES, ssd_kernel
+from ssm_asr.ssm.kernels.ssd import BLOCK_FRAMES, PASS_BLOCKS, ssd_kernel
 from ssm_asr.ssm.mamba2 import LEAST_LOG_DECAY, ssd_recurrent
 
-BLOCK_FRAMES = TILES[16, 16].block_frames
 NAMES = ("y", "end", "dx", "ddt", "dA", "dB", "dC", "dD", "dstate")
 
 
@@ -56,7 +55,8 @@ def assert_as_reference(inputs, tolerance=2e-5):
 
 
 @pytest.mark.parametrize("T", [1, BLOCK_FRAMES, BLOCK_FRAMES + 1, PASS_BLOCKS * BLOCK_FRAMES + 5])
-def test_lengths(T):
+def test_lengths(monkeypatch, T):
+    monkeypatch.setattr(kernels, "SUM_NUMBERS", PASS_BLOCKS)  # so the longest takes several steps
     assert_as_reference(operands(B=1, T=T, H=2))
 
 
@@ -74,11 +74,11 @@ def test_heads_that_share_a_group(G):
 
 @pytest.mark.parametrize("block_frames", [16, 32])
 def test_lengths_of_blocks(monkeypatch, block_frames):
-    monkeypatch.setitem(kernels.TILES, (16, 16), TILES[16, 16]._replace(block_frames=block_frames))
+    monkeypatch.setattr(kernels, "BLOCK_FRAMES", block_frames)
     assert_as_reference(operands(B=1, T=70))
 
 
-def test_sizes_without_tiles_of_their_own():
+def test_sizes_of_no_preset():
     assert_as_reference(operands(B=1, T=20, H=2, G=1, P=33, N=17))
 
 

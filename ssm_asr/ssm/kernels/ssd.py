@@ -22,83 +22,39 @@ exp(a_L)·⟨dS', S⟩.
 A program of the first and third launch takes one block of one sequence, and the heads of one group in turn: so it makes
 C·Bᵀ once, and sums dB and dC over the heads in a fixed order; V·dt is summed over them before it meets B and C.
 
+Products are those of ssm_asr.ssm.kernels.products, in which no number moves from thread to thread: so frames, and the
+channels of states, are loaded in its order. Sums of dt·A over the frames between two are products as well, with a
+matrix of ones and zeros: sums without differences, since after fast decays these would leave no digits to the slow
+ones. Every program is one warp, as those products want it.
+
 Shapes: B batch, T frames, H heads, P channels a head, G groups, N states, M blocks of L frames, Z = M + 1 starts and
 ends of blocks. P and N are filled up to powers of 2. Offsets inside a sequence fit in 32 bits.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssm_asr.ssm.kernels import products as mm
 
-class Tiles(NamedTuple):
-    block_frames: int  # in longer blocks there is more to do a frame, between them fewer states to write and read
-    added_warps: int
-    output_warps: int
-    gradient_warps: int
-
-
-# By P and N, filled up to powers of 2; LARGE_TILES for those that are not here.
-TILES = {
-    (16, 16): Tiles(16, 1, 1, 1),
-    (16, 32): Tiles(16, 1, 1, 1),
-    (16, 64): Tiles(16, 1, 1, 2),
-    (16, 128): Tiles(16, 4, 2, 4),
-    (32, 16): Tiles(16, 1, 1, 1),
-    (32, 32): Tiles(16, 1, 1, 2),
-    (32, 64): Tiles(16, 2, 2, 2),
-}
-LARGE_TILES = Tiles(16, 2, 4, 4)
+BLOCK_FRAMES = 16  # in longer blocks there is more to do a frame, between them fewer states to write and read
 PASS_BLOCKS, PASS_NUMBERS = 8, 128  # of the second launch: blocks it loads at once, and numbers of a state a program
-
-
-@triton.jit
-def _split(x):  # type: ignore[no-untyped-def]
-    """x rounded to the 11 bits of tf32, and the rest."""
-    high = ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
-    return high, x - high
-
-
-@triton.jit
-def _dot(a, b):  # type: ignore[no-untyped-def]
-    """a @ b as exact as in float32, on the matrix units: three tf32 products, without that of the rests."""
-    a_high, a_low = _split(a)
-    b_high, b_low = _split(b)
-    product = tl.dot(a_low, b_high, input_precision="tf32")
-    product = tl.dot(a_high, b_low, acc=product, input_precision="tf32")
-    return tl.dot(a_high, b_high, acc=product, input_precision="tf32")
+SUM_NUMBERS = 2048  # that a program of the last sums takes at once
 
 
 @triton.jit
 def _load(base, stride_t, stride_c, i, c, i_mask, c_mask):  # type: ignore[no-untyped-def]
-    pointers = base + (i[:, None] * stride_t + c[None, :] * stride_c)
+    pointers = (base + i[:, None] * stride_t) + c[None, :] * stride_c
     return tl.load(pointers, mask=i_mask[:, None] & c_mask[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _decays(dt_ptr, A, i, i_mask, stride_t, least: tl.constexpr):  # type: ignore[no-untyped-def]
-    """dt, dt·A, exp(a_t), exp(a_L - a_t), exp(a_L), and a_t to base 2 as two sums, the first of them exact.
-
-    Fast decays would otherwise leave no digits to the differences between the slow ones after them.
-    """
-    dt = tl.load(dt_ptr + i * stride_t, mask=i_mask, other=0.0).to(tl.float32)
-    dtA = dt * A
-    exponents = tl.maximum(dtA, least) * 1.4426950408889634
-    coarse = tl.floor(exponents * 1024.0) * (1.0 / 1024.0)
-    fine = exponents - coarse
-    a, rest = tl.cumsum(coarse, axis=0), tl.cumsum(fine, axis=0)
-    last, last_rest = tl.sum(coarse, axis=0), tl.sum(fine, axis=0)
-    return dt, dtA, tl.exp2(a + rest), tl.exp2((last - a) + (last_rest - rest)), tl.exp2(last + last_rest), a, rest
-
-
-@triton.jit
-def _between(a, rest, i):  # type: ignore[no-untyped-def]
-    """E_ts, with zeros above the diagonal."""
-    exponents = (a[:, None] - a[None, :]) + (rest[:, None] - rest[None, :])
-    return tl.exp2(tl.where(i[:, None] >= i[None, :], exponents, float("-inf")))
+def _exponents(dt, A, least: tl.constexpr):  # type: ignore[no-untyped-def]
+    """dt·A to base 2."""
+    return tl.maximum(dt * A, least) * 1.4426950408889634
 
 
 @triton.jit
@@ -106,25 +62,43 @@ def _added_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dt_ptr, A_ptr, B_ptr, states_ptr, decays_ptr,
     x_b, x_t, x_h, x_p, dt_b, dt_t, dt_h, B_b, B_t, B_g, B_n,
     T, M, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    P_PAD: tl.constexpr, N_PAD: tl.constexpr, L: tl.constexpr, LEAST: tl.constexpr, BACKWARD: tl.constexpr,
+    P_PAD: tl.constexpr, N_PAD: tl.constexpr, L: tl.constexpr, LEAST: tl.constexpr, UNROLL: tl.constexpr,
+    BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """What a block adds to the state at its end; BACKWARD, with dy and C, to the gradient of the one at its start."""
     b, g, m = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G, tl.program_id(1)
-    i, p, n = tl.arange(0, L), tl.arange(0, P_PAD), tl.arange(0, N_PAD)
+    i, p, n = mm.order(L), tl.arange(0, P_PAD), tl.arange(0, N_PAD)
     i_mask, p_mask, n_mask = i < T - m * L, p < P, n < N
-    pn, pn_mask = p[:, None] * N + n[None, :], p_mask[:, None] & n_mask[None, :]
+    h = g * (H // G)
+    x_ptr += b * x_b + m * L * x_t + h * x_h
+    dt_ptr += b * dt_b + m * L * dt_t + h * dt_h
+    states_ptr += ((b * (M + 1) + (m if BACKWARD else m + 1)) * H + h) * P * N
+    decays_ptr += (b * M + m) * H + h
+    n_order = mm.order(N_PAD)
+    ones = mm.unit()
     B = _load(B_ptr + b * B_b + m * L * B_t + g * B_g, B_t, B_n, i, n, i_mask, n_mask)
-    slot = m if BACKWARD else m + 1
-    for r in range(H // G):
-        h = g * (H // G) + r
-        x = _load(x_ptr + b * x_b + m * L * x_t + h * x_h, x_t, x_p, i, p, i_mask, p_mask)
-        dt, _, from_start, to_end, decay, _, _ = _decays(
-            dt_ptr + b * dt_b + m * L * dt_t + h * dt_h, tl.load(A_ptr + h), i, i_mask, dt_t, LEAST
-        )
-        weights = from_start if BACKWARD else dt * to_end
-        added = _dot(tl.trans(x * weights[:, None]), B)
-        tl.store(states_ptr + ((b * (M + 1) + slot) * H + h) * P * N + pn, added, mask=pn_mask)
-        tl.store(decays_ptr + (b * M + m) * H + h, decay)
+    B_high, B_low = mm.split(B)
+    B_high, B_low = mm.left_again(mm.turned(B_high, ones)), mm.left_again(mm.turned(B_low, ones))
+    upto = tl.where(i[None, :] <= i[:, None], 1.0, 0.0)
+    summed = upto if BACKWARD else 1.0 - upto  # the frames whose dt·A is in the decay of a frame
+    x = _load(x_ptr, x_t, x_p, i, p, i_mask, p_mask)
+    A, dt = tl.load(A_ptr + h), tl.load(dt_ptr + i * dt_t, mask=i_mask, other=0.0).to(tl.float32)
+    for r in tl.range(H // G, loop_unroll_factor=UNROLL):
+        # What the next head needs: the memory takes its time, and no load goes before an earlier store.
+        next_mask = i_mask & (r + 1 < H // G)
+        A_next = tl.load(A_ptr + h + r + 1, mask=r + 1 < H // G, other=0.0)
+        x_next = _load(x_ptr + (r + 1) * x_h, x_t, x_p, i, p, next_mask, p_mask)
+        dt_next = tl.load(dt_ptr + (r + 1) * dt_h + i * dt_t, mask=next_mask, other=0.0).to(tl.float32)
+        exponents = _exponents(dt, A, LEAST)
+        weights = tl.exp2(tl.sum(summed * exponents[None, :], axis=1))
+        if not BACKWARD:
+            weights *= dt
+            tl.store(decays_ptr + r, tl.exp2(tl.sum(exponents, axis=0)))
+        x_high, x_low = mm.split(x * weights[:, None])
+        x_high, x_low = mm.across(x_high, x_low, ones)
+        added = mm.dot(B_high, B_low, x_high, x_low, tl.zeros([N_PAD, P_PAD], tl.float32))  # (n, p)
+        mm.store(states_ptr + r * (P * N) + n_order, added, n_order < N, P, N)
+        x, A, dt = x_next, A_next, dt_next
 
 
 @triton.jit
@@ -164,109 +138,187 @@ def _output_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, states_ptr, y_ptr,
     x_b, x_t, x_h, x_p, dt_b, dt_t, dt_h, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
     T, M, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    P_PAD: tl.constexpr, N_PAD: tl.constexpr, L: tl.constexpr, LEAST: tl.constexpr,
+    P_PAD: tl.constexpr, N_PAD: tl.constexpr, L: tl.constexpr, LEAST: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     b, g, m = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G, tl.program_id(1)
-    i, p, n = tl.arange(0, L), tl.arange(0, P_PAD), tl.arange(0, N_PAD)
+    i, p, n = mm.order(L), tl.arange(0, P_PAD), tl.arange(0, N_PAD)
     i_mask, p_mask, n_mask = i < T - m * L, p < P, n < N
-    pn, pn_mask = p[:, None] * N + n[None, :], p_mask[:, None] & n_mask[None, :]
+    p_order = mm.order(P_PAD)
+    pn, pn_mask = p_order[:, None] * N + n[None, :], (p_order < P)[:, None] & n_mask[None, :]
+    h = g * (H // G)
+    x_ptr += b * x_b + m * L * x_t + h * x_h
+    dt_ptr += b * dt_b + m * L * dt_t + h * dt_h
+    states_ptr += ((b * (M + 1) + m) * H + h) * P * N
+    y_ptr += ((b * T + m * L) * H + h) * P
     B = _load(B_ptr + b * B_b + m * L * B_t + g * B_g, B_t, B_n, i, n, i_mask, n_mask)
     C = _load(C_ptr + b * C_b + m * L * C_t + g * C_g, C_t, C_n, i, n, i_mask, n_mask)
-    products = _dot(C, tl.trans(B))
-    diagonal = i[:, None] == i[None, :]
-    for r in range(H // G):
-        h = g * (H // G) + r
-        x = _load(x_ptr + b * x_b + m * L * x_t + h * x_h, x_t, x_p, i, p, i_mask, p_mask)
-        state = tl.load(states_ptr + ((b * (M + 1) + m) * H + h) * P * N + pn, mask=pn_mask, other=0.0)
-        dt, _, from_start, _, _, a, rest = _decays(
-            dt_ptr + b * dt_b + m * L * dt_t + h * dt_h, tl.load(A_ptr + h), i, i_mask, dt_t, LEAST
-        )
-        y = _dot(C, tl.trans(state)) * from_start[:, None]
-        y += _dot(products * _between(a, rest, i) * dt[None, :] + tl.where(diagonal, tl.load(D_ptr + h), 0.0), x)
-        y_pointers = y_ptr + ((b * T + m * L) * H + h) * P + (i[:, None] * (H * P) + p[None, :])
-        tl.store(y_pointers, y, mask=i_mask[:, None] & p_mask[None, :])
+    B_high, B_low = mm.split(B)
+    C_high, C_low = mm.split(C)
+    C_high, C_low = mm.left(C_high), mm.left(C_low)
+    products = mm.dot(C_high, C_low, mm.right(B_high), mm.right(B_low), tl.zeros([L, L], tl.float32))  # (t, s)
+    t, s = i[:, None], i[None, :]
+    # Constants. The last of the three cases never comes up, but so they are spread over the threads as products are.
+    upto = tl.where(s <= t, 1.0, tl.where(s > t, 0.0, products))
+    strict = tl.where(s < t, 1.0, tl.where(s >= t, 0.0, products))
+    products *= upto
+    since = mm.right_again(1.0 - upto)
+    ones = mm.left_again(upto - strict) if L == 16 else mm.unit()
+    for r in tl.range(H // G, loop_unroll_factor=UNROLL):
+        A, D = tl.load(A_ptr + h + r), tl.load(D_ptr + h + r)
+        x = _load(x_ptr + r * x_h, x_t, x_p, i, p, i_mask, p_mask)
+        state = tl.load(states_ptr + r * (P * N) + pn, mask=pn_mask, other=0.0)
+        dt = tl.load(dt_ptr + r * dt_h + i * dt_t, mask=i_mask, other=0.0).to(tl.float32)
+        exponents = _exponents(dt, A, LEAST)
+        e_high, e_low = mm.split(exponents)
+        high, low = upto * e_high[None, :], upto * e_low[None, :]
+        from_start = tl.exp2(tl.sum(high + low, axis=1))
+        between = tl.dot(mm.left_again(low), since, input_precision="tf32")
+        between = tl.exp2(tl.dot(mm.left_again(high), since, acc=between, input_precision="tf32"))
+        state_high, state_low = mm.split(state)
+        y = mm.dot(C_high, C_low, mm.right(state_high), mm.right(state_low), tl.zeros([L, P_PAD], tl.float32))
+        y = y * from_start[:, None] + mm.ordered(x) * D
+        x_high, x_low = mm.split(x)
+        xT_high, xT_low = mm.across(x_high, x_low, ones)
+        mixing_high, mixing_low = mm.split(mm.left_again(products * between * dt[None, :]))
+        y = mm.dot(mixing_high, mixing_low, xT_high, xT_low, y)
+        mm.store(y_ptr + r * P + i * (H * P), y, i_mask, P, 1)
 
 
 @triton.jit
 def _gradient_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, states_ptr, dy_ptr, dstates_ptr,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, states_ptr, dy_ptr, dstates_ptr, decays_ptr,
     dx_ptr, ddt_ptr, dB_ptr, dC_ptr, dA_ptr, dD_ptr,
     x_b, x_t, x_h, x_p, dt_b, dt_t, dt_h, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n, dy_b, dy_t, dy_h, dy_p,
     T, M, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    P_PAD: tl.constexpr, N_PAD: tl.constexpr, L: tl.constexpr, LEAST: tl.constexpr, BY_DOT: tl.constexpr,
+    P_PAD: tl.constexpr, N_PAD: tl.constexpr, L: tl.constexpr, LEAST: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     b, g, m = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G, tl.program_id(1)
-    i, p, n = tl.arange(0, L), tl.arange(0, P_PAD), tl.arange(0, N_PAD)
+    i, p, n = mm.order(L), tl.arange(0, P_PAD), tl.arange(0, N_PAD)
     i_mask, p_mask, n_mask = i < T - m * L, p < P, n < N
-    pn, pn_mask = p[:, None] * N + n[None, :], p_mask[:, None] & n_mask[None, :]
-    B = _load(B_ptr + b * B_b + m * L * B_t + g * B_g, B_t, B_n, i, n, i_mask, n_mask)
-    C = _load(C_ptr + b * C_b + m * L * C_t + g * C_g, C_t, C_n, i, n, i_mask, n_mask)
-    products = _dot(C, tl.trans(B))
+    p_order = mm.order(P_PAD)
+    pn, pn_mask = p_order[:, None] * N + n[None, :], (p_order < P)[:, None] & n_mask[None, :]
+    h = g * (H // G)
+    x_ptr += b * x_b + m * L * x_t + h * x_h
+    dy_ptr += b * dy_b + m * L * dy_t + h * dy_h
+    dt_ptr += b * dt_b + m * L * dt_t + h * dt_h
+    start = (b * (M + 1) + m) * H + h
+    states_ptr += start * P * N
+    dstates_ptr += (start + H) * P * N
+    decays_ptr += (b * M + m) * H + h
+    row = (b * T + m * L) * H + h
+    dx_ptr += row * P
+    ddt_ptr += row
+    block = (h * (tl.num_programs(0) // G) + b) * M + m
+    blocks = tl.num_programs(0) // G * M
+    B_base = B_ptr + b * B_b + m * L * B_t + g * B_g
+    C_base = C_ptr + b * C_b + m * L * C_t + g * C_g
+    B = _load(B_base, B_t, B_n, i, n, i_mask, n_mask)
+    C = _load(C_base, C_t, C_n, i, n, i_mask, n_mask)
+    B_high, B_low = mm.split(B)
+    C_high, C_low = mm.split(C)
+    B_high, B_low = mm.left(B_high), mm.left(B_low)
+    products = mm.dot(B_high, B_low, mm.right(C_high), mm.right(C_low), tl.zeros([L, L], tl.float32))  # (s, t), as all
+    s, t = i[:, None], i[None, :]
+    # Constants. The last of the three cases never comes up, but so they are spread over the threads as products are.
+    strict = tl.where(s < t, 1.0, tl.where(s >= t, 0.0, products))
+    upto = tl.where(s <= t, 1.0, tl.where(s > t, 0.0, products))
+    products *= upto
+    lower = 1.0 - strict
+    until = mm.right_again(lower)
+    after = mm.right_again(strict)
+    ones = mm.left_again(upto - strict) if L == 16 else mm.unit()
     weights = tl.zeros([L, L], tl.float32)
     dB, dC = tl.zeros([L, N_PAD], tl.float32), tl.zeros([L, N_PAD], tl.float32)
-    earlier, diagonal, above = i[:, None] > i[None, :], i[:, None] == i[None, :], i[:, None] < i[None, :]
-    later = above.to(tl.float32)
-    for r in range(H // G):
-        h = g * (H // G) + r
-        A, D = tl.load(A_ptr + h), tl.load(D_ptr + h)
-        x = _load(x_ptr + b * x_b + m * L * x_t + h * x_h, x_t, x_p, i, p, i_mask, p_mask)
-        dy = _load(dy_ptr + b * dy_b + m * L * dy_t + h * dy_h, dy_t, dy_p, i, p, i_mask, p_mask)
-        start = ((b * (M + 1) + m) * H + h) * P * N
-        state = tl.load(states_ptr + start + pn, mask=pn_mask, other=0.0)
-        dstate = tl.load(dstates_ptr + start + H * P * N + pn, mask=pn_mask, other=0.0)
-        dt, dtA, from_start, to_end, decay, a, rest = _decays(
-            dt_ptr + b * dt_b + m * L * dt_t + h * dt_h, A, i, i_mask, dt_t, LEAST
-        )
-        between = _between(a, rest, i)
+    for r in tl.range(H // G, loop_unroll_factor=UNROLL):
+        A, D = tl.load(A_ptr + h + r), tl.load(D_ptr + h + r)
+        dy = _load(dy_ptr + r * dy_h, dy_t, dy_p, i, p, i_mask, p_mask)
+        state = tl.load(states_ptr + r * (P * N) + pn, mask=pn_mask, other=0.0)
+        dt = tl.load(dt_ptr + r * dt_h + i * dt_t, mask=i_mask, other=0.0).to(tl.float32)
+        exponents = _exponents(dt, A, LEAST)
+        e_high, e_low = mm.split(exponents)
+        high, low = strict * e_high[None, :], strict * e_low[None, :]
+        # The sum over s < u <= t, and 0 where s > t: there the products and, in the end, the weights are 0.
+        between = tl.dot(mm.left_again(low), until, input_precision="tf32")
+        between = tl.exp2(tl.dot(mm.left_again(high), until, acc=between, input_precision="tf32"))
+        to_end = tl.sum(tl.where(t == L - 1, between, 0.0), axis=1)
+        from_start = tl.exp2(tl.sum(exponents[None, :] - (high + low), axis=1))
 
-        pairs = _dot(dy, tl.trans(x)) * between
-        weights += pairs * dt[None, :]
-        mixing = products * between * dt[None, :] + tl.where(diagonal, D, 0.0)
-        dx = _dot(B, tl.trans(dstate)) * (dt * to_end)[:, None] + _dot(tl.trans(mixing), dy)
-        read = _dot(dy, state) * from_start[:, None]
+        dy_high, dy_low = mm.split(dy)
+        state_high, state_low = mm.split(state)
+        stateT_high, stateT_low = mm.across(state_high, state_low, ones)
+        read = mm.dot(mm.left(dy_high), mm.left(dy_low), stateT_high, stateT_low, tl.zeros([L, N_PAD], tl.float32))
+        read *= from_start[:, None]
         dC += read
-        given = _dot(x, dstate) * to_end[:, None]
-        dB += given * dt[:, None]
+        arrived = tl.sum(read * mm.ordered(C), axis=1)
 
+        x = _load(x_ptr + r * x_h, x_t, x_p, i, p, i_mask, p_mask)
+        dstate = tl.load(dstates_ptr + r * (P * N) + pn, mask=pn_mask, other=0.0)
+        tl.store(dD_ptr + block + r * blocks, tl.sum(x * dy))
+        faded = tl.load(decays_ptr + r) * tl.sum(dstate * state)
+        dstate_high, dstate_low = mm.split(dstate)
+        inter = mm.dot(B_high, B_low, mm.right(dstate_high), mm.right(dstate_low), tl.zeros([L, P_PAD], tl.float32))
+        straight = tl.sum(inter * mm.ordered(x), axis=1) * to_end
+        dt_end = dt * to_end
+        x_high, x_low = mm.split(x)
+        x_high, x_low = mm.left(x_high), mm.left(x_low)
+        dstateT_high, dstateT_low = mm.across(dstate_high, dstate_low, ones)
+        given = mm.dot(x_high, x_low, dstateT_high, dstateT_low, tl.zeros([L, N_PAD], tl.float32))
+        dB += given * dt_end[:, None]
+
+        mixing_high, mixing_low = mm.split(mm.left_again(products * between * dt[:, None]))
+        dyT_high, dyT_low = mm.across(dy_high, dy_low, ones)
+        dx = mm.dot(mixing_high, mixing_low, dyT_high, dyT_low, inter * dt_end[:, None] + mm.ordered(dy) * D)
+        mm.store(dx_ptr + r * P + i * (H * P), dx, i_mask, P, 1)
+
+        pairs = mm.dot(x_high, x_low, mm.right(dy_high), mm.right(dy_low), tl.zeros([L, L], tl.float32)) * between
+        weights += pairs * dt[:, None]
         both = pairs * products
-        passed, arrived = dt * tl.sum(given * B, axis=1), tl.sum(read * C, axis=1)
+        stepped = both * dt[:, None]
+        high, low = mm.split(mm.left_again(stepped))
+        crossing = tl.dot(low, after, acc=stepped + (dt * straight)[:, None], input_precision="tf32")
+        crossing = tl.dot(high, after, acc=crossing, input_precision="tf32")
         # Sums of sums, not differences of them: where decays are fast, these would leave only rounding errors.
-        if BY_DOT:  # which several warps would all do
-            high, low = _split(both * dt[None, :])
-            crossing = tl.dot(low, later, acc=tl.broadcast_to(arrived[:, None], L, L), input_precision="tf32")
-            crossing = tl.dot(high, later, acc=crossing, input_precision="tf32")
-            ddtA = tl.sum(tl.where(above, passed[:, None], crossing), axis=0)
-        else:
-            crossing = tl.cumsum(both * dt[None, :], axis=0, reverse=True)
-            ddtA = tl.sum(tl.where(earlier, crossing + passed[None, :], arrived[None, :]), axis=1)
-        ddtA += decay * tl.sum(dstate * state)
-        ddtA = tl.where((dtA >= LEAST) & i_mask, ddtA, 0.0)
+        ddtA = tl.sum(strict * crossing + lower * arrived[:, None], axis=0) + faded
+        ddtA = tl.where((dt * A >= LEAST) & i_mask, ddtA, 0.0)
 
-        row = (b * T + m * L) * H + h
-        ddt = ddtA * A + tl.sum(both, axis=0) + tl.sum(given * B, axis=1)
-        tl.store(ddt_ptr + row + i * H, ddt, mask=i_mask)
-        dx_pointers = dx_ptr + row * P + (i[:, None] * (H * P) + p[None, :])
-        tl.store(dx_pointers, dx, mask=i_mask[:, None] & p_mask[None, :])
-        block = (h * (tl.num_programs(0) // G) + b) * M + m
-        tl.store(dA_ptr + block, tl.sum(ddtA * dt, axis=0))
-        tl.store(dD_ptr + block, tl.sum(tl.where(diagonal, pairs, 0.0)))
-    dC += _dot(weights, B)
-    dB += _dot(tl.trans(weights), C)
+        ddt = ddtA * A + (tl.sum(both, axis=1) + straight)
+        tl.store(ddt_ptr + r + i * H, ddt, mask=i_mask)
+        tl.store(dA_ptr + block + r * blocks, tl.sum(ddtA * dt, axis=0))
+    weights_high, weights_low = mm.split(weights * upto)
+    C_high, C_low = mm.split(_load(C_base, C_t, C_n, i, n, i_mask, n_mask))
+    CT_high, CT_low = mm.across(C_high, C_low, ones)
+    dB = mm.dot(mm.left_again(weights_high), mm.left_again(weights_low), CT_high, CT_low, dB)
+    weights_high, weights_low = mm.turned_again(weights_high, ones), mm.turned_again(weights_low, ones)
+    B_high, B_low = mm.split(_load(B_base, B_t, B_n, i, n, i_mask, n_mask))
+    BT_high, BT_low = mm.across(B_high, B_low, ones)
+    dC = mm.dot(mm.left_again(weights_high), mm.left_again(weights_low), BT_high, BT_low, dC)
     start = ((b * T + m * L) * G + g) * N
     in_mask, offsets = i_mask[:, None] & n_mask[None, :], i[:, None] * (G * N) + n[None, :]
-    tl.store(dB_ptr + start + offsets, dB, mask=in_mask)
-    tl.store(dC_ptr + start + offsets, dC, mask=in_mask)
+    tl.store(dB_ptr + start + offsets, mm.loaded(dB), mask=in_mask)
+    tl.store(dC_ptr + start + offsets, mm.loaded(dC), mask=in_mask)
 
 
-def _sizes(x_BTHP: Tensor, B_BTGN: Tensor, least_log_decay: float) -> tuple[Tiles, dict[str, Any]]:
-    """The tiles, and the constants of the kernels of blocks."""
+@triton.jit
+def _sum_kernel(x_ptr, sums_ptr, COUNT, NUMBERS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sum of every row of a matrix. For dA and dD it need not take the 8 µs that PyTorch's takes on an H100."""
+    row, e = tl.program_id(0).to(tl.int64), tl.arange(0, NUMBERS)
+    sums = tl.zeros([NUMBERS], tl.float32)
+    done = 0
+    while done < COUNT:
+        sums += tl.load(x_ptr + row * COUNT + done + e, mask=done + e < COUNT, other=0.0)
+        done += NUMBERS
+    tl.store(sums_ptr + row, tl.sum(sums, axis=0))
+
+
+def _sizes(x_BTHP: Tensor, B_BTGN: Tensor, least_log_decay: float) -> dict[str, Any]:
+    """The constants of the kernels of blocks."""
     _, T, H, P = x_BTHP.shape
     G, N = B_BTGN.shape[2:]
     P_pad, N_pad = max(16, triton.next_power_of_2(P)), max(16, triton.next_power_of_2(N))
-    tiles = TILES.get((P_pad, N_pad), LARGE_TILES)
-    L = tiles.block_frames
-    return tiles, dict(
-        T=T, M=triton.cdiv(T, L), H=H, G=G, P=P, N=N, P_PAD=P_pad, N_PAD=N_pad, L=L, LEAST=least_log_decay, num_stages=1
+    return dict(
+        T=T, M=triton.cdiv(T, BLOCK_FRAMES), H=H, G=G, P=P, N=N, P_PAD=P_pad, N_PAD=N_pad, L=BLOCK_FRAMES,
+        LEAST=least_log_decay, UNROLL=2 if N_pad == 16 else 1,  # more heads at once do not fit into registers
+        num_stages=1, num_warps=1,
     )  # fmt: skip
 
 
@@ -276,19 +328,18 @@ def _states(
     A_H: Tensor,
     B_BTGN: Tensor,
     first_BHPN: Tensor,
-    warps: int,
     sizes: dict[str, Any],
+    decays_BMH: Tensor,
     *,
     backward: bool,
 ) -> tuple[Tensor, Tensor]:
     """The states at the starts and ends of all blocks, and the one after the last; backward, their gradients."""
     (B, _, H, P), (G, N), M = x_BTHP.shape, B_BTGN.shape[2:], sizes["M"]
     states_BZHPN = first_BHPN.new_empty(B, M + 1, H, P, N)
-    decays_BMH = first_BHPN.new_empty(B, M, H)
     last_BHPN = first_BHPN.new_empty(B, H, P, N)
     _added_kernel[(B * G, M)](
         x_BTHP, dt_BTH, A_H, B_BTGN, states_BZHPN, decays_BMH,
-        *x_BTHP.stride(), *dt_BTH.stride(), *B_BTGN.stride(), **sizes, BACKWARD=backward, num_warps=warps,
+        *x_BTHP.stride(), *dt_BTH.stride(), *B_BTGN.stride(), **sizes, BACKWARD=backward,
     )  # fmt: skip
     _pass_kernel[(B, triton.cdiv(H * P * N, PASS_NUMBERS))](
         states_BZHPN, decays_BMH, first_BHPN.contiguous(), last_BHPN,
@@ -301,38 +352,38 @@ class _Ssd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, least_log_decay: float, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN = inputs
-        tiles, sizes = _sizes(x_BTHP, B_BTGN, least_log_decay)
-        states_BZHPN, end_BHPN = _states(
-            x_BTHP, dt_BTH, A_H, B_BTGN, state_BHPN, tiles.added_warps, sizes, backward=False
-        )
+        sizes = _sizes(x_BTHP, B_BTGN, least_log_decay)
+        decays_BMH = state_BHPN.new_empty(len(x_BTHP), sizes["M"], len(A_H))
+        states_BZHPN, end_BHPN = _states(x_BTHP, dt_BTH, A_H, B_BTGN, state_BHPN, sizes, decays_BMH, backward=False)
         y_BTHP = state_BHPN.new_empty(x_BTHP.shape)
         strides = [s for x in (x_BTHP, dt_BTH, B_BTGN, C_BTGN) for s in x.stride()]
         _output_kernel[(len(x_BTHP) * sizes["G"], sizes["M"])](
-            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, states_BZHPN, y_BTHP,
-            *strides, **sizes, num_warps=tiles.output_warps,
+            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, states_BZHPN, y_BTHP, *strides, **sizes,
         )  # fmt: skip
-        ctx.save_for_backward(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, states_BZHPN)
-        ctx.tiles, ctx.sizes = tiles, sizes
+        ctx.save_for_backward(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, states_BZHPN, decays_BMH)
+        ctx.sizes = sizes
         return y_BTHP, end_BHPN
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, states_BZHPN = ctx.saved_tensors
+        x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, states_BZHPN, decays_BMH = ctx.saved_tensors
         dy_BTHP, dend_BHPN = grads
         B, H, M = len(x_BTHP), len(A_H), ctx.sizes["M"]
         dstates_BZHPN, dstate_BHPN = _states(
-            dy_BTHP, dt_BTH, A_H, C_BTGN, dend_BHPN, ctx.tiles.added_warps, ctx.sizes, backward=True
+            dy_BTHP, dt_BTH, A_H, C_BTGN, dend_BHPN, ctx.sizes, decays_BMH, backward=True
         )
         dx_BTHP, ddt_BTH = (x.new_empty(x.shape) for x in (x_BTHP, dt_BTH))
         dB_BTGN, dC_BTGN = (x.new_empty(x.shape) for x in (B_BTGN, C_BTGN))
         dAD_2HBM = A_H.new_empty(2, H, B, M)
         strides = [s for x in (x_BTHP, dt_BTH, B_BTGN, C_BTGN, dy_BTHP) for s in x.stride()]
         _gradient_kernel[(B * ctx.sizes["G"], M)](
-            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, states_BZHPN, dy_BTHP, dstates_BZHPN,
+            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, states_BZHPN, dy_BTHP, dstates_BZHPN, decays_BMH,
             dx_BTHP, ddt_BTH, dB_BTGN, dC_BTGN, dAD_2HBM[0], dAD_2HBM[1],
-            *strides, **ctx.sizes, BY_DOT=ctx.tiles.gradient_warps == 1, num_warps=ctx.tiles.gradient_warps,
+            *strides, **ctx.sizes,
         )  # fmt: skip
-        dA_H, dD_H = dAD_2HBM.sum(dim=(2, 3))
+        dAD_2H = A_H.new_empty(2, H)
+        _sum_kernel[(2 * H,)](dAD_2HBM, dAD_2H, B * M, NUMBERS=SUM_NUMBERS, num_warps=4)
+        dA_H, dD_H = dAD_2H
         return None, dx_BTHP, ddt_BTH, dA_H, dB_BTGN, dC_BTGN, dD_H, dstate_BHPN
 
 

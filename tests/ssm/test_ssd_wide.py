@@ -1,0 +1,64 @@
+"""The kernels for large states, by the functions of test_ssd_kernels.py. Shapes are those of ssm_asr/ssm/mamba2.py."""
+
+import pytest
+import test_ssd_kernels
+from kernel_device import DEVICE
+from test_ssd_kernels import assert_as_reference, operands, seed  # noqa: F401
+
+from ssm_asr.ssm.kernels import ssd_wide as kernels
+from ssm_asr.ssm.kernels.ssd_wide import BLOCK_FRAMES, CHANNELS, STATES
+from ssm_asr.ssm.mamba2 import WIDE_STATES, ssd
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setattr(test_ssd_kernels, "ssd_kernel", kernels.ssd_wide)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(kernels, "PASS_NUMBERS", 4096)  # the interpreter takes its time for every program
+
+
+@pytest.mark.parametrize("N, name", [(WIDE_STATES - 1, "narrow"), (WIDE_STATES, "wide")])
+def test_large_states_take_these_kernels(monkeypatch, N, name):
+    monkeypatch.setattr("ssm_asr.ssm.kernels.usable", lambda x: True)
+    monkeypatch.setattr("ssm_asr.ssm.kernels.ssd.ssd_kernel", lambda *inputs, least_log_decay: "narrow")
+    monkeypatch.setattr(kernels, "ssd_wide", lambda *inputs, least_log_decay: "wide")
+    assert ssd(*(x.float() for x in operands(N=N))) == name
+
+
+@pytest.mark.parametrize("T", [1, BLOCK_FRAMES, BLOCK_FRAMES + 1, 2 * BLOCK_FRAMES + 5])
+def test_lengths(monkeypatch, T):
+    monkeypatch.setattr(kernels, "PASS_BLOCKS", 2)
+    assert_as_reference(operands(B=1, T=T, H=2))
+
+
+@pytest.mark.parametrize("P", [9, 24])
+def test_sizes_of_the_presets(P):
+    assert_as_reference(operands(B=1, T=20, H=16, P=P, G=1, N=128))
+
+
+@pytest.mark.parametrize("G, N", [(1, STATES + 7), (2, 2 * STATES + 3), (4, 5)])
+def test_groups_and_states(G, N):
+    assert_as_reference(operands(B=1, H=4, G=G, N=N))
+
+
+def test_more_channels_than_a_program_takes():
+    assert_as_reference(operands(B=1, T=20, H=2, G=1, P=CHANNELS + 1))
+
+
+@pytest.mark.parametrize("block_frames", [32, 128])
+def test_lengths_of_blocks(monkeypatch, block_frames):
+    monkeypatch.setattr(kernels, "BLOCK_FRAMES", block_frames)
+    assert_as_reference(operands(B=1, T=140, H=2))
+
+
+def test_inputs_of_other_strides():
+    assert_as_reference(operands(channels_first=True))
+
+
+@pytest.mark.parametrize("steps", [1e-4, 1.0, 30.0])
+def test_slow_and_fast_decays(steps):
+    assert_as_reference(operands(B=1, T=100, H=2, steps=steps))
+
+
+def test_frames_without_a_step_change_nothing():
+    test_ssd_kernels.test_frames_without_a_step_change_nothing()
