@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ssm_asr import distributed, units
 from ssm_asr.config import Experiment, load_experiment
-from ssm_asr.data.batches import shape_frames
+from ssm_asr.data.batches import shape_frames, shape_tokens
 from ssm_asr.encoder.schedule import set_batch_count
 from ssm_asr.optim import ScaledAdam
 from ssm_asr.train import PRECISIONS
@@ -47,7 +47,7 @@ def make_batch(seed: int, options: argparse.Namespace) -> Data:
     return Data(
         torch.randn(count, frames, units.NUM_MELS, generator=generator),
         torch.linspace(0.9 * frames, frames, count).long(),
-        torch.randint(1, options.vocab_size, (count, tokens), generator=generator),
+        torch.randint(1, options.vocab_size, (count, shape_tokens(tokens)), generator=generator),
         torch.full((count,), tokens),
     )
 

@@ -11,7 +11,6 @@ import argparse
 import gc
 import importlib
 import importlib.util
-import math
 import random
 import statistics
 import sys
@@ -28,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from ssm_asr import units
-from ssm_asr.data.batches import SHAPE_TOKENS, shape_frames
+from ssm_asr.data.batches import shape_frames, shape_tokens
 from ssm_asr.encoder.schedule import set_batch_count
 from ssm_asr.encoder.zipformer import ZipformerConfig
 from ssm_asr.optim import ScaledAdam
@@ -71,13 +70,13 @@ def make_batches(shapes: list[tuple[int, float]], device: str, vocab_size: int, 
     for count, seconds in shapes:
         count = max(2, round(count * scale))
         frames = shape_frames(seconds)
-        tokens, places = round(4 * seconds), math.ceil(4 * seconds / SHAPE_TOKENS) * SHAPE_TOKENS
+        tokens = round(4 * seconds)
         lens_B = torch.linspace(0.9 * frames, frames, count).long()
         batches.append(
             Data(
                 torch.randn(count, frames, units.NUM_MELS, device=device),
                 lens_B,
-                torch.randint(1, vocab_size, (count, places), device=device),
+                torch.randint(1, vocab_size, (count, shape_tokens(tokens)), device=device),
                 torch.full((count,), tokens),
             )
         )

@@ -37,7 +37,7 @@ from ssm_asr.units import ENCODER_FRAME_MS, FRAME_SHIFT_MS, LOG_MEL_SILENCE, fea
 CUTS_TO_ESTIMATE_BUCKETS = 10000
 # Fixed shapes have a multiple of so many encoder frames (50 Hz), which GPUs multiply faster than odd numbers.
 SHAPE_FRAMES = 16
-SHAPE_TOKENS = 16  # and a multiple of so many tokens
+SHAPE_OUTPUTS = 16  # and, for the same reason, of so many outputs of the predictor, which are one more than tokens
 
 
 class Batch(NamedTuple):
@@ -95,6 +95,11 @@ def shape_frames(seconds: float) -> int:
     return feature_frames(math.ceil(encoder_frames / SHAPE_FRAMES) * SHAPE_FRAMES)
 
 
+def shape_tokens(tokens: int) -> int:
+    """Tokens of a fixed shape for transcripts of at most so many."""
+    return math.ceil((tokens + 1) / SHAPE_OUTPUTS) * SHAPE_OUTPUTS - 1
+
+
 class _BatchMaker(torch.utils.data.Dataset):
     """Turns a job into a Batch; runs in the workers."""
 
@@ -115,7 +120,7 @@ class _BatchMaker(torch.utils.data.Dataset):
             ids = ["+".join(ids[i] for i in group) for group in groups]
         tokens = [torch.tensor(self._tokenizer.encode(text), dtype=torch.int64) for text in texts]
         tokens_BU = pad_sequence(tokens, batch_first=True, padding_value=0)
-        extra = -tokens_BU.shape[1] % SHAPE_TOKENS if job.least_frames else 0
+        extra = shape_tokens(tokens_BU.shape[1]) - tokens_BU.shape[1] if job.least_frames else 0
         features_BTF = pad_sequence(features, batch_first=True, padding_value=LOG_MEL_SILENCE)
         missing = max(0, job.least_frames - features_BTF.shape[1])
         return Batch(

@@ -27,7 +27,7 @@ class DataConfig:
     max_duration_s: float = 600.0  # speech per batch and device
     num_buckets: int = 30  # batches hold utterances of similar duration, from one of so many buckets
     # All batches of a bucket have one shape: as many utterances as fit if all were the longest, padded to its length;
-    # tokens are padded to a multiple of 16.
+    # tokens are padded to one less than a multiple of 16.
     fixed_shapes: bool = False
     min_utterance_s: float = 0.3  # shorter utterances are left out
     max_utterance_s: float = 20.0  # longer utterances are left out
