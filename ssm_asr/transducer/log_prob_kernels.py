@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ssm_asr.encoder.kernels.sums import rows, slabs_of, totals
-from ssm_asr.transducer.log_probs import MEMORY_LINE
+from ssm_asr.ssm.kernels import MEMORY_LINE
 
 ELEMENTS = 4096  # of a program's tile
 WIDTH = 512  # of a tile at most

@@ -21,8 +21,6 @@ from ssm_asr.ssm import kernels
 # Largest piece of a distribution tensor, in numbers: on a CPU small enough for its cache.
 PIECE_NUMEL_CPU = 1 << 20
 PIECE_NUMEL_GPU = 1 << 26
-# GPUs are fastest at products of matrices whose rows are a multiple of this many numbers.
-MEMORY_LINE = 64
 
 
 def pieces(count: int, numel_each: int, device: torch.device) -> Iterator[slice]:

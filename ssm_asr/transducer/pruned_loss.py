@@ -20,7 +20,7 @@ from ssm_asr.encoder.modules import linear
 from ssm_asr.encoder.schedule import to_device
 from ssm_asr.ssm import kernels
 from ssm_asr.transducer.lattice import check_boundary
-from ssm_asr.transducer.log_probs import MEMORY_LINE, JoinerTerms
+from ssm_asr.transducer.log_probs import JoinerTerms
 from ssm_asr.transducer.prune_ranges import window_length, window_starts
 from ssm_asr.transducer.rnnt_loss import (
     at_least_float32,
@@ -68,7 +68,7 @@ def vocabulary_projection(layer: nn.Linear, x: Tensor) -> Tensor:
     """layer(x), for the simple loss; on a GPU for fast products with further tokens, whose logits are -inf."""
     weight_VD: Tensor = layer.weight
     bias_V: Tensor = layer.bias
-    padding = -len(weight_VD) % MEMORY_LINE
+    padding = -len(weight_VD) % kernels.MEMORY_LINE
     if padding and kernels.usable(x) and _k2() is None:
         weight_VD = functional.pad(weight_VD, (0, 0, 0, padding))
         bias_V = functional.pad(bias_V, (0, padding), value=-torch.inf)
