@@ -157,6 +157,8 @@ run_stage 2 after --outputs never -- touch never
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        # Tests that a shell has put into the background inherit that SIGINT is ignored, which no trap can change.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log = tmp_path / "log"
     while not log.exists():
