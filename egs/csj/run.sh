@@ -23,7 +23,7 @@ else
     if "$ci"; then
         name+="-ci"
         make_options+=(--minutes 15)
-        overrides+=(--set=train.num_epochs=9 --set=data.max_duration_s=10)
+        overrides+=(--set=train.num_epochs=13 --set=data.max_duration_s=10)
     elif [ "$(basename "$config")" = zipformer_tiny.yaml ]; then
         : "${compare_with:=conf/sammo_tiny.yaml}"
     else
