@@ -145,7 +145,7 @@ class Transducer(nn.Module):
             config.prune_range,
             config.rnnt_type,
             features_BTF.device,
-            every_frame=isinstance(self.transducer_losses, Graphs),  # graphs are of fixed shapes
+            every_frame=self.training and isinstance(self.transducer_losses, Graphs),  # graphs are of fixed shapes
         )
         simple_B, pruned_B = self.transducer_losses(encoder_out_BSD, tokens_BU, *lattices)
         ctc_B = self._ctc_loss(encoder_out_BSD, frames_B, tokens_BU, token_lens_B) if config.ctc else None

@@ -5,6 +5,7 @@ import test_ssd_kernels
 from kernel_device import DEVICE
 from test_ssd_kernels import assert_as_reference, operands, seed  # noqa: F401
 
+from ssm_asr.ssm.kernels import ssd as ssd_kernels
 from ssm_asr.ssm.kernels import ssd_wide as kernels
 from ssm_asr.ssm.kernels.ssd_wide import BLOCK_FRAMES, CHANNELS, STATES
 from ssm_asr.ssm.mamba2 import WIDE_STATES, ssd
@@ -14,7 +15,7 @@ from ssm_asr.ssm.mamba2 import WIDE_STATES, ssd
 def wide(monkeypatch):
     monkeypatch.setattr(test_ssd_kernels, "ssd_kernel", kernels.ssd_wide)
     if DEVICE == "cpu":
-        monkeypatch.setattr(kernels, "PASS_NUMBERS", 4096)  # the interpreter takes its time for every program
+        monkeypatch.setattr(ssd_kernels, "PASS_NUMBERS", 4096)  # the interpreter takes its time for every program
 
 
 @pytest.mark.parametrize("N, name", [(WIDE_STATES - 1, "narrow"), (WIDE_STATES, "wide")])
@@ -27,7 +28,7 @@ def test_large_states_take_these_kernels(monkeypatch, N, name):
 
 @pytest.mark.parametrize("T", [1, BLOCK_FRAMES, BLOCK_FRAMES + 1, 2 * BLOCK_FRAMES + 5])
 def test_lengths(monkeypatch, T):
-    monkeypatch.setattr(kernels, "PASS_BLOCKS", 2)
+    monkeypatch.setattr(ssd_kernels, "PASS_BLOCKS", 2)
     assert_as_reference(operands(B=1, T=T, H=2))
 
 

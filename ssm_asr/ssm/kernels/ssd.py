@@ -322,6 +322,25 @@ def _sizes(x_BTHP: Tensor, B_BTGN: Tensor, least_log_decay: float) -> dict[str, 
     )  # fmt: skip
 
 
+def pass_on(states_BZHPN: Tensor, decays_BMH: Tensor, first_BHPN: Tensor, *, backward: bool) -> Tensor:
+    """Turns what blocks add into the states at their ends, the last of which it returns; backward, their gradients."""
+    (B, M, H), (P, N) = decays_BMH.shape, first_BHPN.shape[2:]
+    last_BHPN = first_BHPN.new_empty(B, H, P, N)
+    _pass_kernel[(B, triton.cdiv(H * P * N, PASS_NUMBERS))](
+        states_BZHPN, decays_BMH, first_BHPN.contiguous(), last_BHPN,
+        M, H=H, PN=P * N, BLOCKS=PASS_BLOCKS, NUMBERS=PASS_NUMBERS, BACKWARD=backward, num_warps=1,
+    )  # fmt: skip
+    return last_BHPN
+
+
+def sum_blocks(dAD_2HBM: Tensor) -> Tensor:
+    """The sums of dA and dD, (2, H), over sequences and blocks, always in the same order."""
+    _, H, B, M = dAD_2HBM.shape
+    dAD_2H = dAD_2HBM.new_empty(2, H)
+    _sum_kernel[(2 * H,)](dAD_2HBM, dAD_2H, B * M, NUMBERS=SUM_NUMBERS, num_warps=4)
+    return dAD_2H
+
+
 def _states(
     x_BTHP: Tensor,
     dt_BTH: Tensor,
@@ -336,16 +355,11 @@ def _states(
     """The states at the starts and ends of all blocks, and the one after the last; backward, their gradients."""
     (B, _, H, P), (G, N), M = x_BTHP.shape, B_BTGN.shape[2:], sizes["M"]
     states_BZHPN = first_BHPN.new_empty(B, M + 1, H, P, N)
-    last_BHPN = first_BHPN.new_empty(B, H, P, N)
     _added_kernel[(B * G, M)](
         x_BTHP, dt_BTH, A_H, B_BTGN, states_BZHPN, decays_BMH,
         *x_BTHP.stride(), *dt_BTH.stride(), *B_BTGN.stride(), **sizes, BACKWARD=backward,
     )  # fmt: skip
-    _pass_kernel[(B, triton.cdiv(H * P * N, PASS_NUMBERS))](
-        states_BZHPN, decays_BMH, first_BHPN.contiguous(), last_BHPN,
-        M, H=H, PN=P * N, BLOCKS=PASS_BLOCKS, NUMBERS=PASS_NUMBERS, BACKWARD=backward, num_warps=1,
-    )  # fmt: skip
-    return states_BZHPN, last_BHPN
+    return states_BZHPN, pass_on(states_BZHPN, decays_BMH, first_BHPN, backward=backward)
 
 
 class _Ssd(torch.autograd.Function):
@@ -381,9 +395,7 @@ class _Ssd(torch.autograd.Function):
             dx_BTHP, ddt_BTH, dB_BTGN, dC_BTGN, dAD_2HBM[0], dAD_2HBM[1],
             *strides, **ctx.sizes,
         )  # fmt: skip
-        dAD_2H = A_H.new_empty(2, H)
-        _sum_kernel[(2 * H,)](dAD_2HBM, dAD_2H, B * M, NUMBERS=SUM_NUMBERS, num_warps=4)
-        dA_H, dD_H = dAD_2H
+        dA_H, dD_H = sum_blocks(dAD_2HBM)
         return None, dx_BTHP, ddt_BTH, dA_H, dB_BTGN, dC_BTGN, dD_H, dstate_BHPN
 
 

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_asr.ssm.kernels.products import product, split
-from ssm_asr.ssm.kernels.ssd import PASS_BLOCKS, PASS_NUMBERS, SUM_NUMBERS, _load, _pass_kernel, _sum_kernel
+from ssm_asr.ssm.kernels.ssd import _load, pass_on, sum_blocks
 
 BLOCK_FRAMES = 64
 CHANNELS = 32  # of a group that a program takes at once
@@ -272,17 +272,12 @@ def _states(
     """The states at the starts and ends of all blocks, and the one after the last; SLOT 0, their gradients."""
     (B, _, H, P), (G, N), M = x_BTHP.shape, B_BTGN.shape[2:], decays_BMH.shape[1]
     states_BZHPN = first_BHPN.new_empty(B, M + 1, H, P, N)
-    last_BHPN = first_BHPN.new_empty(B, H, P, N)
     states = min(ADDED_STATES, max(16, triton.next_power_of_2(N)))
     _added_kernel[(triton.cdiv(H // G * P, CHANNELS) * triton.cdiv(N, states), M, B * G)](
         x_BTHP, vector_BHF, B_BTGN, states_BZHPN, *x_BTHP.stride(), *B_BTGN.stride(),
         **{**sizes, "STATES": states},
     )  # fmt: skip
-    _pass_kernel[(B, triton.cdiv(H * P * N, PASS_NUMBERS))](
-        states_BZHPN, decays_BMH, first_BHPN.contiguous(), last_BHPN,
-        M, H=H, PN=P * N, BLOCKS=PASS_BLOCKS, NUMBERS=PASS_NUMBERS, BACKWARD=sizes["SLOT"] == 0, num_warps=1,
-    )  # fmt: skip
-    return states_BZHPN, last_BHPN
+    return states_BZHPN, pass_on(states_BZHPN, decays_BMH, first_BHPN, backward=sizes["SLOT"] == 0)
 
 
 class _Ssd(torch.autograd.Function):
@@ -353,9 +348,7 @@ class _Ssd(torch.autograd.Function):
             x_BTHP, dt_to_end_BHF, dstates_BZHPN, weights_BMGLL, C_BTGN, dB_BTGN,
             *x_BTHP.stride(), *C_BTGN.stride(), SLOT=1, maxnreg=SHARED_REGISTERS, **ctx.groups,
         )  # fmt: skip
-        dAD_2H = A_H.new_empty(2, H)
-        _sum_kernel[(2 * H,)](dAD_2HBM, dAD_2H, B * M, NUMBERS=SUM_NUMBERS, num_warps=4)
-        dA_H, dD_H = dAD_2H
+        dA_H, dD_H = sum_blocks(dAD_2HBM)
         return None, dx_BTHP, ddt_BTH, dA_H, dB_BTGN, dC_BTGN, dD_H, dstate_BHPN
 
 
