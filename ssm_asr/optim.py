@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_asr.ssm import kernels
+
 ROW_ELEMENTS = 1024
 NORM_HISTORY_STEPS = 100  # the clipping threshold follows the median norm of this many steps
 EARLY_THRESHOLD_STEPS = (10, 20, 40)  # the threshold is estimated more often while training starts
@@ -62,11 +64,22 @@ class _FlatGroup:
             for row, p in zip(self._first_rows, self.params, strict=True)
         ]
 
-    def _sum_T(self, x_CR: Tensor) -> Tensor:
-        # unsafe skips a check of the lengths that would wait for the device
-        return torch.segment_reduce(x_CR.sum(dim=1), "sum", lengths=self._rows_T, unsafe=True)
+    @property
+    def _fused(self) -> bool:
+        return kernels.usable(self.param_CR) and self.param_CR.dtype == torch.float32
 
-    def rows(self, x_T: Tensor) -> Tensor:
+    def _dot_T(self, x_CR: Tensor, y_CR: Tensor) -> Tensor:
+        """The dot products of the tensors of one with those of the other."""
+        if self._fused:
+            from ssm_asr import optim_kernels  # only where Triton is installed
+
+            dots_C = optim_kernels.dots(x_CR, y_CR)
+        else:
+            dots_C = (x_CR * y_CR).sum(dim=1)
+        # unsafe skips a check of the lengths that would wait for the device
+        return torch.segment_reduce(dots_C, "sum", lengths=self._rows_T, unsafe=True)
+
+    def _rows(self, x_T: Tensor) -> Tensor:
         """One number a tensor -> (C, 1), to be broadcast over the rows."""
         return x_T[self._tensor_of_row_C, None]
 
@@ -89,15 +102,16 @@ class _FlatGroup:
 
     def scaled_grad_norm(self) -> Tensor:
         """Norm of the gradients, each multiplied by its parameter's rms."""
-        return (self._sum_T(self.grad_CR.square()) * self.rms_T.square()).sum().sqrt()
+        return (self._dot_T(self.grad_CR, self.grad_CR) * self.rms_T.square()).sum().sqrt()
 
     def refresh_rms(self) -> None:
-        rms_T = (self._sum_T(self.param_CR.square()) / self._numel_T).sqrt()
+        rms_T = (self._dot_T(self.param_CR, self.param_CR) / self._numel_T).sqrt()
         self.rms_T = torch.where(self._is_scalar_T, self.rms_T, rms_T)
 
-    def store_size_grads(self, slot: int) -> None:
-        """Store the gradient with respect to the log of each tensor's size."""
-        self.size_grads_PT[slot] = self._sum_T(self.param_CR * self.grad_CR)
+    def store_size_grads(self, slot: int, factor: Tensor) -> None:
+        """Store the gradient, times the factor, with respect to the log of each tensor's size."""
+        # a factor of zero leaves NaN where the gradient was not finite
+        self.size_grads_PT[slot] = (self._dot_T(self.param_CR, self.grad_CR) * factor).nan_to_num_(nan=0.0)
 
     def size_step(self, updates: int, lr: float, beta2: float, eps: float) -> Tensor:
         """How much each tensor grows, relative to itself, at size update number `updates` (from 1): (T,)."""
@@ -108,6 +122,41 @@ class _FlatGroup:
         step_T.clamp_(-MAX_SIZE_STEP, MAX_SIZE_STEP)
         step_T = torch.minimum(step_T, (MAX_RMS - self.rms_T) / self.rms_T)
         return step_T.masked_fill_(self._is_scalar_T | (self.rms_T < MIN_RMS), 0.0)
+
+    def add_step(
+        self,
+        scale_T: Tensor,
+        growth_T: Tensor | None,
+        factor: Tensor,
+        finite: Tensor,
+        betas: tuple[float, float],
+        correction: float,
+        eps: float,
+    ) -> None:
+        """Bring the moments up to date, and add the step that follows from them to the parameters.
+
+        Args:
+            scale_T: of Adam's step, for each tensor.
+            growth_T: how much each tensor grows as a whole, relative to itself.
+            factor, finite: of `ScaledAdam._clipping_factor`.
+            correction: of the mean squared gradient's bias.
+        """
+        if self._fused:
+            from ssm_asr import optim_kernels  # only where Triton is installed
+
+            matrices = (self.grad_CR, self.exp_avg_sq_CR, self.delta_CR, self.param_CR, self._tensor_of_row_C)
+            optim_kernels.add_step(*matrices, scale_T, growth_T, factor, finite, betas, correction, eps)
+            return
+        beta1, beta2 = betas
+        # a factor of zero leaves NaN where the gradient was not finite
+        self.grad_CR.mul_(factor).nan_to_num_(nan=0.0)
+        self.exp_avg_sq_CR.mul_(beta2).addcmul_(self.grad_CR, self.grad_CR, value=1 - beta2)
+        denominator_CR = (self.exp_avg_sq_CR / correction).sqrt_().add_(eps)
+        update_CR = self.grad_CR.div_(denominator_CR).mul_(self._rows(scale_T))
+        if growth_T is not None:
+            update_CR.addcmul_(self.param_CR, self._rows(growth_T))
+        self.delta_CR.mul_(beta1).add_(update_CR, alpha=1 - beta1)
+        self.param_CR.addcmul_(self.delta_CR, finite)
 
     def state(self) -> list[dict[str, Tensor]]:
         """The state of each parameter: views, not copies."""
@@ -198,10 +247,10 @@ class ScaledAdam(torch.optim.Optimizer):
             flat.gather()
         factor, finite = self._clipping_factor()
         for group, flat in zip(self.param_groups, self._groups, strict=True):
-            # a factor of zero leaves NaN where the gradient was not finite
-            flat.grad_CR.mul_(factor).nan_to_num_(nan=0.0)
-            self._update(flat, group["lr"] * group["lr_scale"], group["betas"], group["eps"])
-            flat.param_CR.addcmul_(flat.delta_CR, finite)
+            lr, (_, beta2), eps = group["lr"] * group["lr_scale"], group["betas"], group["eps"]
+            growth_T = self._growth(flat, factor, lr, beta2, eps)
+            scale_T = flat.rms_T.clamp(min=MIN_RMS) * -lr
+            flat.add_step(scale_T, growth_T, factor, finite, group["betas"], 1 - beta2 ** (self._step + 1), eps)
             flat.scatter()
         self._step += 1
 
@@ -223,21 +272,14 @@ class ScaledAdam(torch.optim.Optimizer):
         history["norm"] = norm
         return factor, finite.float()
 
-    def _update(self, flat: _FlatGroup, lr: float, betas: tuple[float, float], eps: float) -> None:
-        """Bring the moments of one group and its delta, the change of its parameters, up to date."""
-        beta1, beta2 = betas
+    def _growth(self, flat: _FlatGroup, factor: Tensor, lr: float, beta2: float, eps: float) -> Tensor | None:
+        """How much each tensor grows as a whole; None where that is not yet to be changed again."""
         step, period = self._step + 1, self._size_update_period
-        flat.exp_avg_sq_CR.mul_(beta2).addcmul_(flat.grad_CR, flat.grad_CR, value=1 - beta2)
-        flat.store_size_grads(self._step % period)
-        is_size_update = step % period == 0
-        if is_size_update:
-            flat.refresh_rms()
-        denominator_CR = (flat.exp_avg_sq_CR / (1 - beta2**step)).sqrt_().add_(eps)
-        update_CR = flat.grad_CR.div_(denominator_CR).mul_(flat.rows(flat.rms_T.clamp(min=MIN_RMS) * -lr))
-        if is_size_update:
-            size_step_T = flat.size_step(step // period, self._scalar_lr_scale * lr, beta2, eps)
-            update_CR.addcmul_(flat.param_CR, flat.rows(size_step_T))
-        flat.delta_CR.mul_(beta1).add_(update_CR, alpha=1 - beta1)
+        flat.store_size_grads(self._step % period, factor)
+        if step % period:
+            return None
+        flat.refresh_rms()
+        return flat.size_step(step // period, self._scalar_lr_scale * lr, beta2, eps)
 
     def statistics(self) -> dict[str, float]:
         """Figures of the latest steps, for logging: the only place that waits for the device.

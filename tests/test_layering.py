@@ -14,7 +14,8 @@ ASIDE = {
     "data": {"units"},
     "distributed": {"units"},
     "experiment_dir": {"units", "config", "checkpoint", "data"},
-    "optim": {"units"},
+    "optim": {"units", "ssm", "optim_kernels"},
+    "optim_kernels": {"units"},
     "results": {"units", "scoring"},
     "scoring": {"units"},
 }

@@ -1,4 +1,4 @@
-"""What `log_probs.py` does beside matrix products, as Triton kernels for GPUs: each reads what it needs once.
+"""What `log_probs.JoinerTerms` does beside matrix products, as Triton kernels for GPUs: each reads what it needs once.
 
 Logits have columns beyond the vocabulary, for the products to have rows of whole memory lines: their weights are 0
 and their biases -inf, so that their probabilities and gradients are 0. All sums run in float32 and in the same order.
@@ -157,45 +157,15 @@ def _logits_gradient_kernel(  # type: ignore[no-untyped-def]
     tl.store(sums_ptr + tl.program_id(0) * P + v, tl.sum(total, axis=0), mask=v < P)
 
 
-@triton.jit
-def _exp_below_max_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, exp_ptr, max_ptr, N, V: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = (n < N)[:, None]
-    row = x_ptr + n.to(tl.int64)[:, None] * V
-    most = tl.full((ROWS, WIDTH), LOWEST, tl.float32)
-    for begin in range(0, V, WIDTH):
-        v = begin + tl.arange(0, WIDTH)[None, :]
-        most = tl.maximum(most, tl.load(row + v, mask=inside & (v < V), other=-float("inf")))
-    largest = tl.max(most, axis=1)
-    tl.store(max_ptr + n, largest, mask=n < N)
-    for begin in range(0, P, WIDTH):
-        v = begin + tl.arange(0, WIDTH)[None, :]
-        x = tl.load(row + v, mask=inside & (v < V), other=-float("inf"))
-        tl.store(exp_ptr + n.to(tl.int64)[:, None] * P + v, tl.exp(x - largest[:, None]), mask=inside & (v < P))
-
-
 def columns(vocab_size: int) -> int:
     """P."""
     return triton.cdiv(vocab_size, MEMORY_LINE) * MEMORY_LINE
 
 
-def _tile(width: int, most: int = WIDTH) -> tuple[int, int]:
+def _tile(width: int) -> tuple[int, int]:
     """Rows and columns of a tile."""
-    columns = min(most, triton.next_power_of_2(width))
+    columns = min(WIDTH, triton.next_power_of_2(width))
     return ELEMENTS // columns, columns
-
-
-def exp_below_max(x_BTV: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(x - max of a row) with zeros beyond it, (B, T, P), and the max (B, T, 1) of float32 numbers."""
-    B, T, V = x_BTV.shape
-    exp_BTP, max_BT1 = x_BTV.new_empty(B, T, columns(V)), x_BTV.new_empty(B, T, 1)
-    tile_rows, width = _tile(V, ELEMENTS)
-    _exp_below_max_kernel[(triton.cdiv(B * T, tile_rows),)](
-        x_BTV.contiguous(), exp_BTP, max_BT1, B * T, V=V, P=exp_BTP.shape[2], ROWS=tile_rows, WIDTH=width, num_warps=8
-    )
-    return exp_BTP, max_BT1
 
 
 class JoinerCells:

@@ -54,7 +54,7 @@ class SumJointTerms(torch.autograd.Function):
                 lm_exp, lm_max = _exp_below_max(lm_BUV[batch])
                 # Without the smallest number a frame and a context that share no likely token would have the
                 # logarithm of 0.
-                torch.add(torch.matmul(am_exp, lm_exp.mT), torch.finfo(am_exp.dtype).tiny, out=sum_BTU[batch])
+                torch.add(torch.matmul(am_exp, lm_exp.mT), smallest(am_exp.dtype), out=sum_BTU[batch])
                 normaliser_BTU[batch] = sum_BTU[batch].log() + am_max + lm_max.mT
         ctx.save_for_backward(am_BTV, lm_BUV, symbols_BS, sum_BTU)
         ctx.blank = blank
@@ -68,43 +68,28 @@ class SumJointTerms(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         am_BTV, lm_BUV, symbols_BS, sum_BTU = ctx.saved_tensors
         B, T, V = am_BTV.shape
-        width = _exp_width(am_BTV)
-        d_am, d_lm = am_BTV.new_empty(B, T, width), lm_BUV.new_empty(*lm_BUV.shape[:2], width)
+        d_am_BTV, d_lm_BUV = torch.empty_like(am_BTV), torch.empty_like(lm_BUV)
         with _full_precision(am_BTV):
             for batch in pieces(B, T * V, am_BTV.device):
                 am_exp, _ = _exp_below_max(am_BTV[batch])
                 lm_exp, _ = _exp_below_max(lm_BUV[batch])
                 d_sum = d_normaliser_BTU[batch] / sum_BTU[batch]
-                torch.matmul(d_sum, lm_exp, out=d_am[batch])
-                d_am[batch].mul_(am_exp)
-                torch.matmul(d_sum.mT, am_exp, out=d_lm[batch])
-                d_lm[batch].mul_(lm_exp)
-        d_am_BTV, d_lm_BUV = d_am[:, :, :V], d_lm[:, :, :V]
+                torch.matmul(d_sum, lm_exp, out=d_am_BTV[batch])
+                d_am_BTV[batch].mul_(am_exp)
+                torch.matmul(d_sum.mT, am_exp, out=d_lm_BUV[batch])
+                d_lm_BUV[batch].mul_(lm_exp)
         d_am_BTV[:, :, ctx.blank].add_(d_blank_BT)
         d_am_BTV.scatter_add_(2, symbols_BS[:, None].expand(-1, T, -1), d_symbol_BTS)
         return d_am_BTV, d_lm_BUV, None, None
 
 
-def _fused(x: Tensor) -> bool:
-    """Whether the kernels can be used, which compute in float32."""
-    return kernels.usable(x) and x.dtype == torch.float32
-
-
-def _exp_width(x: Tensor) -> int:
-    """Width of what `_exp_below_max` returns, which for fast products is more than V in the kernels' case."""
-    if _fused(x):
-        from ssm_asr.transducer import log_prob_kernels
-
-        return log_prob_kernels.columns(x.shape[2])
-    return x.shape[2]
+def smallest(dtype: torch.dtype) -> float:
+    """The smallest normal number of a type."""
+    return torch.finfo(dtype).tiny
 
 
 def _exp_below_max(x: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(x - max) and max, over the last dim; after the V numbers there may come zeros."""
-    if _fused(x):
-        from ssm_asr.transducer import log_prob_kernels
-
-        return log_prob_kernels.exp_below_max(x)
+    """exp(x - max) and max, over the last dim."""
     max_x = x.amax(2, keepdim=True)
     return (x - max_x).exp_(), max_x
 
@@ -172,14 +157,14 @@ class JoinerTerms(torch.autograd.Function):
         matmul_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         B, T, R = symbol_BTR.shape
-        ctx.blank, ctx.matmul_dtype = blank, matmul_dtype
+        ctx.blank = blank
         row_BTR = row_BTR + decoder_BUJ.shape[1] * torch.arange(B, device=row_BTR.device)[:, None, None]
         terms_3BTR = bias_V.new_zeros(3, B, T, R)
         inputs = (encoder_BTJ, decoder_BUJ, weight_VJ, bias_V, row_BTR, symbol_BTR)
         with _full_precision(encoder_BTJ):
-            cells = _joiner_cells(*inputs, matmul_dtype)
+            ctx.cells = _joiner_cells(*inputs, matmul_dtype)  # again in the backward pass, with its casts of the weight
             for frames in _frame_pieces(frame_M, R, weight_VJ):
-                cells.write_terms(frames, blank, terms_3BTR)
+                ctx.cells.write_terms(frames, blank, terms_3BTR)
         ctx.save_for_backward(*inputs, frame_M, terms_3BTR[2])
         return terms_3BTR[0], terms_3BTR[1]
 
@@ -189,8 +174,7 @@ class JoinerTerms(torch.autograd.Function):
         *inputs, frame_M, normaliser_BTR = ctx.saved_tensors
         encoder_BTJ, _, weight_VJ, *_ = inputs
         with _full_precision(encoder_BTJ):
-            cells = _joiner_cells(*inputs, ctx.matmul_dtype)
-            gradients = cells.gradients(
+            gradients = ctx.cells.gradients(
                 _frame_pieces(frame_M, d_symbol_BTR.shape[2], weight_VJ),
                 ctx.blank,
                 normaliser_BTR,
@@ -208,7 +192,7 @@ def _frame_pieces(frame_M: Tensor, cells_per_frame: int, weight_VJ: Tensor) -> I
 def _joiner_cells(*inputs: Any) -> Any:
     """The joiner by kernels or plain, each with `write_terms` and `gradients`."""
     bias_V = inputs[3]
-    if _fused(bias_V):
+    if kernels.usable(bias_V) and bias_V.dtype == torch.float32:
         from ssm_asr.transducer import log_prob_kernels
 
         return log_prob_kernels.JoinerCells(*inputs)

@@ -191,12 +191,11 @@ class LatticeLosses(NamedTuple):
         if backend not in ("auto", "torch", "k2") or (backend == "k2" and _k2() is None):
             raise ValueError(f"backend {backend!r} is unknown or not installed: give auto or torch")
         k2 = None if backend == "torch" else _k2()
-        lm_BUV, am_BTV = at_least_float32(self.simple_lm_BUV), at_least_float32(self.simple_am_BTV)
-        given = self._replace(simple_lm_BUV=lm_BUV, simple_am_BTV=am_BTV)
+        given = self
         if self.symbols_BS.shape[1] == 0:  # only empty transcripts, but windows have two rows
             given = given._replace(
                 symbols_BS=functional.pad(self.symbols_BS, (0, 1)),
-                simple_lm_BUV=functional.pad(lm_BUV, (0, 0, 0, 1)),
+                simple_lm_BUV=functional.pad(self.simple_lm_BUV, (0, 0, 0, 1)),
                 decoder_out_BUJ=functional.pad(self.decoder_out_BUJ, (0, 0, 0, 1)),
             )
         simple_B, pruned_B = given._by_k2(k2) if k2 else given._by_torch()
@@ -256,8 +255,8 @@ class LatticeLosses(NamedTuple):
         )
         with torch.autocast(self.symbols_BS.device.type, enabled=False):
             simple_B, occupations = k2.rnnt_loss_smoothed(
-                lm=self.simple_lm_BUV,
-                am=self.simple_am_BTV,
+                lm=at_least_float32(self.simple_lm_BUV),
+                am=at_least_float32(self.simple_am_BTV),
                 lm_only_scale=self.lm_scale,
                 am_only_scale=self.am_scale,
                 return_grad=True,

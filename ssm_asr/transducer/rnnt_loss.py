@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ssm_asr.ssm import kernels
 from ssm_asr.transducer.lattice import LatticeScore, checked_boundary, lattice_score
 from ssm_asr.transducer.log_probs import LogitTerms, SumJointTerms
 from ssm_asr.transducer.prune_ranges import do_rnnt_pruning, get_rnnt_prune_ranges
@@ -88,14 +89,7 @@ def rnnt_loss_smoothed(
         ValueError: as `checked_boundary` and for an unknown reduction.
     """
     boundary = checked_boundary(boundary, am.shape[1], symbols, rnnt_type)
-    symbol_BTU, blank_BTU = smoothed_terms(
-        at_least_float32(lm),
-        at_least_float32(am),
-        symbols.long(),
-        termination_symbol,
-        lm_only_scale,
-        am_only_scale,
-    )
+    symbol_BTU, blank_BTU = smoothed_terms(lm, am, symbols.long(), termination_symbol, lm_only_scale, am_only_scale)
     lattice = score_arcs(symbol_BTU, blank_BTU, boundary, symbols.shape[1], rnnt_type, delay_penalty)
     loss = _reduce(-lattice.score_B, reduction)
     if not return_grad:
@@ -171,7 +165,12 @@ def rnnt_loss(
 def smoothed_terms(
     lm_BUV: Tensor, am_BTV: Tensor, symbols_BS: Tensor, blank: int, lm_scale: float, am_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(symbol, blank) log-probabilities (B, T, U) of the simple joint; the last row has no symbol."""
+    """(symbol, blank) log-probabilities (B, T, U) of the simple joint, at least in float32; the last has no symbol."""
+    if am_scale == 0.0 and kernels.usable(am_BTV) and torch.float64 not in (am_BTV.dtype, lm_BUV.dtype):
+        from ssm_asr.transducer.sum_joint_kernels import SmoothedTerms  # only where Triton is installed
+
+        return SmoothedTerms.apply(am_BTV, lm_BUV, symbols_BS, blank, lm_scale)
+    lm_BUV, am_BTV = at_least_float32(lm_BUV), at_least_float32(am_BTV)
     am_symbol_BTS, am_blank_BT, normaliser_BTU = SumJointTerms.apply(am_BTV, lm_BUV, symbols_BS, blank)
     lm_symbol_BS, lm_blank_BU = lm_BUV[:, :-1].gather(2, symbols_BS[..., None])[..., 0], lm_BUV[:, :, blank]
     joint_scale = 1.0 - lm_scale - am_scale

@@ -1,4 +1,4 @@
-"""Triton kernels of the cells' log-probabilities against the plain form: on a GPU, or by Triton's interpreter."""
+"""Triton kernels of both joints' log-probabilities against the plain form: on a GPU, or by Triton's interpreter."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from kernel_device import DEVICE
 
 from ssm_asr.encoder.modules import scaled_linear
 from ssm_asr.ssm import kernels
-from ssm_asr.transducer import log_prob_kernels, log_probs, pruned_loss
+from ssm_asr.transducer import log_probs, pruned_loss, rnnt_loss
 from ssm_asr.transducer.predictor import Joiner
 
 EXACT = dict(atol=1e-5, rtol=1e-5)
@@ -85,31 +85,49 @@ def test_joiner_terms_in_half_precision(monkeypatch):
         torch.testing.assert_close(ours.double().cpu(), double, rtol=0.02, atol=0.02 * size)
 
 
-@pytest.mark.parametrize("scale", [1.0, 50.0])
-@pytest.mark.parametrize("V", [5, 64, 100, 5000])
-def test_sum_joint_terms(V, scale, monkeypatch):
-    leaves = [torch.randn(B, T, V) * scale, torch.randn(B, U, V) * scale]
+def smoothed_terms(leaves, symbols_BS, weights, dtype, use, monkeypatch):
+    """The terms and the gradients of both leaves, weighted."""
+    monkeypatch.setattr(kernels, "usable", lambda x: use)
+    inputs = [x.to(DEVICE, dtype).requires_grad_() for x in leaves]
+    symbol_BTU, blank_BTU = rnnt_loss.smoothed_terms(*inputs, symbols_BS.to(DEVICE), 3, 0.25, 0.0)
+    assert (symbol_BTU[:, :, -1] == -torch.inf).all()
+    terms = (symbol_BTU[:, :, :-1], blank_BTU)
+    gradients = torch.autograd.grad(terms, inputs, [x.to(terms[0]) for x in weights])
+    assert all(x.dtype == dtype for x in gradients)
+    return [x.double().cpu() for x in (*terms, *gradients)]
+
+
+def simple_batch(T, U, V, scale=1.0):
+    """lm and am, symbols, and weights for the terms. A token follows itself, the blank stands where others do."""
     symbols_BS = torch.randint(0, V, (B, U - 1))
-    symbols_BS[:, 2] = symbols_BS[:, 1]
-    monkeypatch.setattr(log_probs, "PIECE_NUMEL_CPU", T * V)
-    results, weights = [], [torch.randn(B, T, U - 1), torch.randn(B, T), torch.randn(B, T, U)]
-    for dtype, use in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
-        monkeypatch.setattr(kernels, "usable", lambda x, use=use: use)
-        inputs = [x.to(DEVICE, dtype).requires_grad_() for x in leaves]
-        terms = log_probs.SumJointTerms.apply(*inputs, symbols_BS.to(DEVICE), 3)
-        gradients = torch.autograd.grad(terms, inputs, [x.to(DEVICE, dtype) for x in weights])
-        results.append([x.double().cpu() for x in (*terms, *gradients)])
-    for double, single, ours in zip(*results, strict=True):
-        torch.testing.assert_close(ours, single, **EXACT)
-        if scale == 1.0:  # else float32 ends at its smallest number
-            torch.testing.assert_close(ours, double, **EXACT)
+    symbols_BS[:, 2], symbols_BS[0, 3] = symbols_BS[:, 1], 3
+    weights = [torch.randn(B, T, U - 1), torch.randn(B, T, U)]
+    return [torch.randn(B, U, V) * scale, torch.randn(B, T, V) * scale], symbols_BS, weights
 
 
-def test_padding_of_exponentials_is_zero():
-    x = torch.randn(2, 3, 90, device=DEVICE)[..., :70]
-    exp, largest = log_prob_kernels.exp_below_max(x)
-    assert torch.equal(largest, x.amax(2, keepdim=True)) and exp[..., 70:].count_nonzero() == 0
-    torch.testing.assert_close(exp[..., :70], (x - largest).exp(), **EXACT)
+@pytest.mark.parametrize("scale", [1.0, 50.0])
+@pytest.mark.parametrize("T, U, V", [(19, 7, 5), (70, 40, 64), (19, 130, 100), (19, 7, 5000)])
+def test_smoothed_terms(T, U, V, scale, monkeypatch):
+    batch = simple_batch(T, U, V, scale)
+    actual = smoothed_terms(*batch, torch.float32, True, monkeypatch)
+    smallest = torch.finfo(torch.float32).tiny
+    monkeypatch.setattr(log_probs, "smallest", lambda dtype: smallest)
+    exact = smoothed_terms(*batch, torch.float64, False, monkeypatch)
+    for ours, expected in zip(actual, exact, strict=True):
+        torch.testing.assert_close(ours, expected, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_smoothed_terms_in_half_precision(dtype, monkeypatch):
+    """Halves as the projections leave them: nothing but the gradients is rounded."""
+    leaves, *rest = simple_batch(19, 7, 100)
+    leaves = [x.to(dtype) for x in leaves]
+    double = smoothed_terms(leaves, *rest, torch.float64, False, monkeypatch)
+    actual = smoothed_terms(leaves, *rest, dtype, True, monkeypatch)
+    for ours, exact in zip(actual[:2], double[:2], strict=True):
+        torch.testing.assert_close(ours, exact, **EXACT)
+    for ours, exact in zip(actual[2:], double[2:], strict=True):
+        torch.testing.assert_close(ours, exact, atol=1e-4, rtol=2.0**-7)  # the interpreter rounds towards zero
 
 
 @pytest.mark.parametrize("am_scale", [0.0, 0.1])

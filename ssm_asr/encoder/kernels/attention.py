@@ -146,10 +146,11 @@ def _dweights(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _query_gradient_kernel(  # type: ignore[no-untyped-def]
-    query_ptr, key_ptr, pos_query_ptr, pos_key_ptr, skip_ptr, first_ptr, end_ptr, norm_ptr, acts_ptr, dweights1_ptr,
-    dweights2_ptr, dfirst_head_ptr, dscores_ptr, dquery_ptr, dpos_query_ptr, query_b, query_t, key_b, key_k,
-    pos_query_b, pos_query_t, T, K, S, limit, penalty, FIRST_HEAD: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    X: tl.constexpr, D_PAD: tl.constexpr, X_PAD: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    query_ptr, key_ptr, pos_query_ptr, pos_key_ptr, skip_ptr, first_ptr, end_ptr, weights_ptr, norm_ptr, acts_ptr,
+    dweights1_ptr, dweights2_ptr, dfirst_head_ptr, dscores_ptr, dquery_ptr, dpos_query_ptr, query_b, query_t, key_b,
+    key_k, pos_query_b, pos_query_t, T, K, S, limit, penalty, FIRST_HEAD: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, X: tl.constexpr, D_PAD: tl.constexpr, X_PAD: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the scores, written where they may differ from 0, and of the program's queries."""
     b, t, query, pos_query, key_ptr, pos_key_ptr = _start(
@@ -161,15 +162,14 @@ def _query_gradient_kernel(  # type: ignore[no-untyped-def]
     h, bh = tl.program_id(1) % H, tl.program_id(1).to(tl.int64)
     norm = tl.load(norm_ptr + bh * T + t, mask=t < T, other=0.0)
     delta = tl.zeros((QUERIES,), tl.float32)
+    weights_ptr += bh * T * S
     begin = low
     while begin < high:
         k = begin + tl.arange(0, KEYS)
-        scores, _key, _pos_key = _scores(
-            query, pos_query, key_ptr, pos_key_ptr, t, k, key_k, T, K, D, X, D_PAD, X_PAD
-        )  # fmt: skip
         visible = (k[None, :] >= first[:, None]) & (k[None, :] < end[:, None])
         dweights = _dweights(dweights1_ptr, dweights2_ptr, dfirst_head_ptr, t, k, visible, T, K, H, FIRST_HEAD)
-        delta += tl.sum(tl.exp(tl.where(visible, scores - norm[:, None], -float("inf"))) * dweights, axis=1)
+        weights = tl.load(weights_ptr + t[:, None] * S + k[None, :], mask=visible, other=0.0).to(tl.float32)
+        delta += tl.sum(weights * dweights, axis=1)
         begin += KEYS
     acts = tl.load(acts_ptr)
     if acts > 0:  # the penalty is on the scores of hidden keys as well
@@ -288,13 +288,13 @@ class _AttentionWeights(torch.autograd.Function):
             *inputs, weights_BHTS, norm_BHT, *ctx.strides, **ctx.sizes, **ctx.content, **ctx.position, KEYS=KEYS
         )
         ctx.skip = skip  # like acts a part of a tensor whose other parts are written meanwhile
-        ctx.save_for_backward(query_BTQ, key_BKQ, pos_query_BTY, pos_key_HPX, first_BT, end_BT, norm_BHT)
+        ctx.save_for_backward(query_BTQ, key_BKQ, pos_query_BTY, pos_key_HPX, first_BT, end_BT, weights_BHTS, norm_BHT)
         ctx.set_materialize_grads(False)
         return weights_BHTS[..., :K], weights_BHTS[..., :K], weights_BHTS[:, 0, :, :K]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        query_BTQ, key_BKQ, pos_query_BTY, pos_key_HPX, *span, norm_BHT = ctx.saved_tensors
+        query_BTQ, key_BKQ, pos_query_BTY, pos_key_HPX, *span, weights_BHTS, norm_BHT = ctx.saved_tensors
         (B, T, _), (H, P, X), K = query_BTQ.shape, pos_key_HPX.shape, ctx.sizes["K"]
         shapes = ((B, H, T, K), (B, H, T, K), (1,))
         dweights = [
@@ -307,8 +307,8 @@ class _AttentionWeights(torch.autograd.Function):
         )
         dpos_key_BHPX = pos_key_HPX.new_empty(B, H, P, X, dtype=torch.float32)
         _query_gradient_kernel[(triton.cdiv(T, QUERIES), B * H)](
-            query_BTQ, key_BKQ, pos_query_BTY, pos_key_HPX, ctx.skip, *span, norm_BHT, ctx.acts, *dweights,
-            dscores_BHTS, dquery_BTQ, dpos_query_BTY, *ctx.strides, limit=ctx.limit, penalty=ctx.penalty,
+            query_BTQ, key_BKQ, pos_query_BTY, pos_key_HPX, ctx.skip, *span, weights_BHTS, norm_BHT, ctx.acts,
+            *dweights, dscores_BHTS, dquery_BTQ, dpos_query_BTY, *ctx.strides, limit=ctx.limit, penalty=ctx.penalty,
             FIRST_HEAD=grads[2] is not None, **ctx.sizes, **ctx.content, **ctx.position, KEYS=KEYS, maxnreg=128,
         )  # fmt: skip
         _key_gradient_kernel[(triton.cdiv(K, KEYS), B * H)](
