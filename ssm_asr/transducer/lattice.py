@@ -7,8 +7,6 @@ Shapes: B utterances, T frames, S symbols, R neighbouring cells that are kept of
 pruned), K steps. The four columns of a boundary are s_begin, t_begin, s_end, t_end.
 """
 
-import functools
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ssm_asr.encoder.schedule import to_device
+from ssm_asr.ssm import kernels
 
 RNNT_TYPES = ("regular", "modified", "constrained")
 
@@ -109,24 +108,15 @@ class _LatticeScore(torch.autograd.Function):
         regular: bool,
         start_BT: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        pruned = start_BT is not None
-        if start_BT is not None:
-            symbol_BTR, blank_BTR = _cut_arcs(symbol_BTR, blank_BTR, boundary_B4, start_BT, regular)
-        B, T, R = blank_BTR.shape
-        steps = _step_order(boundary_B4, start_BT, (B, T, R), num_symbols, regular)
-        arcs_K2BR = blank_BTR.new_full((steps.num_steps, 2, B, R), -torch.inf, dtype=torch.float64)
-        blank_N, symbol_N = steps.blank_N, steps.blank_N + B * R
-        arcs_K2BR.view(-1).index_copy_(0, blank_N, blank_BTR.double().flatten())
-        arcs_K2BR.view(-1).index_copy_(0, symbol_N, symbol_BTR.double().flatten())
+        all_sums = sums
+        if kernels.usable(blank_BTR):
+            from ssm_asr.transducer import lattice_kernels  # only where Triton is installed
 
-        state_KBR = _forward_states(arcs_K2BR, steps, pruned)
-        score_B = state_KBR[steps.end_step_B, torch.arange(B, device=blank_BTR.device), steps.end_slot_B]
-        occupation = _occupations(arcs_K2BR, state_KBR, steps, pruned).to(blank_BTR.dtype).flatten()
-        symbol_occupation = occupation.index_select(0, symbol_N).view(B, T, R)
-        blank_occupation = occupation.index_select(0, blank_N).view(B, T, R)
-        ctx.save_for_backward(symbol_occupation, blank_occupation)
-        ctx.mark_non_differentiable(symbol_occupation, blank_occupation)
-        return score_B.to(blank_BTR.dtype), symbol_occupation, blank_occupation
+            all_sums = lattice_kernels.sums
+        score_B, *occupations = all_sums(symbol_BTR, blank_BTR, boundary_B4, num_symbols, regular, start_BT)
+        ctx.save_for_backward(*occupations)
+        ctx.mark_non_differentiable(*occupations)
+        return score_B, occupations[0], occupations[1]
 
     @staticmethod
     @once_differentiable
@@ -134,6 +124,33 @@ class _LatticeScore(torch.autograd.Function):
         symbol_occupation, blank_occupation = ctx.saved_tensors
         d_score_B11 = d_score_B[:, None, None]
         return d_score_B11 * symbol_occupation, d_score_B11 * blank_occupation, None, None, None, None
+
+
+def sums(
+    symbol_BTR: Tensor,
+    blank_BTR: Tensor,
+    boundary_B4: Tensor,
+    num_symbols: int,
+    regular: bool,
+    start_BT: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of `lattice_score`, whose arguments these are."""
+    pruned = start_BT is not None
+    if start_BT is not None:
+        symbol_BTR, blank_BTR = _cut_arcs(symbol_BTR, blank_BTR, boundary_B4, start_BT, regular)
+    B, T, R = blank_BTR.shape
+    steps = _step_order(boundary_B4, start_BT, (B, T, R), num_symbols, regular)
+    arcs_K2BR = blank_BTR.new_full((steps.num_steps, 2, B, R), -torch.inf, dtype=torch.float64)
+    blank_N, symbol_N = steps.blank_N, steps.blank_N + B * R
+    arcs_K2BR.view(-1).index_copy_(0, blank_N, blank_BTR.double().flatten())
+    arcs_K2BR.view(-1).index_copy_(0, symbol_N, symbol_BTR.double().flatten())
+
+    state_KBR = _forward_states(arcs_K2BR, steps, pruned)
+    score_B = state_KBR[steps.end_step_B, torch.arange(B, device=blank_BTR.device), steps.end_slot_B]
+    occupation = _occupations(arcs_K2BR, state_KBR, steps, pruned).to(blank_BTR.dtype).flatten()
+    symbol_occupation_BTR = occupation.index_select(0, symbol_N).view(B, T, R)
+    blank_occupation_BTR = occupation.index_select(0, blank_N).view(B, T, R)
+    return score_B.to(blank_BTR.dtype), symbol_occupation_BTR, blank_occupation_BTR
 
 
 def _cut_arcs(
@@ -206,11 +223,7 @@ def _forward_states(arcs_K2BR: Tensor, steps: _StepOrder, pruned: bool) -> Tenso
     K, _, B, R = arcs_K2BR.shape
     state_KBR = arcs_K2BR.new_full((K + 1, B, R), -torch.inf)
     state_KBR[0].scatter_(1, steps.start_slot_B[:, None], 0.0)
-    kernels = _kernels() if arcs_K2BR.is_cuda else None
-    if kernels is None:
-        advance(arcs_K2BR, state_KBR, pruned)
-    else:
-        kernels.advance(arcs_K2BR, state_KBR)
+    _advance(arcs_K2BR, state_KBR, pruned)
     return state_KBR
 
 
@@ -229,18 +242,14 @@ def _occupations(arcs_K2BR: Tensor, state_KBR: Tensor, steps: _StepOrder, pruned
     visits_KBR = arcs_K2BR.new_zeros(K + 1, B, R + 1)
     ends = (steps.end_step_B, torch.arange(B, device=arcs_K2BR.device), steps.end_slot_B)
     visits_KBR[ends] = visits_KBR.new_ones(B)  # a number of the host's would have to be brought to the device
-    kernels = _kernels() if arcs_K2BR.is_cuda else None
-    if kernels is None:
-        retreat(share_K2BR, visits_KBR, pruned)
-    else:
-        kernels.retreat(share_K2BR, visits_KBR)
+    _retreat(share_K2BR, visits_KBR, pruned)
     visits_KBR[:, :, R] = visits_KBR[:, :, 0]
     share_K2BR[:, 0].mul_(visits_KBR[1:, :, :R])
     share_K2BR[:, 1].mul_(visits_KBR[1:, :, 1:])
     return functional.threshold(share_K2BR, RAREST_ARC, 0.0, inplace=True)
 
 
-def advance(arcs_K2BR: Tensor, state_KBR: Tensor, pruned: bool) -> None:
+def _advance(arcs_K2BR: Tensor, state_KBR: Tensor, pruned: bool) -> None:
     """Fills the states (K+1, B, R) from the first; only where pruned do symbols go round to the first slot."""
     _, _, B, R = arcs_K2BR.shape
     arrived = arcs_K2BR.new_full((2, B, R + 1), -torch.inf)  # one column before the slots, for going round
@@ -254,7 +263,7 @@ def advance(arcs_K2BR: Tensor, state_KBR: Tensor, pruned: bool) -> None:
         torch.logaddexp(by_blank, by_symbol, out=states[k + 1])
 
 
-def retreat(share_K2BR: Tensor, visits_KBR: Tensor, pruned: bool) -> None:
+def _retreat(share_K2BR: Tensor, visits_KBR: Tensor, pruned: bool) -> None:
     """Adds to the visits (K+1, B, R+1), from the last, what each arc hands back to the cell it leaves."""
     R = share_K2BR.shape[3]
     here, after = visits_KBR[:, :, :R].unbind(0), visits_KBR[:, :, 1:].unbind(0)
@@ -265,12 +274,3 @@ def retreat(share_K2BR: Tensor, visits_KBR: Tensor, pruned: bool) -> None:
             again[k + 1].copy_(first[k + 1])
         here[k].addcmul_(here[k + 1], blank_share[k])
         here[k].addcmul_(after[k + 1], symbol_share[k])
-
-
-@functools.cache
-def _kernels() -> ModuleType | None:
-    try:
-        from ssm_asr.transducer import lattice_kernels
-    except ImportError:  # no Triton
-        return None
-    return lattice_kernels

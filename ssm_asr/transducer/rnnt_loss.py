@@ -166,7 +166,8 @@ def smoothed_terms(
     lm_BUV: Tensor, am_BTV: Tensor, symbols_BS: Tensor, blank: int, lm_scale: float, am_scale: float
 ) -> tuple[Tensor, Tensor]:
     """(symbol, blank) log-probabilities (B, T, U) of the simple joint, at least in float32; the last has no symbol."""
-    if am_scale == 0.0 and kernels.usable(am_BTV) and torch.float64 not in (am_BTV.dtype, lm_BUV.dtype):
+    half = {am_BTV.dtype, lm_BUV.dtype} <= {torch.float16, torch.bfloat16}
+    if half and am_scale == 0.0 and kernels.usable(am_BTV):
         from ssm_asr.transducer.sum_joint_kernels import SmoothedTerms  # only where Triton is installed
 
         return SmoothedTerms.apply(am_BTV, lm_BUV, symbols_BS, blank, lm_scale)
@@ -214,20 +215,28 @@ def score_arcs(
     delay_penalty: float,
     start_BT: Tensor | None = None,
 ) -> LatticeScore:
-    symbol_BTR = symbol_arcs(symbol_BTR, blank_BTR, boundary_B4, rnnt_type, delay_penalty)
+    symbol_BTR = symbol_arcs(symbol_BTR, blank_BTR, boundary_B4, rnnt_type, delay_penalty, start_BT is not None)
     return lattice_score(symbol_BTR, blank_BTR, boundary_B4, num_symbols, rnnt_type == "regular", start_BT)
 
 
 def symbol_arcs(
-    symbol_BTR: Tensor, blank_BTR: Tensor, boundary_B4: Tensor, rnnt_type: str, delay_penalty: float
+    symbol_BTR: Tensor,
+    blank_BTR: Tensor,
+    boundary_B4: Tensor,
+    rnnt_type: str,
+    delay_penalty: float,
+    pruned: bool = False,
 ) -> Tensor:
+    """With what a type adds, and without symbols at the end's frame where alignments could come by them."""
     t_end_B11 = boundary_B4[:, 3, None, None]
     frame_T1 = torch.arange(symbol_BTR.shape[1], device=symbol_BTR.device)[:, None]
     if delay_penalty != 0.0:
         symbol_BTR = symbol_BTR + delay_penalty * ((t_end_B11 - 1) / 2 - frame_T1).to(symbol_BTR.dtype)
     if rnnt_type == "constrained":
         symbol_BTR = symbol_BTR + functional.pad(blank_BTR[:, :, 1:], (0, 1), value=-torch.inf)
-    return symbol_BTR.masked_fill(frame_T1 >= t_end_B11, -torch.inf)
+    if rnnt_type == "regular" and not pruned:  # else the lattice has no such alignments
+        symbol_BTR = symbol_BTR.masked_fill(frame_T1 >= t_end_B11, -torch.inf)
+    return symbol_BTR
 
 
 def at_least_float32(x: Tensor) -> Tensor:
