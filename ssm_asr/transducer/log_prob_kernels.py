@@ -18,8 +18,8 @@ from torch.nn import functional
 from ssm_asr.encoder.kernels.sums import rows, slabs_of, totals
 from ssm_asr.ssm.kernels import MEMORY_LINE
 
-ELEMENTS = 4096  # of a program's tile
-WIDTH = 512  # of a tile at most
+ELEMENTS, WIDTH = 4096, 512  # of a program's tile: numbers, and at most so many columns
+TERMS, GRADIENT = (2048, 128), (1024, 256)  # the same where it reads logits: for the terms, for their gradient
 FRAMES = 16  # of a tile of the predictor's gradient
 LOWEST = tl.constexpr(-3e38)
 
@@ -162,10 +162,10 @@ def columns(vocab_size: int) -> int:
     return triton.cdiv(vocab_size, MEMORY_LINE) * MEMORY_LINE
 
 
-def _tile(width: int) -> tuple[int, int]:
+def _tile(width: int, elements: int = ELEMENTS, most: int = WIDTH) -> tuple[int, int]:
     """Rows and columns of a tile."""
-    columns = min(WIDTH, triton.next_power_of_2(width))
-    return ELEMENTS // columns, columns
+    columns = min(most, triton.next_power_of_2(width))
+    return elements // columns, columns
 
 
 class JoinerCells:
@@ -191,8 +191,6 @@ class JoinerCells:
         self.row, self.symbol = row_BTR.contiguous(), symbol_BTR.contiguous()
         tile_frames, width = _tile(self.J)
         self.sizes = dict(R=self.R, J=self.J, FRAMES=tile_frames, WIDTH=width)
-        tile_rows, width = _tile(self.P)
-        self.logits_sizes = dict(R=self.R, P=self.P, ROWS=tile_rows, WIDTH=width)
 
     @property
     def P(self) -> int:
@@ -211,9 +209,10 @@ class JoinerCells:
 
     def write_terms(self, frames_M: Tensor, blank: int, terms_3BTR: Tensor) -> None:
         _, logits_NP = self._logits(frames_M)
-        _terms_kernel[(triton.cdiv(len(logits_NP), self.logits_sizes["ROWS"]),)](
+        tile_rows, width = _tile(self.P, *TERMS)
+        _terms_kernel[(triton.cdiv(len(logits_NP), tile_rows),)](
             logits_NP, self.bias_P, self.symbol, frames_M, terms_3BTR, len(logits_NP), terms_3BTR[0].numel(), blank,
-            **self.logits_sizes,
+            R=self.R, P=self.P, ROWS=tile_rows, WIDTH=width,
         )  # fmt: skip
 
     def gradients(
@@ -242,12 +241,14 @@ class JoinerCells:
 
     def _to_gradient(self, logits_NP: Tensor, frames_M: Tensor, blank: int, *cells: Tensor) -> Tensor:
         """Overwrites the logits; returns the sums over cells."""
-        N, tiles = len(logits_NP), triton.cdiv(self.P, self.logits_sizes["WIDTH"])
-        slab_rows, slabs = slabs_of(N, self.logits_sizes["ROWS"], tiles)
+        tile_rows, width = _tile(self.P, *GRADIENT)
+        N, tiles = len(logits_NP), triton.cdiv(self.P, width)
+        slab_rows, slabs = slabs_of(N, tile_rows, tiles)
         sums_SP = self.bias_P.new_empty(slabs, self.P)
         _logits_gradient_kernel[(slabs, tiles)](
-            logits_NP, self.bias_P, self.symbol, frames_M, *cells, sums_SP, N, slab_rows, blank, **self.logits_sizes
-        )
+            logits_NP, self.bias_P, self.symbol, frames_M, *cells, sums_SP, N, slab_rows, blank,
+            R=self.R, P=self.P, ROWS=tile_rows, WIDTH=width,
+        )  # fmt: skip
         return totals(sums_SP, torch.float32)
 
     def _input_gradients(self, d_hidden_NJ: Tensor, frames_M: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Frames, predictor outputs and tokens that a program takes at once: for the terms and for both gradients.
-TERMS = dict(TIMES=64, OUTPUTS=64, WIDTH=64, num_warps=4)
-AM_GRADIENT = dict(TIMES=64, OUTPUTS=32, WIDTH=128, num_warps=4)
+TERMS = dict(TIMES=64, OUTPUTS=64, WIDTH=32, num_warps=4)
+AM_GRADIENT = dict(TIMES=64, OUTPUTS=16, WIDTH=64, num_warps=4)
 LM_GRADIENT = dict(TIMES=64, OUTPUTS=64, WIDTH=64, num_warps=4)
 ELEMENTS = 4096  # of a tile where nothing is summed over predictor outputs
 PART = torch.bfloat16  # of a factor's two parts
