@@ -289,6 +289,7 @@ def time_side(side: Side, shapes: dict[str, list[Data]], options: argparse.Names
             continue
         side.model.train(kind != "evaluation")
         rows.append((shape, kind, side.name, measure(getattr(side, kind), shapes[shape], side.device, options.repeats)))
+        tqdm.write(f"{shape} {kind} {side.name}: {rows[-1][3]['ms a batch']:.1f} ms")
         if options.kernels and side.device == "cuda" and shape == "fixed":
             print_kernels(f"{options.variant} {kind} {side.name}", options.kernels)
     return rows
