@@ -7,15 +7,19 @@ from test_ssd_kernels import assert_as_reference, operands, seed  # noqa: F401
 
 from ssm_asr.ssm.kernels import ssd as ssd_kernels
 from ssm_asr.ssm.kernels import ssd_wide as kernels
-from ssm_asr.ssm.kernels.ssd_wide import BLOCK_FRAMES, CHANNELS, STATES
+from ssm_asr.ssm.kernels.ssd_wide import BLOCK_FRAMES
 from ssm_asr.ssm.mamba2 import WIDE_STATES, ssd
+
+TILES = {name: getattr(kernels, name) for name in vars(kernels) if name.endswith(("_CHANNELS", "_STATES"))}
 
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
     monkeypatch.setattr(test_ssd_kernels, "ssd_kernel", kernels.ssd_wide)
-    if DEVICE == "cpu":
-        monkeypatch.setattr(ssd_kernels, "PASS_NUMBERS", 4096)  # the interpreter takes its time for every program
+    if DEVICE == "cpu":  # the interpreter takes its time for every program and every tile, also of zeros
+        monkeypatch.setattr(ssd_kernels, "PASS_NUMBERS", 4096)
+        for name in TILES:
+            monkeypatch.setattr(kernels, name, 16)
 
 
 @pytest.mark.parametrize("N, name", [(WIDE_STATES - 1, "narrow"), (WIDE_STATES, "wide")])
@@ -29,36 +33,49 @@ def test_large_states_take_these_kernels(monkeypatch, N, name):
 @pytest.mark.parametrize("T", [1, BLOCK_FRAMES, BLOCK_FRAMES + 1, 2 * BLOCK_FRAMES + 5])
 def test_lengths(monkeypatch, T):
     monkeypatch.setattr(ssd_kernels, "PASS_BLOCKS", 2)
-    assert_as_reference(operands(B=1, T=T, H=2))
+    assert_as_reference(operands(B=1, T=T, H=1, G=1))
 
 
-@pytest.mark.parametrize("P", [9, 24])
-def test_sizes_of_the_presets(P):
-    assert_as_reference(operands(B=1, T=20, H=16, P=P, G=1, N=128))
+@pytest.mark.parametrize("P, G, N", [(9, 1, 128), (12, 4, 32), (18, 2, 64), (24, 1, 128)])
+def test_sizes_of_the_presets(monkeypatch, P, G, N):
+    for name, tile in TILES.items():
+        monkeypatch.setattr(kernels, name, tile)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(kernels, "BLOCK_FRAMES", 32)
+    assert_as_reference(operands(B=1, T=20, H=4 if DEVICE == "cpu" else 16, P=P, G=G, N=N))
 
 
-@pytest.mark.parametrize("G, N", [(1, STATES + 7), (2, 2 * STATES + 3), (4, 5)])
-def test_groups_and_states(G, N):
-    assert_as_reference(operands(B=1, H=4, G=G, N=N))
+@pytest.mark.parametrize("G, tiles, more", [(1, 1, 7), (2, 2, 3), (4, 0, 5)])
+def test_groups_and_states(G, tiles, more):
+    assert_as_reference(operands(B=1, T=20, H=4, G=G, N=tiles * kernels.SHARED_STATES + more))
 
 
 def test_more_channels_than_a_program_takes():
-    assert_as_reference(operands(B=1, T=20, H=2, G=1, P=CHANNELS + 1))
+    assert_as_reference(operands(B=1, T=20, H=2, G=1, P=kernels.READ_CHANNELS + 1))
+
+
+@pytest.mark.parametrize("frames", [16, 64])
+def test_frames_that_a_program_takes(monkeypatch, frames):
+    for name in ("READ_FRAMES", "GIVEN_FRAMES", "SHARED_FRAMES"):
+        monkeypatch.setattr(kernels, name, frames)
+    for name in TILES:
+        monkeypatch.setattr(kernels, name, 32)
+    assert_as_reference(operands(B=1, T=70, H=2, G=1, P=9, N=21))
 
 
 @pytest.mark.parametrize("block_frames", [32, 128])
 def test_lengths_of_blocks(monkeypatch, block_frames):
     monkeypatch.setattr(kernels, "BLOCK_FRAMES", block_frames)
-    assert_as_reference(operands(B=1, T=140, H=2))
+    assert_as_reference(operands(B=1, T=140, H=1, G=1))
 
 
 def test_inputs_of_other_strides():
-    assert_as_reference(operands(channels_first=True))
+    assert_as_reference(operands(B=1, T=20, channels_first=True))
 
 
 @pytest.mark.parametrize("steps", [1e-4, 1.0, 30.0])
 def test_slow_and_fast_decays(steps):
-    assert_as_reference(operands(B=1, T=100, H=2, steps=steps))
+    assert_as_reference(operands(B=1, T=70, H=2, steps=steps))
 
 
 def test_frames_without_a_step_change_nothing():

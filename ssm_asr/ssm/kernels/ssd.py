@@ -58,6 +58,72 @@ def _exponents(dt, A, least: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def upto_and_strict(s, t, products):  # type: ignore[no-untyped-def]
+    """Constants: 1 where s <= t, and where s < t.
+
+    The last of the three cases never comes up, but so they are spread over the threads as products are.
+    """
+    upto = tl.where(s <= t, 1.0, tl.where(s > t, 0.0, products))
+    return upto, tl.where(s < t, 1.0, tl.where(s >= t, 0.0, products))
+
+
+@triton.jit
+def head_output(x, dt, A, D, read, products, upto, since, ones, LEAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """y of a head and a block, from C·Sᵀ and the products (t, s) of C and B."""
+    exponents = _exponents(dt, A, LEAST)
+    e_high, e_low = mm.split(exponents)
+    high, low = upto * e_high[None, :], upto * e_low[None, :]
+    from_start = tl.exp2(tl.sum(high + low, axis=1))
+    between = tl.dot(mm.left_again(low), since, input_precision="tf32")
+    between = tl.exp2(tl.dot(mm.left_again(high), since, acc=between, input_precision="tf32"))
+    y = read * from_start[:, None] + mm.ordered(x) * D
+    x_high, x_low = mm.split(x)
+    xT_high, xT_low = mm.across(x_high, x_low, ones)
+    mixing_high, mixing_low = mm.split(mm.left_again(products * between * dt[None, :]))
+    return mm.dot(mixing_high, mixing_low, xT_high, xT_low, y)
+
+
+@triton.jit
+def head_decays(dt, A, strict, until, LEAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """E of a head and a block, (s, t), that from a frame to the block's end, and that from its start to a frame."""
+    exponents = _exponents(dt, A, LEAST)
+    e_high, e_low = mm.split(exponents)
+    high, low = strict * e_high[None, :], strict * e_low[None, :]
+    # The sum over s < u <= t, and 0 where s > t: there the products and, in the end, the weights are 0.
+    between = tl.dot(mm.left_again(low), until, input_precision="tf32")
+    between = tl.exp2(tl.dot(mm.left_again(high), until, acc=between, input_precision="tf32"))
+    is_last = tl.arange(0, strict.shape[1])[None, :] == strict.shape[1] - 1
+    to_end = tl.sum(tl.where(is_last, between, 0.0), axis=1)
+    return between, to_end, tl.exp2(tl.sum(exponents[None, :] - (high + low), axis=1))
+
+
+@triton.jit
+def head_gradients(  # type: ignore[no-untyped-def]
+    x_high, x_low, dy, dt, A, D, inter, arrived, straight, faded,
+    between, to_end, products, strict, lower, after, ones, i_mask, LEAST: tl.constexpr,
+):  # fmt: skip
+    """dx of a head and a block, V·dt (s, t), and the gradients of dt·A and dt.
+
+    What they have of other blocks: inter is B·dS'ᵀ, straight_s B_s·given_s, arrived_t C_t·read_t.
+    """
+    dy_high, dy_low = mm.split(dy)
+    mixing_high, mixing_low = mm.split(mm.left_again(products * between * dt[:, None]))
+    dyT_high, dyT_low = mm.across(dy_high, dy_low, ones)
+    dx = inter * (dt * to_end)[:, None] + mm.ordered(dy) * D
+    dx = mm.dot(mixing_high, mixing_low, dyT_high, dyT_low, dx)
+    pairs = mm.dot(x_high, x_low, mm.right(dy_high), mm.right(dy_low), tl.zeros(strict.shape, tl.float32)) * between
+    both = pairs * products
+    stepped = both * dt[:, None]
+    high, low = mm.split(mm.left_again(stepped))
+    crossing = tl.dot(low, after, acc=stepped + (dt * straight)[:, None], input_precision="tf32")
+    crossing = tl.dot(high, after, acc=crossing, input_precision="tf32")
+    # Sums of sums, not differences of them: where decays are fast, these would leave only rounding errors.
+    ddtA = tl.sum(strict * crossing + lower * arrived[:, None], axis=0) + faded
+    ddtA = tl.where((dt * A >= LEAST) & i_mask, ddtA, 0.0)
+    return dx, pairs * dt[:, None], ddtA, ddtA * A + (tl.sum(both, axis=1) + straight)
+
+
+@triton.jit
 def _added_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dt_ptr, A_ptr, B_ptr, states_ptr, decays_ptr,
     x_b, x_t, x_h, x_p, dt_b, dt_t, dt_h, B_b, B_t, B_g, B_n,
@@ -156,10 +222,7 @@ def _output_kernel(  # type: ignore[no-untyped-def]
     C_high, C_low = mm.split(C)
     C_high, C_low = mm.left(C_high), mm.left(C_low)
     products = mm.dot(C_high, C_low, mm.right(B_high), mm.right(B_low), tl.zeros([L, L], tl.float32))  # (t, s)
-    t, s = i[:, None], i[None, :]
-    # Constants. The last of the three cases never comes up, but so they are spread over the threads as products are.
-    upto = tl.where(s <= t, 1.0, tl.where(s > t, 0.0, products))
-    strict = tl.where(s < t, 1.0, tl.where(s >= t, 0.0, products))
+    upto, strict = upto_and_strict(i[None, :], i[:, None], products)
     products *= upto
     since = mm.right_again(1.0 - upto)
     ones = mm.left_again(upto - strict) if L == 16 else mm.unit()
@@ -168,19 +231,9 @@ def _output_kernel(  # type: ignore[no-untyped-def]
         x = _load(x_ptr + r * x_h, x_t, x_p, i, p, i_mask, p_mask)
         state = tl.load(states_ptr + r * (P * N) + pn, mask=pn_mask, other=0.0)
         dt = tl.load(dt_ptr + r * dt_h + i * dt_t, mask=i_mask, other=0.0).to(tl.float32)
-        exponents = _exponents(dt, A, LEAST)
-        e_high, e_low = mm.split(exponents)
-        high, low = upto * e_high[None, :], upto * e_low[None, :]
-        from_start = tl.exp2(tl.sum(high + low, axis=1))
-        between = tl.dot(mm.left_again(low), since, input_precision="tf32")
-        between = tl.exp2(tl.dot(mm.left_again(high), since, acc=between, input_precision="tf32"))
         state_high, state_low = mm.split(state)
-        y = mm.dot(C_high, C_low, mm.right(state_high), mm.right(state_low), tl.zeros([L, P_PAD], tl.float32))
-        y = y * from_start[:, None] + mm.ordered(x) * D
-        x_high, x_low = mm.split(x)
-        xT_high, xT_low = mm.across(x_high, x_low, ones)
-        mixing_high, mixing_low = mm.split(mm.left_again(products * between * dt[None, :]))
-        y = mm.dot(mixing_high, mixing_low, xT_high, xT_low, y)
+        read = mm.dot(C_high, C_low, mm.right(state_high), mm.right(state_low), tl.zeros([L, P_PAD], tl.float32))
+        y = head_output(x, dt, A, D, read, products, upto, since, ones, LEAST)
         mm.store(y_ptr + r * P + i * (H * P), y, i_mask, P, 1)
 
 
@@ -218,10 +271,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     C_high, C_low = mm.split(C)
     B_high, B_low = mm.left(B_high), mm.left(B_low)
     products = mm.dot(B_high, B_low, mm.right(C_high), mm.right(C_low), tl.zeros([L, L], tl.float32))  # (s, t), as all
-    s, t = i[:, None], i[None, :]
-    # Constants. The last of the three cases never comes up, but so they are spread over the threads as products are.
-    strict = tl.where(s < t, 1.0, tl.where(s >= t, 0.0, products))
-    upto = tl.where(s <= t, 1.0, tl.where(s > t, 0.0, products))
+    upto, strict = upto_and_strict(i[:, None], i[None, :], products)
     products *= upto
     lower = 1.0 - strict
     until = mm.right_again(lower)
@@ -234,14 +284,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
         dy = _load(dy_ptr + r * dy_h, dy_t, dy_p, i, p, i_mask, p_mask)
         state = tl.load(states_ptr + r * (P * N) + pn, mask=pn_mask, other=0.0)
         dt = tl.load(dt_ptr + r * dt_h + i * dt_t, mask=i_mask, other=0.0).to(tl.float32)
-        exponents = _exponents(dt, A, LEAST)
-        e_high, e_low = mm.split(exponents)
-        high, low = strict * e_high[None, :], strict * e_low[None, :]
-        # The sum over s < u <= t, and 0 where s > t: there the products and, in the end, the weights are 0.
-        between = tl.dot(mm.left_again(low), until, input_precision="tf32")
-        between = tl.exp2(tl.dot(mm.left_again(high), until, acc=between, input_precision="tf32"))
-        to_end = tl.sum(tl.where(t == L - 1, between, 0.0), axis=1)
-        from_start = tl.exp2(tl.sum(exponents[None, :] - (high + low), axis=1))
+        between, to_end, from_start = head_decays(dt, A, strict, until, LEAST)
 
         dy_high, dy_low = mm.split(dy)
         state_high, state_low = mm.split(state)
@@ -258,30 +301,18 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
         dstate_high, dstate_low = mm.split(dstate)
         inter = mm.dot(B_high, B_low, mm.right(dstate_high), mm.right(dstate_low), tl.zeros([L, P_PAD], tl.float32))
         straight = tl.sum(inter * mm.ordered(x), axis=1) * to_end
-        dt_end = dt * to_end
         x_high, x_low = mm.split(x)
         x_high, x_low = mm.left(x_high), mm.left(x_low)
         dstateT_high, dstateT_low = mm.across(dstate_high, dstate_low, ones)
         given = mm.dot(x_high, x_low, dstateT_high, dstateT_low, tl.zeros([L, N_PAD], tl.float32))
-        dB += given * dt_end[:, None]
+        dB += given * (dt * to_end)[:, None]
 
-        mixing_high, mixing_low = mm.split(mm.left_again(products * between * dt[:, None]))
-        dyT_high, dyT_low = mm.across(dy_high, dy_low, ones)
-        dx = mm.dot(mixing_high, mixing_low, dyT_high, dyT_low, inter * dt_end[:, None] + mm.ordered(dy) * D)
+        dx, steps, ddtA, ddt = head_gradients(
+            x_high, x_low, dy, dt, A, D, inter, arrived, straight, faded,
+            between, to_end, products, strict, lower, after, ones, i_mask, LEAST,
+        )  # fmt: skip
+        weights += steps
         mm.store(dx_ptr + r * P + i * (H * P), dx, i_mask, P, 1)
-
-        pairs = mm.dot(x_high, x_low, mm.right(dy_high), mm.right(dy_low), tl.zeros([L, L], tl.float32)) * between
-        weights += pairs * dt[:, None]
-        both = pairs * products
-        stepped = both * dt[:, None]
-        high, low = mm.split(mm.left_again(stepped))
-        crossing = tl.dot(low, after, acc=stepped + (dt * straight)[:, None], input_precision="tf32")
-        crossing = tl.dot(high, after, acc=crossing, input_precision="tf32")
-        # Sums of sums, not differences of them: where decays are fast, these would leave only rounding errors.
-        ddtA = tl.sum(strict * crossing + lower * arrived[:, None], axis=0) + faded
-        ddtA = tl.where((dt * A >= LEAST) & i_mask, ddtA, 0.0)
-
-        ddt = ddtA * A + (tl.sum(both, axis=1) + straight)
         tl.store(ddt_ptr + r + i * H, ddt, mask=i_mask)
         tl.store(dA_ptr + block + r * blocks, tl.sum(ddtA * dt, axis=0))
     weights_high, weights_low = mm.split(weights * upto)

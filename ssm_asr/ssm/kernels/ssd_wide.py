@@ -1,22 +1,31 @@
 """Mamba-2's state-space operation in Triton kernels for large states that many heads share, with long blocks.
 
 Source: Dao and Gu (arXiv 2405.21060), section 6. The equations and their letters are those of
-ssm_asr.ssm.kernels.ssd, where a program does all that a short block needs. Here blocks are long, so that there are
-fewer states to write and read, and products with the states are launches of their own, in which the heads of a group
-are one matrix of Q columns. With x⁺_s = exp(a_L - a_s)·dt_s·x_s and dy⁺_t = exp(a_t)·dy_t of all heads:
+ssm_asr.ssm.kernels.ssd, where a program does all that a short block needs. Here the short blocks have K = 16 frames as
+well, but only what has both frames in the same one is left to heads one by one, and never meets N. Everything else is
+products in which the heads of a group are one matrix of Q columns: with a_t from the start of a short block on,
+D = exp(a_K), x̂_s = exp(a_K - a_s)·dt_s·x_s and d̂_t = exp(a_t)·dy_t of all heads,
 
-    added = x⁺ᵀ·B    and backward  dy⁺ᵀ·C           between them the states are passed on
-    read  = C·Sᵀ     and backward  given = B·dS'ᵀ
-    dC    = dy⁺·S + W·B            dB    = x⁺·dS' + Wᵀ·C        with W_ts = Σ_heads V_ts·dt_s
+    S' = D·S + x̂ᵀ·B            dS = D·dS' + d̂ᵀ·C            from short block to short block
+    read = C·Sᵀ                given = B·dS'ᵀ               of which y and dx take exp(a_t) and exp(a_K - a_s)·dt_s
+    dC = d̂·S + W·B             dB = x̂·dS' + Wᵀ·C            with W_ts = Σ_heads V_ts·dt_s
+    faded = D·Σ_n dS'·S        Σ_p d̂·read                   Σ_p x̂·given                 for the gradients of dt
 
-The rest, with heads one by one, never meets N: it has C·Bᵀ, read and given, since the sums over n in the gradients of
-dt are Σ_p dy⁺_tp·read_tp, Σ_p x⁺_sp·given_sp and Σ_p Σ_n dS'·S.
+S and dS are made only at the ends of long blocks of L frames, where they are passed on. What short blocks i < j of the
+same long one have with each other are products of frames by frames:
+
+    read_t += (C·Bᵀ)_ts·E·x̂_s      given_s += (C·Bᵀ)_ts·E·d̂_t      W_ts = d̂_t·E·x̂_s      with E = D_(i+1) ··· D_(j-1)
+
+All these sums are of what decays have already made small, never differences: after fast decays, these would leave
+nothing but rounding errors.
 
 Shapes: B batch, T frames, H heads, P channels a head, G groups, Q = P·H / G channels a group, N states, M blocks of L
-frames, F = M·L, Z = M + 1 starts and ends of blocks, V = 6 vectors: exp(a_t), exp(a_L - a_t)·dt_t, exp(a_L - a_t),
-dt_t, and a_t to base 2 in two parts. Offsets inside a sequence fit in 32 bits.
+frames, J short blocks in one, Z = M + 1 starts and ends of blocks, E = 3 products of D: of the short block, and of
+those before and after it in its long one, R pieces of long blocks. Offsets inside a sequence fit in 32 bits. Most
+programs are one warp, as ssm_asr.ssm.kernels.products wants it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,113 +33,77 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssm_asr.ssm.kernels.products import product, split
+from ssm_asr.ssm.kernels import products as mm
 from ssm_asr.ssm.kernels.ssd import _load, pass_on, sum_blocks
+from ssm_asr.ssm.kernels.ssd_wide_heads import _gradient_kernel, _output_kernel, _scale_kernel
 
 BLOCK_FRAMES = 64
-CHANNELS = 32  # of a group that a program takes at once
-ADDED_STATES, STATES = 128, 64  # that a program takes at once, where it makes states and elsewhere
-COLUMNS = 32  # of a matrix of frames by frames that a program takes at once
-OPTIONS = dict(num_warps=4, num_stages=1)
-READ_REGISTERS, SHARED_REGISTERS = 168, 128  # of a thread: so another program fits on a processor
+# What a program takes at once: of a block's frames, where they meet states (read, given, the gradients of B and C);
+READ_FRAMES, GIVEN_FRAMES, SHARED_FRAMES = 32, 32, 32
+# of a group's channels, where states are made, read, and their gradients read;
+ADDED_CHANNELS, READ_CHANNELS, GIVEN_CHANNELS = 48, 48, 16
+# of N, where states are made, for the gradients of B and C, and for products of B and C.
+ADDED_STATES, SHARED_STATES, SCORES_STATES = 64, 32, 64
 
 
 @triton.jit
-def _between(a_ptr, rest_ptr, t, s):  # type: ignore[no-untyped-def]
-    """E_ts; 1 where t is before s."""
-    exponents = (tl.load(a_ptr + t) - tl.load(a_ptr + s)) + (tl.load(rest_ptr + t) - tl.load(rest_ptr + s))
-    return tl.exp2(tl.minimum(exponents, 0.0))
-
-
-@triton.jit
-def _vectors_kernel(  # type: ignore[no-untyped-def]
-    dt_ptr, A_ptr, vectors_ptr, decays_ptr, dt_b, dt_t, dt_h,
-    T, M, H: tl.constexpr, L: tl.constexpr, LEAST: tl.constexpr,
-):  # fmt: skip
-    """The six vectors, and exp(a_L)."""
-    h, m, b, i = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), tl.arange(0, L)
-    dt = tl.load(dt_ptr + b * dt_b + (m * L + i) * dt_t + h * dt_h, mask=i < T - m * L, other=0.0).to(tl.float32)
-    # Two sums, the first of them exact: fast decays would leave no digits to the differences of slow ones after them.
-    exponents = tl.maximum(dt * tl.load(A_ptr + h), LEAST) * 1.4426950408889634
-    coarse = tl.floor(exponents * 1024.0) * (1.0 / 1024.0)
-    fine = exponents - coarse
-    a, rest = tl.cumsum(coarse, axis=0), tl.cumsum(fine, axis=0)
-    last, last_rest = tl.sum(coarse, axis=0), tl.sum(fine, axis=0)
-    to_end = tl.exp2((last - a) + (last_rest - rest))
-    F = M * L
-    vectors_ptr += (b * H + h) * 6 * F + m * L + i
-    tl.store(vectors_ptr, tl.exp2(a + rest))
-    tl.store(vectors_ptr + F, dt * to_end)
-    tl.store(vectors_ptr + 2 * F, to_end)
-    tl.store(vectors_ptr + 3 * F, dt)
-    tl.store(vectors_ptr + 4 * F, a)
-    tl.store(vectors_ptr + 5 * F, rest)
-    tl.store(decays_ptr + (b * M + m) * H + h, tl.exp2(last + last_rest))
-
-
-@triton.jit
-def _scaled(  # type: ignore[no-untyped-def]
-    x_ptr, vector_ptr, x_b, x_t, x_h, x_p, b, g, m, q,
-    T, M, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, L: tl.constexpr,
-):  # fmt: skip
-    """x⁺ or dy⁺ of a block, (L, q)."""
-    i, h, p = tl.arange(0, L)[:, None], g * (H // G) + q[None, :] // P, q[None, :] % P
-    mask = (i < T - m * L) & (q[None, :] < H // G * P)
-    x = tl.load(x_ptr + b * x_b + (m * L + i) * x_t + h * x_h + p * x_p, mask=mask, other=0.0).to(tl.float32)
-    return x * tl.load(vector_ptr + (b * H + h) * 6 * M * L + m * L + i, mask=mask, other=0.0)
+def _zeros(COUNT: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]
+    zeros = ()
+    for _ in tl.static_range(COUNT):
+        zeros += (tl.zeros([R, 16], tl.float32),)  # type: ignore[assignment]
+    return zeros
 
 
 @triton.jit
 def _added_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, vector_ptr, B_ptr, states_ptr, x_b, x_t, x_h, x_p, B_b, B_t, B_g, B_n,
-    T, M, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
-    CHANNELS: tl.constexpr, STATES: tl.constexpr, SLOT: tl.constexpr,
+    x_ptr, decays_ptr, B_ptr, states_ptr, B_b, B_t, B_g, B_n,
+    T, M, G: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
+    TILES: tl.constexpr, STATES: tl.constexpr, SLOT: tl.constexpr,
 ):  # fmt: skip
-    """What a block adds to the state at its end, x⁺ᵀ·B; SLOT 0, with dy⁺ and C to the gradient of that at its start."""
-    Q: tl.constexpr = H // G * P
-    PARTS: tl.constexpr = (Q + CHANNELS - 1) // CHANNELS
+    """What a block adds to the state at its end; SLOT 0, with d̂ and C to the gradient of that at its start."""
+    PARTS: tl.constexpr = (Q + TILES * 16 - 1) // (TILES * 16)
     part, m, b, g = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
-    q, n = part % PARTS * CHANNELS + tl.arange(0, CHANNELS), part // PARTS * STATES + tl.arange(0, STATES)
-    i = tl.arange(0, L)
-    x = _scaled(x_ptr, vector_ptr, x_b, x_t, x_h, x_p, b, g, m, q, T, M, H, G, P, L)
-    B = _load(B_ptr + b * B_b + m * L * B_t + g * B_g, B_t, B_n, i, n, i < T - m * L, n < N)
+    first_q, first_n = part % PARTS * TILES * 16, part // PARTS * STATES * 16
+    i, c, c_order = mm.order(16), tl.arange(0, 16), mm.order(16)
+    ones = mm.unit()
+    x_ptr += ((b * T + m * L) * G + g) * Q
+    B_ptr += b * B_b + m * L * B_t + g * B_g
+    decays_ptr += (((b * M + m) * (L // 16) * 3 + 1 + SLOT) * G + g) * Q
+    added = _zeros(TILES * STATES, 16)
+    for j in range(L // 16):
+        t = 16 * j + i
+        t_mask = t < T - m * L
+        x = ()
+        for k in tl.static_range(TILES):
+            q = first_q + k * 16 + c
+            decays = tl.load(decays_ptr + j * 3 * G * Q + q, mask=q < Q, other=0.0)[None, :]
+            high, low = mm.split(_load(x_ptr, G * Q, 1, t, q, t_mask, q < Q) * decays)
+            # Split again after the turn: parts that were turned apart would be moved between registers at every use.
+            turned = tl.dot(ones, mm.right(high), acc=mm.turned(low, ones), input_precision="tf32")
+            x += mm.split(mm.left_again(turned))
+        sums = ()
+        for u in tl.static_range(STATES):
+            n = first_n + u * 16 + c
+            high, low = mm.split(_load(B_ptr, B_t, B_n, t, n, t_mask, n < N))
+            high, low = mm.across(high, low, ones)
+            for k in tl.static_range(TILES):
+                sums += (mm.dot(x[2 * k], x[2 * k + 1], high, low, added[u * TILES + k]),)  # type: ignore[assignment]
+        added = sums
     states_ptr += ((b * (M + 1) + m + SLOT) * G + g) * Q * N
-    mask = (q < Q)[:, None] & (n < N)[None, :]
-    tl.store(states_ptr + (q[:, None] * N + n[None, :]), product(tl.trans(x), B), mask=mask)
-
-
-@triton.jit
-def _read_kernel(  # type: ignore[no-untyped-def]
-    C_ptr, states_ptr, read_ptr, others_ptr, products_ptr, C_b, C_t, C_g, C_n,
-    T, M, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
-    CHANNELS: tl.constexpr, STATES: tl.constexpr, SLOT: tl.constexpr,
-):  # fmt: skip
-    """C·Sᵀ of a block; SLOT 1, B·dS'ᵀ, and Σ_n dS'·S of every channel."""
-    Q: tl.constexpr = H // G * P
-    part, m, b, g = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
-    q, i = part * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, L)
-    i_mask, q_mask = i < T - m * L, q < Q
-    C_ptr += b * C_b + m * L * C_t + g * C_g
-    state = ((b * (M + 1) + m) * G + g) * Q * N
-    read, products = tl.zeros([L, CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
-    for start in range(0, N, STATES):
-        n = start + tl.arange(0, STATES)
-        states = _load(states_ptr + state + SLOT * G * Q * N, N, 1, q, n, q_mask, n < N)
-        read += product(_load(C_ptr, C_t, C_n, i, n, i_mask, n < N), tl.trans(states))
-        if SLOT == 1:
-            products += tl.sum(states * _load(others_ptr + state, N, 1, q, n, q_mask, n < N), axis=1)
-    read_ptr += ((b * T + m * L) * G + g) * Q + (i[:, None] * (G * Q) + q[None, :])
-    tl.store(read_ptr, read, mask=i_mask[:, None] & q_mask[None, :])
-    if SLOT == 1:
-        tl.store(products_ptr + ((b * M + m) * G + g) * Q + q, products, mask=q_mask)
+    for u in tl.static_range(STATES):
+        n = first_n + u * 16 + c
+        for k in tl.static_range(TILES):
+            q = first_q + k * 16 + c_order
+            mask = (q < Q)[:, None] & (n < N)[None, :]
+            tl.store(states_ptr + (q[:, None] * N + n[None, :]), mm.loaded(added[u * TILES + k]), mask=mask)
 
 
 @triton.jit
 def _scores_kernel(  # type: ignore[no-untyped-def]
-    B_ptr, C_ptr, scores_ptr, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
+    B_ptr, C_ptr, scores_ptr, scoresT_ptr, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
     T, M, G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """C·Bᵀ of a block."""
+    """C·Bᵀ of a block, and its transpose."""
     m, b, g, i = tl.program_id(0), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G, tl.arange(0, L)
     i_mask = i < T - m * L
     B_ptr += b * B_b + m * L * B_t + g * B_g
@@ -139,145 +112,214 @@ def _scores_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, N, STATES):
         n = start + tl.arange(0, STATES)
         B = _load(B_ptr, B_t, B_n, i, n, i_mask, n < N)
-        scores += product(_load(C_ptr, C_t, C_n, i, n, i_mask, n < N), tl.trans(B))
-    tl.store(scores_ptr + ((b * M + m) * G + g) * L * L + (i[:, None] * L + i[None, :]), scores)
+        scores += mm.product(_load(C_ptr, C_t, C_n, i, n, i_mask, n < N), tl.trans(B))
+    start = ((b * M + m) * G + g) * L * L
+    tl.store(scores_ptr + start + (i[:, None] * L + i[None, :]), scores)
+    tl.store(scoresT_ptr + start + (i[:, None] + i[None, :] * L), scores)
 
 
 @triton.jit
-def _output_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, D_ptr, vectors_ptr, read_ptr, scores_ptr, y_ptr, x_b, x_t, x_h, x_p,
-    T, M, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
-    P_PAD: tl.constexpr, L: tl.constexpr, COLUMNS: tl.constexpr,
+def _read_kernel(  # type: ignore[no-untyped-def]
+    C_ptr, states_ptr, scores_ptr, x_ptr, decays_ptr, read_ptr, first_ptr, others_ptr, dy_ptr, faded_ptr,
+    C_b, C_t, C_g, C_n,
+    T, M, G: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, SLOT: tl.constexpr,
 ):  # fmt: skip
-    h, m, b, F = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), M * L
-    i, p = tl.arange(0, L), tl.arange(0, P_PAD)
-    i_mask, p_mask = i < T - m * L, p < P
-    x_ptr += b * x_b + m * L * x_t + h * x_h
-    vectors_ptr += (b * H + h) * 6 * F + m * L
-    scores_ptr += ((b * M + m) * G + h // (H // G)) * L * L
-    tile, mask = ((b * T + m * L) * H + h) * P + (i[:, None] * (H * P) + p[None, :]), i_mask[:, None] & p_mask[None, :]
-    read, from_start = tl.load(read_ptr + tile, mask=mask, other=0.0), tl.load(vectors_ptr + i)
-    x = _load(x_ptr, x_t, x_p, i, p, i_mask, p_mask)
-    own = tl.load(scores_ptr + i * (L + 1)) * tl.load(vectors_ptr + 3 * F + i) + tl.load(D_ptr + h)
-    y = read * from_start[:, None] + x * own[:, None]
-    for start in range(0, L, COLUMNS):
-        s = start + tl.arange(0, COLUMNS)
-        scores = tl.load(scores_ptr + (i[:, None] * L + s[None, :]), mask=i[:, None] > s[None, :], other=0.0)
-        scores *= _between(vectors_ptr + 4 * F, vectors_ptr + 5 * F, i[:, None], s[None, :])
-        x_s = _load(x_ptr, x_t, x_p, s, p, s < T - m * L, p_mask)
-        y += product(scores, x_s * tl.load(vectors_ptr + 3 * F + s)[:, None])
-    tl.store(y_ptr + tile, y, mask=mask)
+    """read of some frames, and the part of it that comes from before the block; SLOT 1, given, and faded of channels.
+
+    SLOT 1, C, x and dy stand for B, d̂ and x̂, and scores have a row for every s.
+    """
+    J: tl.constexpr = L // 16
+    PIECES: tl.constexpr = L // ROWS
+    part, m, b, g = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
+    piece, part = part % PIECES, part // PIECES
+    i, c, c_order, ones = piece * ROWS + mm.order(ROWS), tl.arange(0, 16), mm.order(16), mm.unit()
+    i_mask, own = i < T - m * L, piece * (ROWS // 16) + tl.arange(0, ROWS)[:, None] // 16  # short blocks of rows
+    C_ptr += b * C_b + m * L * C_t + g * C_g
+    states_ptr += ((b * (M + 1) + m + SLOT) * G + g) * Q * N
+    if SLOT == 1:
+        others_ptr += ((b * (M + 1) + m) * G + g) * Q * N
+    row = ((b * T + m * L) * G + g) * Q
+    decays_ptr += ((b * M + m) * J * 3 * G + g) * Q
+    scores_ptr += ((b * M + m) * G + g) * L * L
+    reads, pairs = _zeros(TILES, ROWS), _zeros(TILES, 16)
+    for start in range(0, N, 16):
+        n = start + c
+        high, low = mm.split(_load(C_ptr, C_t, C_n, i, n, i_mask, n < N))
+        high, low = mm.left(high), mm.left(low)
+        sums, products = (), ()
+        for k in tl.static_range(TILES):
+            q = (part * TILES + k) * 16 + c_order
+            S = _load(states_ptr, N, 1, q, n, q < Q, n < N)
+            S_high, S_low = mm.split(S)
+            # Each on its own: matrix units do not round their sums, but cut them off, which adds up.
+            product = mm.dot(high, low, mm.right(S_high), mm.right(S_low), tl.zeros([ROWS, 16], tl.float32))
+            sums += (reads[k] + product,)  # type: ignore[assignment]
+            if SLOT == 1:
+                other = _load(others_ptr, N, 1, q, n, (q < Q) & (piece == 0), n < N)
+                products += (pairs[k] + S * other,)  # type: ignore[assignment]
+        reads = sums
+        if SLOT == 1:
+            pairs = products
+    for k in tl.static_range(TILES):
+        read = reads[k]
+        q, q_order = (part * TILES + k) * 16 + c, (part * TILES + k) * 16 + c_order
+        q_mask, order_mask = q < Q, q_order < Q
+        offsets, mask = row + i[:, None] * (G * Q) + q[None, :], i_mask[:, None] & q_mask[None, :]
+        if SLOT == 0:
+            tl.store(first_ptr + offsets, mm.loaded(read), mask=mask)
+        else:
+            before = tl.load(decays_ptr + (own * 3 + 1) * (G * Q) + q[None, :], mask=mask, other=0.0)
+            passed = tl.load(first_ptr + offsets, mask=mask, other=0.0)
+            passed = mm.ordered(passed * tl.load(x_ptr + offsets, mask=mask, other=0.0) * before)
+            others = mm.ordered(tl.load(dy_ptr + offsets, mask=mask, other=0.0))
+            last_ptr = decays_ptr + (J - 1) * 3 * G * Q + q_order
+            faded_all = tl.load(last_ptr, mask=order_mask, other=0.0) * tl.sum(pairs[k], axis=1)
+            faded_all *= tl.load(last_ptr + G * Q, mask=order_mask, other=0.0)
+        for step in tl.static_range(J):
+            j = step if SLOT == 0 else J - 1 - step
+            decay = tl.load(decays_ptr + j * 3 * G * Q + q_order, mask=order_mask, other=0.0)[None, :]
+            after = own > j if SLOT == 0 else own < j
+            read *= tl.where(after, decay, 1.0)
+            if SLOT == 1:
+                arrived = others * read
+                for u in tl.static_range(1, J - 1):
+                    if u < j:
+                        between = tl.load(decays_ptr + u * 3 * G * Q + q_order, mask=order_mask, other=0.0)[None, :]
+                        arrived *= tl.where(own < u, between, 1.0)
+                sums = tl.sum(tl.where(after, arrived, tl.where(own > j, passed, 0.0)), axis=0)
+                faded = faded_ptr + ((((b * M + m) * J + j) * PIECES + piece) * G + g) * Q + q_order
+                tl.store(faded, faded_all + sums, mask=order_mask)
+            if step < J - 1:
+                s = 16 * j + c_order
+                if ((piece + 1) * ROWS > 16 * (j + 1)) if SLOT == 0 else (piece * ROWS < 16 * j):
+                    scores = tl.load(scores_ptr + i[:, None] * L + (16 * j + c)[None, :], mask=after, other=0.0)
+                    high, low = mm.split(scores)
+                    x_high, x_low = mm.split(_load(x_ptr + row, G * Q, 1, s, q, s < T - m * L, q_mask))
+                    x_high, x_low = mm.across(x_high, x_low, ones)
+                    read = mm.dot(mm.left(high), mm.left(low), x_high, x_low, read)
+        tl.store(read_ptr + offsets, mm.loaded(read), mask=mask)
 
 
 @triton.jit
 def _weights_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, vectors_ptr, scores_ptr, dy_ptr, weights_ptr, crossing_ptr, x_b, x_t, x_h, x_p, dy_b, dy_t, dy_h, dy_p,
-    T, M, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, P_PAD: tl.constexpr, L: tl.constexpr,
+    x_ptr, dy_ptr, decays_ptr, weights_ptr, weightsT_ptr,
+    T, M, G: tl.constexpr, Q: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Wᵀ, and what of the gradient of dt·A has both frames in the block; a row for every s, a column for every t."""
-    m, b, g, F = tl.program_id(0), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G, M * L
-    i, p = tl.arange(0, L), tl.arange(0, P_PAD)
-    i_mask, p_mask = i < T - m * L, p < P
-    start, later = ((b * M + m) * G + g) * L * L, (i[:, None] <= i[None, :]).to(tl.float32)
-    scores = tl.load(scores_ptr + start + (i[:, None] + i[None, :] * L), mask=i[:, None] < i[None, :], other=0.0)
-    weights = tl.zeros([L, L], tl.float32)
-    for r in range(H // G):
-        h = g * (H // G) + r
-        x = _load(x_ptr + b * x_b + m * L * x_t + h * x_h, x_t, x_p, i, p, i_mask, p_mask)
-        dy = _load(dy_ptr + b * dy_b + m * L * dy_t + h * dy_h, dy_t, dy_p, i, p, i_mask, p_mask)
-        head = (b * H + h) * F
-        vectors = vectors_ptr + 6 * head + m * L
-        pairs = product(x * tl.load(vectors + 3 * F + i)[:, None], tl.trans(dy))
-        a, rest = tl.load(vectors + 4 * F + i), tl.load(vectors + 5 * F + i)
-        # Not by _between: its loads of columns and rows take more registers, of which there are none left.
-        pairs *= tl.exp2(tl.minimum((a[None, :] - a[:, None]) + (rest[None, :] - rest[:, None]), 0.0))
-        weights += pairs
-        # Sums of sums, not differences of them: where decays are fast, these would leave only rounding errors.
-        high, low = split(pairs * scores)
-        crossing = tl.dot(later, tl.trans(low), input_precision="tf32")
-        crossing = tl.dot(later, tl.trans(high), acc=crossing, input_precision="tf32")
-        crossing = tl.sum(tl.where(i[:, None] > i[None, :], crossing, 0.0), axis=1)
-        tl.store(crossing_ptr + head + m * L + i, crossing)
-    weights = tl.where(i[:, None] <= i[None, :], weights, 0.0)
-    tl.store(weights_ptr + start + (i[:, None] * L + i[None, :]), weights)
-
-
-@triton.jit
-def _inside_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, A_ptr, D_ptr, vectors_ptr, decays_ptr, read_ptr, scores_ptr, dy_ptr, given_ptr, products_ptr, crossing_ptr,
-    dx_ptr, ddt_ptr, dA_ptr, dD_ptr, x_b, x_t, x_h, x_p, dy_b, dy_t, dy_h, dy_p,
-    T, M, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
-    P_PAD: tl.constexpr, L: tl.constexpr, COLUMNS: tl.constexpr, LEAST: tl.constexpr,
-):  # fmt: skip
-    """dx, ddt, and parts of dA and dD; scores have a row for every s and a column for every t."""
-    h, m, b, F = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), M * L
-    i, p = tl.arange(0, L), tl.arange(0, P_PAD)
-    i_mask, p_mask, A = i < T - m * L, p < P, tl.load(A_ptr + h)
-    dy_ptr += b * dy_b + m * L * dy_t + h * dy_h
-    vectors_ptr += (b * H + h) * 6 * F + m * L
-    scores_ptr += ((b * M + m) * G + h // (H // G)) * L * L
-    tile, mask = ((b * T + m * L) * H + h) * P + (i[:, None] * (H * P) + p[None, :]), i_mask[:, None] & p_mask[None, :]
-    given = tl.load(given_ptr + tile, mask=mask, other=0.0) * tl.load(vectors_ptr + 2 * F + i)[:, None]
-    to_x = given
-    for start in range(0, L, COLUMNS):
-        t = start + tl.arange(0, COLUMNS)
-        scores = tl.load(scores_ptr + (i[:, None] + t[None, :] * L), mask=i[:, None] < t[None, :], other=0.0)
-        scores *= _between(vectors_ptr + 4 * F, vectors_ptr + 5 * F, t[None, :], i[:, None])
-        to_x += product(scores, _load(dy_ptr, dy_t, dy_p, t, p, t < T - m * L, p_mask))
-    x = _load(x_ptr + b * x_b + m * L * x_t + h * x_h, x_t, x_p, i, p, i_mask, p_mask)
-    dy = _load(dy_ptr, dy_t, dy_p, i, p, i_mask, p_mask)
-    dt = tl.load(vectors_ptr + 3 * F + i)
-    to_x += dy * tl.load(scores_ptr + i * (L + 1))[:, None]
-    tl.store(dx_ptr + tile, to_x * dt[:, None] + dy * tl.load(D_ptr + h), mask=mask)
-
-    read = tl.load(read_ptr + tile, mask=mask, other=0.0)
-    passed, arrived = tl.sum(x * given, axis=1) * dt, tl.sum(dy * read, axis=1) * tl.load(vectors_ptr + i)
-    ddtA = tl.sum(tl.where(i[:, None] < i[None, :], passed[:, None], arrived[:, None]), axis=0)
-    ddtA += tl.load(crossing_ptr + (b * H + h) * F + m * L + i)
-    block = (b * M + m) * H + h
-    passed_on = tl.sum(tl.load(products_ptr + block * P + p, mask=p_mask, other=0.0), axis=0)
-    ddtA = tl.where(dt * A >= LEAST, ddtA + passed_on * tl.load(decays_ptr + block), 0.0)
-    tl.store(ddt_ptr + (b * T + m * L + i) * H + h, ddtA * A + tl.sum(x * to_x, axis=1), mask=i_mask)
-    block = (h * tl.num_programs(2) + b) * M + m
-    tl.store(dA_ptr + block, tl.sum(ddtA * dt, axis=0))
-    tl.store(dD_ptr + block, tl.sum(x * dy))
+    """W and its transpose, of a short block and those after it in the block."""
+    J: tl.constexpr = L // 16
+    j, m, b, g = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
+    t, s, c = mm.order(L), 16 * j + mm.order(16), tl.arange(0, 16)
+    own = tl.arange(0, L)[:, None] // 16
+    row = ((b * T + m * L) * G + g) * Q
+    decays_ptr += ((b * M + m) * J * 3 * G + g) * Q
+    weights = tl.zeros([L, 16], tl.float32)
+    for start in range(0, Q, 16):
+        q = start + c
+        dy = _load(dy_ptr + row, G * Q, 1, t, q, t < T - m * L, q < Q)
+        for u in tl.static_range(1, J - 1):
+            decay = tl.load(decays_ptr + u * 3 * G * Q + q, mask=q < Q, other=0.0)[None, :]
+            dy *= tl.where((own > u) & (u > j), decay, 1.0)
+        dy_high, dy_low = mm.split(dy)
+        x_high, x_low = mm.split(_load(x_ptr + row, G * Q, 1, s, q, s < T - m * L, q < Q))
+        zeros = tl.zeros([L, 16], tl.float32)  # each on its own, as in _read_kernel
+        weights += mm.dot(mm.left(dy_high), mm.left(dy_low), mm.right(x_high), mm.right(x_low), zeros)
+    start = ((b * M + m) * G + g) * L * L
+    s = 16 * j + c[None, :]
+    tl.store(weights_ptr + start + t[:, None] * L + s, mm.loaded(weights), mask=own > j)
+    tl.store(weightsT_ptr + start + t[:, None] + s * L, mm.loaded(weights), mask=own > j)
 
 
 @triton.jit
 def _shared_kernel(  # type: ignore[no-untyped-def]
-    dy_ptr, vector_ptr, states_ptr, weights_ptr, B_ptr, dC_ptr, dy_b, dy_t, dy_h, dy_p, B_b, B_t, B_g, B_n,
-    T, M, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
-    CHANNELS: tl.constexpr, STATES: tl.constexpr, SLOT: tl.constexpr,
+    dy_ptr, states_ptr, decays_ptr, weights_ptr, B_ptr, dC_ptr, B_b, B_t, B_g, B_n,
+    T, M, G: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, SLOT: tl.constexpr,
 ):  # fmt: skip
-    """dC = dy⁺·S + W·B of a block; SLOT 1, dB = x⁺·dS' + Wᵀ·C."""
-    Q: tl.constexpr = H // G * P
+    """dC = d̂·S + W·B of some frames; SLOT 1, dB = x̂·dS' + Wᵀ·C."""
+    J: tl.constexpr = L // 16
+    PIECES: tl.constexpr = L // ROWS
     part, m, b, g = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
-    i, n = tl.arange(0, L), part * STATES + tl.arange(0, STATES)
-    i_mask, n_mask = i < T - m * L, n < N
-    B = _load(B_ptr + b * B_b + m * L * B_t + g * B_g, B_t, B_n, i, n, i_mask, n_mask)
-    ij = i[:, None] * L + i[None, :] if SLOT == 1 else i[:, None] + i[None, :] * L
-    dC = product(tl.load(weights_ptr + ((b * M + m) * G + g) * L * L + ij), B)
+    piece, part = part % PIECES, part // PIECES
+    i, c, c_order, ones = piece * ROWS + mm.order(ROWS), tl.arange(0, 16), mm.order(16), mm.unit()
+    i_mask, own = i < T - m * L, piece * (ROWS // 16) + tl.arange(0, ROWS)[:, None] // 16
+    dy_ptr += ((b * T + m * L) * G + g) * Q
+    decays_ptr += (((b * M + m) * J * 3 + 1 + SLOT) * G + g) * Q
     states_ptr += ((b * (M + 1) + m + SLOT) * G + g) * Q * N
-    for start in range(0, Q, CHANNELS):
-        q = start + tl.arange(0, CHANNELS)
-        dy = _scaled(dy_ptr, vector_ptr, dy_b, dy_t, dy_h, dy_p, b, g, m, q, T, M, H, G, P, L)
-        dC += product(dy, _load(states_ptr, N, 1, q, n, q < Q, n_mask))
-    dC_ptr += ((b * T + m * L) * G + g) * N + (i[:, None] * (G * N) + n[None, :])
-    tl.store(dC_ptr, dC, mask=i_mask[:, None] & n_mask[None, :])
+    weights_ptr += ((b * M + m) * G + g) * L * L
+    B_ptr += b * B_b + m * L * B_t + g * B_g
+    dC = _zeros(TILES, ROWS)
+    for start in range(0, Q, 16):
+        q, q_order = start + c, start + c_order
+        dy = _load(dy_ptr, G * Q, 1, i, q, i_mask, q < Q)
+        dy *= tl.load(decays_ptr + own * (3 * G * Q) + q[None, :], mask=(q < Q)[None, :], other=0.0)
+        high, low = mm.split(dy)
+        high, low = mm.left(high), mm.left(low)
+        sums = ()
+        for k in tl.static_range(TILES):
+            n = (part * TILES + k) * 16 + c
+            S_high, S_low = mm.split(_load(states_ptr, N, 1, q_order, n, q_order < Q, n < N))
+            S_high, S_low = mm.across(S_high, S_low, ones)
+            sums += (dC[k] + mm.dot(high, low, S_high, S_low, tl.zeros([ROWS, 16], tl.float32)),)  # type: ignore[assignment]
+        dC = sums
+    for j in range(J):
+        s = 16 * j + c_order
+        after = own <= j if SLOT == 1 else own >= j
+        high, low = mm.split(tl.load(weights_ptr + i[:, None] * L + (16 * j + c)[None, :], mask=after, other=0.0))
+        high, low = mm.left(high), mm.left(low)
+        sums = ()
+        for k in tl.static_range(TILES):
+            n = (part * TILES + k) * 16 + c
+            B_high, B_low = mm.split(_load(B_ptr, B_t, B_n, s, n, s < T - m * L, n < N))
+            B_high, B_low = mm.across(B_high, B_low, ones)
+            sums += (mm.dot(high, low, B_high, B_low, dC[k]),)  # type: ignore[assignment]
+        dC = sums
+    dC_ptr += ((b * T + m * L) * G + g) * N
+    for k in tl.static_range(TILES):
+        n = (part * TILES + k) * 16 + c
+        offsets = i[:, None] * (G * N) + n[None, :]
+        tl.store(dC_ptr + offsets, mm.loaded(dC[k]), mask=i_mask[:, None] & (n < N)[None, :])
+
+
+def _scaled(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    heads: dict[str, Any],
+    *,
+    backward: bool,
+    decays: Sequence[Tensor | None],
+) -> Tensor:
+    """x̂, and the products of decays into the given; backward, d̂."""
+    B, T, H, P = x_BTHP.shape
+    M, L = heads["M"], heads["L"]
+    scaled_BTHP = A_H.new_empty(B, T, H, P)
+    _scale_kernel[(L // 16, M, B)](
+        x_BTHP, dt_BTH, A_H, scaled_BTHP, *decays, *x_BTHP.stride(), *dt_BTH.stride(), T, M, H=H, P=P, L=L,
+        H_PAD=triton.next_power_of_2(H), P_PAD=triton.next_power_of_2(P), LEAST=heads["LEAST"], BACKWARD=backward,
+        num_warps=4,
+    )  # fmt: skip
+    return scaled_BTHP
 
 
 def _states(
-    x_BTHP: Tensor, vector_BHF: Tensor, B_BTGN: Tensor, decays_BMH: Tensor, first_BHPN: Tensor, sizes: dict[str, Any]
+    x_BTHP: Tensor,
+    decays_BMJEHP: Tensor,
+    B_BTGN: Tensor,
+    decays_BMH: Tensor,
+    first_BHPN: Tensor,
+    groups: dict[str, Any],
+    *,
+    backward: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The states at the starts and ends of all blocks, and the one after the last; SLOT 0, their gradients."""
+    """The states at the starts and ends of all blocks, and the one after the last; backward, their gradients."""
     (B, _, H, P), (G, N), M = x_BTHP.shape, B_BTGN.shape[2:], decays_BMH.shape[1]
     states_BZHPN = first_BHPN.new_empty(B, M + 1, H, P, N)
-    states = min(ADDED_STATES, max(16, triton.next_power_of_2(N)))
-    _added_kernel[(triton.cdiv(H // G * P, CHANNELS) * triton.cdiv(N, states), M, B * G)](
-        x_BTHP, vector_BHF, B_BTGN, states_BZHPN, *x_BTHP.stride(), *B_BTGN.stride(),
-        **{**sizes, "STATES": states},
+    _added_kernel[(triton.cdiv(groups["Q"], ADDED_CHANNELS) * triton.cdiv(N, ADDED_STATES), M, B * G)](
+        x_BTHP, decays_BMJEHP, B_BTGN, states_BZHPN, *B_BTGN.stride(),
+        TILES=ADDED_CHANNELS // 16, STATES=ADDED_STATES // 16, SLOT=0 if backward else 1, **groups,
     )  # fmt: skip
-    return states_BZHPN, pass_on(states_BZHPN, decays_BMH, first_BHPN, backward=sizes["SLOT"] == 0)
+    return states_BZHPN, pass_on(states_BZHPN, decays_BMH, first_BHPN, backward=backward)
 
 
 class _Ssd(torch.autograd.Function):
@@ -285,68 +327,73 @@ class _Ssd(torch.autograd.Function):
     def forward(ctx: Any, least_log_decay: float, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN = inputs
         (B, T, H, P), (G, N), L = x_BTHP.shape, B_BTGN.shape[2:], BLOCK_FRAMES
-        M = triton.cdiv(T, L)
-        sizes = dict(T=T, M=M, H=H, G=G, P=P, L=L, **OPTIONS)
-        groups = dict(N=N, CHANNELS=CHANNELS, STATES=STATES, **sizes)
-        heads = dict(P_PAD=max(16, triton.next_power_of_2(P)), **sizes)
+        M, J, Q = triton.cdiv(T, L), L // 16, H // G * P
+        options = dict(T=T, M=M, G=G, L=L, num_stages=1)
+        groups = dict(Q=Q, N=N, num_warps=1, **options)
+        heads = dict(H=H, P=P, P_PAD=max(16, triton.next_power_of_2(P)), LEAST=least_log_decay, num_warps=1, **options)
 
-        vectors_BHVF, decays_BMH = A_H.new_empty(B, H, 6, M * L), A_H.new_empty(B, M, H)
-        _vectors_kernel[(H, M, B)](
-            dt_BTH, A_H, vectors_BHVF, decays_BMH, *dt_BTH.stride(), T, M, H=H, L=L, LEAST=least_log_decay, num_warps=1
-        )
+        decays_BMJEHP, decays_BMH = A_H.new_empty(B, M, J, 3, H, P), A_H.new_empty(B, M, H)
+        scaled_BTHP = _scaled(x_BTHP, dt_BTH, A_H, heads, backward=False, decays=(decays_BMJEHP, decays_BMH))
         states_BZHPN, end_BHPN = _states(
-            x_BTHP, vectors_BHVF[:, :, 1], B_BTGN, decays_BMH, state_BHPN, dict(SLOT=1, **groups)
+            scaled_BTHP, decays_BMJEHP, B_BTGN, decays_BMH, state_BHPN, groups, backward=False
         )
-        read_BTHP, y_BTHP = A_H.new_empty(x_BTHP.shape), A_H.new_empty(x_BTHP.shape)
-        scores_BMGLL = A_H.new_empty(B, M, G, L, L)
-        _read_kernel[(triton.cdiv(H // G * P, CHANNELS), M, B * G)](
-            C_BTGN, states_BZHPN, read_BTHP, None, None, *C_BTGN.stride(), SLOT=0, maxnreg=READ_REGISTERS, **groups
-        )
+        scores_BMGLL, scoresT_BMGLL = A_H.new_empty(B, M, G, L, L), A_H.new_empty(B, M, G, L, L)
         _scores_kernel[(M, B * G)](
-            B_BTGN, C_BTGN, scores_BMGLL, *B_BTGN.stride(), *C_BTGN.stride(), T, M, G, N, L, STATES, **OPTIONS
+            B_BTGN, C_BTGN, scores_BMGLL, scoresT_BMGLL, *B_BTGN.stride(), *C_BTGN.stride(),
+            N=N, STATES=SCORES_STATES, num_warps=4, **options,
+        )  # fmt: skip
+        read_BTHP, first_BTHP, y_BTHP = (A_H.new_empty(x_BTHP.shape) for _ in range(3))
+        _read_kernel[(L // READ_FRAMES * triton.cdiv(Q, READ_CHANNELS), M, B * G)](
+            C_BTGN, states_BZHPN, scores_BMGLL, scaled_BTHP, decays_BMJEHP, read_BTHP, first_BTHP, None, None, None,
+            *C_BTGN.stride(), ROWS=READ_FRAMES, TILES=READ_CHANNELS // 16, SLOT=0, **groups,
+        )  # fmt: skip
+        _output_kernel[(J, M, B * G)](
+            x_BTHP, dt_BTH, A_H, D_H, read_BTHP, scores_BMGLL, y_BTHP, *x_BTHP.stride(), *dt_BTH.stride(), **heads
         )
-        _output_kernel[(H, M, B)](
-            x_BTHP, D_H, vectors_BHVF, read_BTHP, scores_BMGLL, y_BTHP, *x_BTHP.stride(), COLUMNS=COLUMNS, **heads
+        ctx.save_for_backward(
+            *inputs[:6], decays_BMJEHP, decays_BMH, scaled_BTHP, states_BZHPN, read_BTHP, first_BTHP, scoresT_BMGLL
         )
-        ctx.save_for_backward(*inputs[:6], vectors_BHVF, decays_BMH, states_BZHPN, read_BTHP, scores_BMGLL)
-        ctx.least_log_decay, ctx.groups, ctx.heads = least_log_decay, groups, heads
+        ctx.groups, ctx.heads = groups, heads
         return y_BTHP, end_BHPN
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, vectors_BHVF, *forward = ctx.saved_tensors
-        decays_BMH, states_BZHPN, read_BTHP, scores_BMGLL = forward
+        x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, decays_BMJEHP, decays_BMH, *forward = ctx.saved_tensors
+        scaled_BTHP, states_BZHPN, read_BTHP, first_BTHP, scoresT_BMGLL = forward
         dy_BTHP, dend_BHPN = grads
-        (B, M, H), (G, N), P, F = decays_BMH.shape, B_BTGN.shape[2:], x_BTHP.shape[3], vectors_BHVF.shape[3]
-        from_start_BHF, dt_to_end_BHF = vectors_BHVF[:, :, 0], vectors_BHVF[:, :, 1]
+        (B, M, H), (G, N), P, groups, heads = decays_BMH.shape, B_BTGN.shape[2:], x_BTHP.shape[3], ctx.groups, ctx.heads
+        L, Q = groups["L"], groups["Q"]
+        J, R = L // 16, L // GIVEN_FRAMES
+        dscaled_BTHP = _scaled(dy_BTHP, dt_BTH, A_H, heads, backward=True, decays=(None, None))
         dstates_BZHPN, dstate_BHPN = _states(
-            dy_BTHP, from_start_BHF, C_BTGN, decays_BMH, dend_BHPN, dict(SLOT=0, **ctx.groups)
+            dscaled_BTHP, decays_BMJEHP, C_BTGN, decays_BMH, dend_BHPN, groups, backward=True
         )
-        given_BTHP, products_BMHP = torch.empty_like(read_BTHP), A_H.new_empty(B, M, H, P)
-        _read_kernel[(triton.cdiv(H // G * P, CHANNELS), M, B * G)](
-            B_BTGN, dstates_BZHPN, given_BTHP, states_BZHPN, products_BMHP, *B_BTGN.stride(),
-            SLOT=1, maxnreg=READ_REGISTERS, **ctx.groups,
+        given_BTHP, faded_BMJRHP = torch.empty_like(read_BTHP), A_H.new_empty(B, M, J, R, H, P)
+        _read_kernel[(R * triton.cdiv(Q, GIVEN_CHANNELS), M, B * G)](
+            B_BTGN, dstates_BZHPN, scoresT_BMGLL, dscaled_BTHP, decays_BMJEHP, given_BTHP, first_BTHP, states_BZHPN,
+            scaled_BTHP, faded_BMJRHP, *B_BTGN.stride(),
+            ROWS=GIVEN_FRAMES, TILES=GIVEN_CHANNELS // 16, SLOT=1, **groups,
         )  # fmt: skip
-        weights_BMGLL, crossing_BHF = torch.empty_like(scores_BMGLL), A_H.new_empty(B, H, F)
-        strides = (*x_BTHP.stride(), *dy_BTHP.stride())
-        _weights_kernel[(M, B * G)](
-            x_BTHP, vectors_BHVF, scores_BMGLL, dy_BTHP, weights_BMGLL, crossing_BHF, *strides, **ctx.heads
-        )
         dx_BTHP, ddt_BTH, dB_BTGN, dC_BTGN = (x.new_empty(x.shape) for x in (x_BTHP, dt_BTH, B_BTGN, C_BTGN))
-        dAD_2HBM = A_H.new_empty(2, H, B, M)
-        _inside_kernel[(H, M, B)](
-            x_BTHP, A_H, D_H, vectors_BHVF, decays_BMH, read_BTHP, scores_BMGLL, dy_BTHP, given_BTHP, products_BMHP,
-            crossing_BHF, dx_BTHP, ddt_BTH, dAD_2HBM[0], dAD_2HBM[1], *strides,
-            COLUMNS=COLUMNS, LEAST=ctx.least_log_decay, **ctx.heads,
+        dAD_2HBM = A_H.new_empty(2, H, B, M * J)
+        weights_BMGLL, weightsT_BMGLL = torch.empty_like(scoresT_BMGLL), torch.empty_like(scoresT_BMGLL)
+        _gradient_kernel[(J, M, B * G)](
+            x_BTHP, dt_BTH, A_H, D_H, read_BTHP, scoresT_BMGLL, dy_BTHP, given_BTHP, faded_BMJRHP,
+            dx_BTHP, ddt_BTH, dAD_2HBM[0], dAD_2HBM[1], weights_BMGLL, weightsT_BMGLL,
+            *x_BTHP.stride(), *dt_BTH.stride(), *dy_BTHP.stride(), PIECES=R, **heads,
         )  # fmt: skip
-        grid = (triton.cdiv(N, STATES), M, B * G)
+        _weights_kernel[(J - 1, M, B * G)](
+            scaled_BTHP, dscaled_BTHP, decays_BMJEHP, weights_BMGLL, weightsT_BMGLL, **groups
+        )
+        grid = (L // SHARED_FRAMES * triton.cdiv(N, SHARED_STATES), M, B * G)
+        tiles = dict(ROWS=SHARED_FRAMES, TILES=SHARED_STATES // 16)
         _shared_kernel[grid](
-            dy_BTHP, from_start_BHF, states_BZHPN, weights_BMGLL, B_BTGN, dC_BTGN,
-            *dy_BTHP.stride(), *B_BTGN.stride(), SLOT=0, maxnreg=SHARED_REGISTERS, **ctx.groups,
+            dscaled_BTHP, states_BZHPN, decays_BMJEHP, weights_BMGLL, B_BTGN, dC_BTGN, *B_BTGN.stride(),
+            SLOT=0, **tiles, **groups,
         )  # fmt: skip
         _shared_kernel[grid](
-            x_BTHP, dt_to_end_BHF, dstates_BZHPN, weights_BMGLL, C_BTGN, dB_BTGN,
-            *x_BTHP.stride(), *C_BTGN.stride(), SLOT=1, maxnreg=SHARED_REGISTERS, **ctx.groups,
+            scaled_BTHP, dstates_BZHPN, decays_BMJEHP, weightsT_BMGLL, C_BTGN, dB_BTGN, *C_BTGN.stride(),
+            SLOT=1, **tiles, **groups,
         )  # fmt: skip
         dA_H, dD_H = sum_blocks(dAD_2HBM)
         return None, dx_BTHP, ddt_BTH, dA_H, dB_BTGN, dC_BTGN, dD_H, dstate_BHPN
