@@ -317,7 +317,7 @@ def _states(
     states_BZHPN = first_BHPN.new_empty(B, M + 1, H, P, N)
     _added_kernel[(triton.cdiv(groups["Q"], ADDED_CHANNELS) * triton.cdiv(N, ADDED_STATES), M, B * G)](
         x_BTHP, decays_BMJEHP, B_BTGN, states_BZHPN, *B_BTGN.stride(),
-        TILES=ADDED_CHANNELS // 16, STATES=ADDED_STATES // 16, SLOT=0 if backward else 1, **groups,
+        N=N, TILES=ADDED_CHANNELS // 16, STATES=ADDED_STATES // 16, SLOT=0 if backward else 1, **groups,
     )  # fmt: skip
     return states_BZHPN, pass_on(states_BZHPN, decays_BMH, first_BHPN, backward=backward)
 
@@ -329,7 +329,7 @@ class _Ssd(torch.autograd.Function):
         (B, T, H, P), (G, N), L = x_BTHP.shape, B_BTGN.shape[2:], BLOCK_FRAMES
         M, J, Q = triton.cdiv(T, L), L // 16, H // G * P
         options = dict(T=T, M=M, G=G, L=L, num_stages=1)
-        groups = dict(Q=Q, N=N, num_warps=1, **options)
+        groups = dict(Q=Q, num_warps=1, **options)
         heads = dict(H=H, P=P, P_PAD=max(16, triton.next_power_of_2(P)), LEAST=least_log_decay, num_warps=1, **options)
 
         decays_BMJEHP, decays_BMH = A_H.new_empty(B, M, J, 3, H, P), A_H.new_empty(B, M, H)
@@ -345,7 +345,7 @@ class _Ssd(torch.autograd.Function):
         read_BTHP, first_BTHP, y_BTHP = (A_H.new_empty(x_BTHP.shape) for _ in range(3))
         _read_kernel[(L // READ_FRAMES * triton.cdiv(Q, READ_CHANNELS), M, B * G)](
             C_BTGN, states_BZHPN, scores_BMGLL, scaled_BTHP, decays_BMJEHP, read_BTHP, first_BTHP, None, None, None,
-            *C_BTGN.stride(), ROWS=READ_FRAMES, TILES=READ_CHANNELS // 16, SLOT=0, **groups,
+            *C_BTGN.stride(), N=N, ROWS=READ_FRAMES, TILES=READ_CHANNELS // 16, SLOT=0, **groups,
         )  # fmt: skip
         _output_kernel[(J, M, B * G)](
             x_BTHP, dt_BTH, A_H, D_H, read_BTHP, scores_BMGLL, y_BTHP, *x_BTHP.stride(), *dt_BTH.stride(), **heads
@@ -372,7 +372,7 @@ class _Ssd(torch.autograd.Function):
         _read_kernel[(R * triton.cdiv(Q, GIVEN_CHANNELS), M, B * G)](
             B_BTGN, dstates_BZHPN, scoresT_BMGLL, dscaled_BTHP, decays_BMJEHP, given_BTHP, first_BTHP, states_BZHPN,
             scaled_BTHP, faded_BMJRHP, *B_BTGN.stride(),
-            ROWS=GIVEN_FRAMES, TILES=GIVEN_CHANNELS // 16, SLOT=1, **groups,
+            N=N, ROWS=GIVEN_FRAMES, TILES=GIVEN_CHANNELS // 16, SLOT=1, **groups,
         )  # fmt: skip
         dx_BTHP, ddt_BTH, dB_BTGN, dC_BTGN = (x.new_empty(x.shape) for x in (x_BTHP, dt_BTH, B_BTGN, C_BTGN))
         dAD_2HBM = A_H.new_empty(2, H, B, M * J)
@@ -386,7 +386,7 @@ class _Ssd(torch.autograd.Function):
             scaled_BTHP, dscaled_BTHP, decays_BMJEHP, weights_BMGLL, weightsT_BMGLL, **groups
         )
         grid = (L // SHARED_FRAMES * triton.cdiv(N, SHARED_STATES), M, B * G)
-        tiles = dict(ROWS=SHARED_FRAMES, TILES=SHARED_STATES // 16)
+        tiles = dict(N=N, ROWS=SHARED_FRAMES, TILES=SHARED_STATES // 16)
         _shared_kernel[grid](
             dscaled_BTHP, states_BZHPN, decays_BMJEHP, weights_BMGLL, B_BTGN, dC_BTGN, *B_BTGN.stride(),
             SLOT=0, **tiles, **groups,
