@@ -39,7 +39,7 @@ from ssm_asr.ssm.kernels.ssd_wide_heads import _gradient_kernel, _output_kernel,
 
 BLOCK_FRAMES = 64
 # What a program takes at once: of a block's frames, where they meet states (read, given, the gradients of B and C);
-READ_FRAMES, GIVEN_FRAMES, SHARED_FRAMES = 32, 32, 32
+READ_FRAMES, GIVEN_FRAMES, SHARED_FRAMES = 32, 64, 64
 # of a group's channels, where states are made, read, and their gradients read;
 ADDED_CHANNELS, READ_CHANNELS, GIVEN_CHANNELS = 48, 48, 16
 # of N, where states are made, for the gradients of B and C, and for products of B and C.
