@@ -22,6 +22,11 @@ def wide(monkeypatch):
             monkeypatch.setattr(kernels, name, 16)
 
 
+def take_frames(monkeypatch, frames):
+    for name in ("READ_FRAMES", "GIVEN_FRAMES", "SHARED_FRAMES"):
+        monkeypatch.setattr(kernels, name, frames)
+
+
 @pytest.mark.parametrize("N, name", [(WIDE_STATES - 1, "narrow"), (WIDE_STATES, "wide")])
 def test_large_states_take_these_kernels(monkeypatch, N, name):
     monkeypatch.setattr("ssm_asr.ssm.kernels.usable", lambda x: True)
@@ -42,6 +47,7 @@ def test_sizes_of_the_presets(monkeypatch, P, G, N):
         monkeypatch.setattr(kernels, name, tile)
     if DEVICE == "cpu":
         monkeypatch.setattr(kernels, "BLOCK_FRAMES", 32)
+        take_frames(monkeypatch, 32)
     assert_as_reference(operands(B=1, T=20, H=4 if DEVICE == "cpu" else 16, P=P, G=G, N=N))
 
 
@@ -54,10 +60,9 @@ def test_more_channels_than_a_program_takes():
     assert_as_reference(operands(B=1, T=20, H=2, G=1, P=kernels.READ_CHANNELS + 1))
 
 
-@pytest.mark.parametrize("frames", [16, 64])
+@pytest.mark.parametrize("frames", [16, 32, 64])
 def test_frames_that_a_program_takes(monkeypatch, frames):
-    for name in ("READ_FRAMES", "GIVEN_FRAMES", "SHARED_FRAMES"):
-        monkeypatch.setattr(kernels, name, frames)
+    take_frames(monkeypatch, frames)
     for name in TILES:
         monkeypatch.setattr(kernels, name, 32)
     assert_as_reference(operands(B=1, T=70, H=2, G=1, P=9, N=21))
@@ -66,6 +71,7 @@ def test_frames_that_a_program_takes(monkeypatch, frames):
 @pytest.mark.parametrize("block_frames", [32, 128])
 def test_lengths_of_blocks(monkeypatch, block_frames):
     monkeypatch.setattr(kernels, "BLOCK_FRAMES", block_frames)
+    take_frames(monkeypatch, 32)
     assert_as_reference(operands(B=1, T=140, H=1, G=1))
 
 

@@ -38,7 +38,7 @@ from ssm_asr.ssm.kernels.ssd import _load, pass_on, sum_blocks
 from ssm_asr.ssm.kernels.ssd_wide_heads import _gradient_kernel, _output_kernel, _scale_kernel
 
 BLOCK_FRAMES = 64
-# What a program takes at once: of a block's frames, where they meet states (read, given, the gradients of B and C);
+# What a program takes at once: of the block's frames, where they meet states (read, given, the gradients of B and C);
 READ_FRAMES, GIVEN_FRAMES, SHARED_FRAMES = 32, 64, 64
 # of a group's channels, where states are made, read, and their gradients read;
 ADDED_CHANNELS, READ_CHANNELS, GIVEN_CHANNELS = 48, 48, 16
