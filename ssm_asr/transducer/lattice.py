@@ -108,12 +108,13 @@ class _LatticeScore(torch.autograd.Function):
         regular: bool,
         start_BT: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        all_sums = sums
+        given = (symbol_BTR, blank_BTR, boundary_B4, num_symbols, regular, start_BT)
         if kernels.usable(blank_BTR):
             from ssm_asr.transducer import lattice_kernels  # only where Triton is installed
 
-            all_sums = lattice_kernels.sums
-        score_B, *occupations = all_sums(symbol_BTR, blank_BTR, boundary_B4, num_symbols, regular, start_BT)
+            score_B, *occupations = lattice_kernels.sums(*given, RAREST_ARC)
+        else:
+            score_B, *occupations = sums(*given)
         ctx.save_for_backward(*occupations)
         ctx.mark_non_differentiable(*occupations)
         return score_B, occupations[0], occupations[1]

@@ -18,9 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssm_asr.transducer import lattice
-
-RAREST_ARC = tl.constexpr(lattice.RAREST_ARC)
 LN2 = tl.constexpr(0.6931471805599453)
 ZERO = tl.constexpr(-(2**24))  # exponent of a probability of 0, of which 100 add up within 32 bits
 WARP = 32
@@ -38,8 +35,9 @@ def sums(
     num_symbols: int,
     regular: bool,
     start_BT: Tensor | None,
+    rarest_arc: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The fields of `lattice.lattice_score`, whose arguments these are."""
+    """The fields of `lattice.lattice_score`, whose arguments these are; occupations of at most rarest_arc are 0."""
     B, T, R = blank_BTR.shape
     K = (T + num_symbols if regular else T) + 2 * MARGIN.value
     columns = min(triton.cdiv(R, WARP), MOST_COLUMNS)
@@ -60,7 +58,7 @@ def sums(
     _sum[(B, 2)](*arcs, *states, boundary_B4, K, ROWS=AHEAD // columns, num_warps=warps, **slots)
     score_B = blank_BTR.new_empty(B)
     symbol_occupation_BTR, blank_occupation_BTR = blank_BTR.new_empty(B, T, R), blank_BTR.new_empty(B, T, R)
-    _take_out[tiles](symbol_occupation_BTR, blank_occupation_BTR, score_B, *arcs, *states, *size, **tile)
+    _take_out[tiles](symbol_occupation_BTR, blank_occupation_BTR, score_B, *arcs, *states, *size, rarest_arc, **tile)
     return score_B, symbol_occupation_BTR, blank_occupation_BTR
 
 
@@ -255,7 +253,7 @@ def _sum(
 
 @triton.jit(do_not_specialize=SIZES)
 def _take_out(
-    symbol, blank, score, arc, arc_exponent, state, state_exponent, boundary, start, T, K, R,
+    symbol, blank, score, arc, arc_exponent, state, state_exponent, boundary, start, T, K, R, rarest_arc,
     PRUNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     C: tl.constexpr, L: tl.constexpr, REGULAR: tl.constexpr,
 ):  # fmt: skip
@@ -282,5 +280,5 @@ def _take_out(
         exponent += tl.load(arc_exponent + place, kept, other=0)
         occupation = before * by_arc * after * _power(exponent)
         occupation = tl.where(kept, tl.where(total == 0.0, 0.0, occupation), 0.0)
-        occupation = tl.where(occupation <= RAREST_ARC, 0.0, occupation)
+        occupation = tl.where(occupation <= rarest_arc, 0.0, occupation)
         tl.store((symbol if by_symbol else blank) + t * R + r + b * T * R, occupation, inside)

@@ -23,7 +23,7 @@ def compare(
     given = (symbol_BTR, blank_BTR, boundary_B4, num_symbols, regular, start_BT)
     expected = lattice.sums(*given)
     on_device = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in given]
-    actual = lattice_kernels.sums(*on_device)
+    actual = lattice_kernels.sums(*on_device, lattice.RAREST_ARC)
     for ours, reference in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours.cpu(), reference, rtol=1e-12, atol=1e-12)
     return expected
@@ -88,8 +88,8 @@ def test_single_precision_and_nan():
     blank_BTR[1, 2, 1] = torch.nan
     given = (symbol_BTR, blank_BTR, torch.tensor([0, 0, 3, T]).expand(B, 4))
     on_device = [x.to(DEVICE) for x in given]
-    actual = lattice_kernels.sums(*on_device, 3, True, None)
-    again = lattice_kernels.sums(*on_device, 3, True, None)
+    actual = lattice_kernels.sums(*on_device, 3, True, None, lattice.RAREST_ARC)
+    again = lattice_kernels.sums(*on_device, 3, True, None, lattice.RAREST_ARC)
     for ours, same, reference in zip(actual, again, lattice.sums(*given, 3, True, None), strict=True):
         assert ours.dtype == torch.float32
         assert ours[1].isnan().any() and reference[1].isnan().any()
