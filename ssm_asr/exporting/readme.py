@@ -140,7 +140,7 @@ def readme(format_name: str, facts: str, usage: str, written: list[Written]) -> 
         lines += [
             "",
             f"Compared on random features, over {check.CHUNKS} chunks and batches of {sizes}, states included; "
-            "differences of values above 1 are relative.",
+            "differences of values above 1 are relative, those of states to their largest value.",
             "",
         ]
     return "\n".join(lines)

@@ -186,6 +186,22 @@ def test_a_wrong_state_is_found(zipformer: Loaded) -> None:
         check.worst_difference(part, lambda *inputs: [x[:, :1] for x in part.module(*inputs)])
 
 
+def test_small_numbers_of_a_state_have_rounding_errors_of_its_large_ones() -> None:
+    expected, actual = torch.tensor([3000.0, 0.1]), torch.tensor([3000.0, 0.1006])
+    assert check.difference(expected, actual) == pytest.approx(6e-4, rel=1e-3)
+    assert check.difference(expected, actual, is_state=True) == pytest.approx(2e-7, rel=1e-3)
+
+
+def test_the_models_own_rounding_error(zipformer: Loaded) -> None:
+    class Cancels(torch.nn.Module):
+        def forward(self, x_N: Tensor) -> Tensor:
+            return (x_N + 1e4) - 1e4
+
+    cancels = parts.Part("x", Cancels().eval(), lambda N: (torch.randn(N),), {}, {})
+    assert 1e-4 < check.rounding_error(cancels) < 1e-3
+    assert 0 < check.rounding_error(parts.packed_encoder(zipformer.model, CHUNK, 64)) < check.TOLERANCE
+
+
 def test_what_ends_a_runtime_is_found(tmp_path: Path, zipformer: Loaded) -> None:
     part, path = parts.packed_encoder(zipformer.model, CHUNK, 64), tmp_path / "encoder.onnx"
     onnx_files.write_onnx(part, path)
