@@ -23,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ssm_asr.ssm.kernels.products import dot
+
 # Frames, predictor outputs and tokens that a program takes at once: for the terms and for both gradients.
 TERMS = dict(TIMES=64, OUTPUTS=64, WIDTH=32, num_warps=4)
 AM_GRADIENT = dict(TIMES=64, OUTPUTS=16, WIDTH=64, num_warps=4)
@@ -45,14 +47,6 @@ def _scaled_exp(x, scale):  # type: ignore[no-untyped-def]
 def _split(x, PART: tl.constexpr):  # type: ignore[no-untyped-def]
     high = x.to(PART)
     return high, (x - high.to(tl.float32)).to(PART)
-
-
-@triton.jit
-def _dot(a_high, a_low, b_high, b_low, acc):  # type: ignore[no-untyped-def]
-    """acc + a @ b without the product of the low parts."""
-    acc = tl.dot(a_low, b_high, acc=acc, input_precision="ieee")
-    acc = tl.dot(a_high, b_low, acc=acc, input_precision="ieee")
-    return tl.dot(a_high, b_high, acc=acc, input_precision="ieee")
 
 
 @triton.jit
@@ -117,7 +111,7 @@ def _sum_joint_kernel(  # type: ignore[no-untyped-def]
         larger = tl.maximum(largest, tl.max(am, axis=1))
         total *= tl.exp(largest - larger)[:, None]
         E_high, E_low = _split(_scaled_exp(am - larger[:, None], E_SCALE), high.dtype)
-        total = _dot(E_high, E_low, tl.trans(high), tl.trans(low), total)
+        total = dot(E_high, E_low, tl.trans(high), tl.trans(low), total)
         largest = larger
     # Without the smallest number a frame and a context that share no likely token would have the logarithm of 0.
     total += SMALLEST * E_SCALE * L_SCALE
@@ -172,7 +166,7 @@ def _am_gradient_kernel(  # type: ignore[no-untyped-def]
         u = i * OUTPUTS + tl.arange(0, OUTPUTS)
         W_high, W_low = _load_parts(W_ptr, cells, t, u, T, U, U, 1)
         L_high, L_low = _load_parts(L_ptr, size, u, v, U, V, V, 1)
-        product = _dot(W_high, W_low, L_high, L_low, product)
+        product = dot(W_high, W_low, L_high, L_low, product)
     am = _load_am(am_ptr + b * T * V, t, v, T, V)
     am_max = tl.load(am_max_ptr + b * T + t, mask=t < T, other=0.0)
     d_am = -product * _scaled_exp(am - am_max[:, None], E_SCALE)
@@ -210,7 +204,7 @@ def _lm_gradient_kernel(  # type: ignore[no-untyped-def]
         W_high, W_low = _load_parts(W_ptr, cells, u, t, U, T, 1, U)
         am_max = tl.load(am_max_ptr + b * T + t, mask=t < T, other=0.0)
         E_high, E_low = _split(_scaled_exp(_load_am(am_ptr, t, v, T, V) - am_max[:, None], E_SCALE), W_high.dtype)
-        product = _dot(W_high, W_low, E_high, E_low, product)
+        product = dot(W_high, W_low, E_high, E_low, product)
         done += TIMES
     symbol = tl.load(symbols_ptr + b * (U - 1) + u, mask=u < U - 1, other=-1)
     at_symbol = tl.load(at_symbol_ptr + b * (U - 1) + u, mask=u < U - 1, other=0.0)

@@ -130,7 +130,10 @@ def across(high, low, ones):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def dot(a_high, a_low, b_high, b_low, acc):  # type: ignore[no-untyped-def]
-    """acc + a @ b as exact as in float32, on the matrix units: three tf32 products, without that of the rests."""
+    """acc + a @ b on the matrix units, of matrices in two parts each: three products, without that of the rests.
+
+    With the parts of `split`, in tf32, it is as exact as in float32.
+    """
     acc = tl.dot(a_low, b_high, acc=acc, input_precision="tf32")
     acc = tl.dot(a_high, b_low, acc=acc, input_precision="tf32")
     return tl.dot(a_high, b_high, acc=acc, input_precision="tf32")
