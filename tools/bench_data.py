@@ -109,16 +109,22 @@ def audio_s(batch: Batch) -> float:
     return float(batch.feature_lens_B.sum()) * FRAME_SHIFT_MS / 1000
 
 
+def take(batches: Iterator[Batch], count: int, task: str) -> float:
+    """Takes so many batches, and returns the seconds of audio in them."""
+    bar = tqdm(islice(batches, count), desc=task, total=count, unit="batch", leave=False, disable=None)
+    return sum(audio_s(batch) for batch in bar)
+
+
 def processor_times(source: Source, num_batches: int) -> dict[str, float]:
     """ms of one process for 1000 s of audio: in all, and the parts of it."""
     batches = source.batches(0)
     next(batches)  # fills the sampler's buffer
     start = time.process_time()
-    seconds = sum(audio_s(batch) for batch in islice(batches, num_batches))
+    seconds = take(batches, num_batches, "timing one process")
     times = {"all": time.process_time() - start}
     profile = cProfile.Profile(time.process_time)  # makes small functions slower: for the parts alone
     with profile:
-        profiled_s = sum(audio_s(batch) for batch in islice(batches, num_batches))
+        profiled_s = take(batches, num_batches, "profiling")
     statistics = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     for part, (file_end, name) in PARTS.items():
         found = [entry[3] for key, entry in statistics.items() if key[0].endswith(file_end) and key[2] == name]
@@ -129,10 +135,10 @@ def processor_times(source: Source, num_batches: int) -> dict[str, float]:
 def delivered(source: Source, num_workers: int, num_batches: int) -> tuple[float, float]:
     """Seconds of audio a second by so many workers, and by the processor time of the training process alone."""
     batches = source.batches(num_workers)
-    for _ in range(4 * num_workers):  # until all have started, and what they had made beforehand is used up
-        next(batches)
+    # Until all have started, and what they had made beforehand is used up.
+    take(batches, 4 * num_workers, f"starting {num_workers} workers")
     start, own_start = time.perf_counter(), time.process_time()
-    seconds = sum(audio_s(batch) for batch in islice(batches, num_batches))
+    seconds = take(batches, num_batches, f"timing {num_workers} workers")
     return seconds / (time.perf_counter() - start), seconds / (time.process_time() - own_start)
 
 
