@@ -68,7 +68,7 @@ def upto_and_strict(s, t, products):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def head_output(x, dt, A, D, read, products, upto, since, ones, LEAST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _head_output(x, dt, A, D, read, products, upto, since, ones, LEAST: tl.constexpr):  # type: ignore[no-untyped-def]
     """y of a head and a block, from C·Sᵀ and the products (t, s) of C and B."""
     exponents = _exponents(dt, A, LEAST)
     e_high, e_low = mm.split(exponents)
@@ -233,7 +233,7 @@ def _output_kernel(  # type: ignore[no-untyped-def]
         dt = tl.load(dt_ptr + r * dt_h + i * dt_t, mask=i_mask, other=0.0).to(tl.float32)
         state_high, state_low = mm.split(state)
         read = mm.dot(C_high, C_low, mm.right(state_high), mm.right(state_low), tl.zeros([L, P_PAD], tl.float32))
-        y = head_output(x, dt, A, D, read, products, upto, since, ones, LEAST)
+        y = _head_output(x, dt, A, D, read, products, upto, since, ones, LEAST)
         mm.store(y_ptr + r * P + i * (H * P), y, i_mask, P, 1)
 
 
@@ -348,8 +348,8 @@ def _sizes(x_BTHP: Tensor, B_BTGN: Tensor, least_log_decay: float) -> dict[str, 
     P_pad, N_pad = max(16, triton.next_power_of_2(P)), max(16, triton.next_power_of_2(N))
     return dict(
         T=T, M=triton.cdiv(T, BLOCK_FRAMES), H=H, G=G, P=P, N=N, P_PAD=P_pad, N_PAD=N_pad, L=BLOCK_FRAMES,
-        LEAST=least_log_decay, UNROLL=2 if N_pad == 16 else 1,  # more heads at once do not fit into registers
-        num_stages=1, num_warps=1,
+        # Of small states two heads at once fit into registers; with larger ones loads go ahead by one head.
+        LEAST=least_log_decay, num_warps=1, UNROLL=2 if N_pad == 16 else 1, num_stages=1 if N_pad == 16 else 2,
     )  # fmt: skip
 
 

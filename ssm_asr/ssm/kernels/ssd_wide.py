@@ -39,11 +39,11 @@ from ssm_asr.ssm.kernels.ssd_wide_heads import _gradient_kernel, _output_kernel,
 
 BLOCK_FRAMES = 64
 # What a program takes at once: of the block's frames, where they meet states (read, given, the gradients of B and C);
-READ_FRAMES, GIVEN_FRAMES, SHARED_FRAMES = 32, 64, 64
-# of a group's channels, where states are made, read, and their gradients read;
-ADDED_CHANNELS, READ_CHANNELS, GIVEN_CHANNELS = 48, 48, 16
+READ_FRAMES, GIVEN_FRAMES, SHARED_FRAMES = 32, 64, 32
+# of a group's channels, where states are made, read, and their gradients read, and for outputs;
+ADDED_CHANNELS, READ_CHANNELS, GIVEN_CHANNELS, OUTPUT_CHANNELS = 48, 48, 16, 32
 # of N, where states are made, for the gradients of B and C, and for products of B and C.
-ADDED_STATES, SHARED_STATES, SCORES_STATES = 64, 32, 64
+ADDED_STATES, SHARED_STATES, SCORES_STATES = 64, 64, 64
 
 
 @triton.jit
@@ -161,43 +161,56 @@ def _read_kernel(  # type: ignore[no-untyped-def]
         reads = sums
         if SLOT == 1:
             pairs = products
+    # No load goes before an earlier store, so all are made ahead.
+    scores = ()
+    for step in tl.static_range(J - 1):
+        j = step if SLOT == 0 else J - 1 - step
+        after = own > j if SLOT == 0 else own < j
+        pointers = scores_ptr + i[:, None] * L + (16 * j + c)[None, :]
+        scores += (tl.load(pointers, mask=after, other=0.0),)  # type: ignore[assignment]
     for k in tl.static_range(TILES):
-        read = reads[k]
+        first, read = reads[k], reads[k]
         q, q_order = (part * TILES + k) * 16 + c, (part * TILES + k) * 16 + c_order
         q_mask, order_mask = q < Q, q_order < Q
         offsets, mask = row + i[:, None] * (G * Q) + q[None, :], i_mask[:, None] & q_mask[None, :]
-        if SLOT == 0:
-            tl.store(first_ptr + offsets, mm.loaded(read), mask=mask)
-        else:
+        decays, xs, faded = (), (), ()
+        for step in tl.static_range(J):
+            j = step if SLOT == 0 else J - 1 - step
+            decay = tl.load(decays_ptr + j * 3 * G * Q + q_order, mask=order_mask, other=0.0)
+            decays += (decay,)  # type: ignore[assignment]
+        for step in tl.static_range(J - 1):
+            s = 16 * (step if SLOT == 0 else J - 1 - step) + c_order
+            xs += (_load(x_ptr + row, G * Q, 1, s, q, s < T - m * L, q_mask),)  # type: ignore[assignment]
+        if SLOT == 1:
             before = tl.load(decays_ptr + (own * 3 + 1) * (G * Q) + q[None, :], mask=mask, other=0.0)
             passed = tl.load(first_ptr + offsets, mask=mask, other=0.0)
             passed = mm.ordered(passed * tl.load(x_ptr + offsets, mask=mask, other=0.0) * before)
             others = mm.ordered(tl.load(dy_ptr + offsets, mask=mask, other=0.0))
-            last_ptr = decays_ptr + (J - 1) * 3 * G * Q + q_order
-            faded_all = tl.load(last_ptr, mask=order_mask, other=0.0) * tl.sum(pairs[k], axis=1)
-            faded_all *= tl.load(last_ptr + G * Q, mask=order_mask, other=0.0)
+            before_last = tl.load(decays_ptr + ((J - 1) * 3 + 1) * (G * Q) + q_order, mask=order_mask, other=0.0)
+            faded_all = decays[0] * tl.sum(pairs[k], axis=1) * before_last  # type: ignore[misc]
         for step in tl.static_range(J):
             j = step if SLOT == 0 else J - 1 - step
-            decay = tl.load(decays_ptr + j * 3 * G * Q + q_order, mask=order_mask, other=0.0)[None, :]
             after = own > j if SLOT == 0 else own < j
-            read *= tl.where(after, decay, 1.0)
+            read *= tl.where(after, decays[step][None, :], 1.0)
             if SLOT == 1:
                 arrived = others * read
                 for u in tl.static_range(1, J - 1):
-                    if u < j:
-                        between = tl.load(decays_ptr + u * 3 * G * Q + q_order, mask=order_mask, other=0.0)[None, :]
-                        arrived *= tl.where(own < u, between, 1.0)
+                    if u < J - 1 - step:
+                        arrived *= tl.where(own < u, decays[J - 1 - u][None, :], 1.0)
                 sums = tl.sum(tl.where(after, arrived, tl.where(own > j, passed, 0.0)), axis=0)
-                faded = faded_ptr + ((((b * M + m) * J + j) * PIECES + piece) * G + g) * Q + q_order
-                tl.store(faded, faded_all + sums, mask=order_mask)
-            if step < J - 1:
-                s = 16 * j + c_order
+                faded += (faded_all + sums,)  # type: ignore[assignment]
+            if step < J - 1:  # noqa: SIM102  the second condition is only known to the program
                 if ((piece + 1) * ROWS > 16 * (j + 1)) if SLOT == 0 else (piece * ROWS < 16 * j):
-                    scores = tl.load(scores_ptr + i[:, None] * L + (16 * j + c)[None, :], mask=after, other=0.0)
-                    high, low = mm.split(scores)
-                    x_high, x_low = mm.split(_load(x_ptr + row, G * Q, 1, s, q, s < T - m * L, q_mask))
+                    high, low = mm.split(scores[step])
+                    x_high, x_low = mm.split(xs[step])
                     x_high, x_low = mm.across(x_high, x_low, ones)
                     read = mm.dot(mm.left(high), mm.left(low), x_high, x_low, read)
+        if SLOT == 0:
+            tl.store(first_ptr + offsets, mm.loaded(first), mask=mask)
+        else:
+            for step in tl.static_range(J):
+                block = ((b * M + m) * J + J - 1 - step) * PIECES + piece
+                tl.store(faded_ptr + (block * G + g) * Q + q_order, faded[step], mask=order_mask)
         tl.store(read_ptr + offsets, mm.loaded(read), mask=mask)
 
 
@@ -328,9 +341,9 @@ class _Ssd(torch.autograd.Function):
         x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN = inputs
         (B, T, H, P), (G, N), L = x_BTHP.shape, B_BTGN.shape[2:], BLOCK_FRAMES
         M, J, Q = triton.cdiv(T, L), L // 16, H // G * P
-        options = dict(T=T, M=M, G=G, L=L, num_stages=1)
-        groups = dict(Q=Q, num_warps=1, **options)
-        heads = dict(H=H, P=P, P_PAD=max(16, triton.next_power_of_2(P)), LEAST=least_log_decay, num_warps=1, **options)
+        options = dict(T=T, M=M, G=G, L=L)
+        groups = dict(Q=Q, num_warps=1, num_stages=2, **options)  # two stages: loops load one step ahead
+        heads = dict(H=H, P=P, LEAST=least_log_decay, num_warps=1, num_stages=1, **options)
 
         decays_BMJEHP, decays_BMH = A_H.new_empty(B, M, J, 3, H, P), A_H.new_empty(B, M, H)
         scaled_BTHP = _scaled(x_BTHP, dt_BTH, A_H, heads, backward=False, decays=(decays_BMJEHP, decays_BMH))
@@ -340,16 +353,17 @@ class _Ssd(torch.autograd.Function):
         scores_BMGLL, scoresT_BMGLL = A_H.new_empty(B, M, G, L, L), A_H.new_empty(B, M, G, L, L)
         _scores_kernel[(M, B * G)](
             B_BTGN, C_BTGN, scores_BMGLL, scoresT_BMGLL, *B_BTGN.stride(), *C_BTGN.stride(),
-            N=N, STATES=SCORES_STATES, num_warps=4, **options,
+            N=N, STATES=SCORES_STATES, num_warps=4, num_stages=1, **options,
         )  # fmt: skip
         read_BTHP, first_BTHP, y_BTHP = (A_H.new_empty(x_BTHP.shape) for _ in range(3))
         _read_kernel[(L // READ_FRAMES * triton.cdiv(Q, READ_CHANNELS), M, B * G)](
             C_BTGN, states_BZHPN, scores_BMGLL, scaled_BTHP, decays_BMJEHP, read_BTHP, first_BTHP, None, None, None,
             *C_BTGN.stride(), N=N, ROWS=READ_FRAMES, TILES=READ_CHANNELS // 16, SLOT=0, **groups,
         )  # fmt: skip
-        _output_kernel[(J, M, B * G)](
-            x_BTHP, dt_BTH, A_H, D_H, read_BTHP, scores_BMGLL, y_BTHP, *x_BTHP.stride(), *dt_BTH.stride(), **heads
-        )
+        _output_kernel[(J * triton.cdiv(Q, OUTPUT_CHANNELS), M, B * G)](
+            x_BTHP, dt_BTH, A_H, D_H, read_BTHP, scores_BMGLL, y_BTHP, *x_BTHP.stride(), *dt_BTH.stride(),
+            CHANNELS=OUTPUT_CHANNELS, **heads,
+        )  # fmt: skip
         ctx.save_for_backward(
             *inputs[:6], decays_BMJEHP, decays_BMH, scaled_BTHP, states_BZHPN, read_BTHP, first_BTHP, scoresT_BMGLL
         )
@@ -380,7 +394,8 @@ class _Ssd(torch.autograd.Function):
         _gradient_kernel[(J, M, B * G)](
             x_BTHP, dt_BTH, A_H, D_H, read_BTHP, scoresT_BMGLL, dy_BTHP, given_BTHP, faded_BMJRHP,
             dx_BTHP, ddt_BTH, dAD_2HBM[0], dAD_2HBM[1], weights_BMGLL, weightsT_BMGLL,
-            *x_BTHP.stride(), *dt_BTH.stride(), *dy_BTHP.stride(), PIECES=R, **heads,
+            *x_BTHP.stride(), *dt_BTH.stride(), *dy_BTHP.stride(),
+            P_PAD=max(16, triton.next_power_of_2(P)), PIECES=R, **heads,
         )  # fmt: skip
         _weights_kernel[(J - 1, M, B * G)](
             scaled_BTHP, dscaled_BTHP, decays_BMJEHP, weights_BMGLL, weightsT_BMGLL, **groups

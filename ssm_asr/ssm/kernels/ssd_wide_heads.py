@@ -1,4 +1,4 @@
-"""What ssm_asr.ssm.kernels.ssd_wide does with heads one by one, in short blocks of 16 frames.
+"""What ssm_asr.ssm.kernels.ssd_wide does inside short blocks of 16 frames, with heads or channels one by one.
 
 Letters and shapes are those of that file.
 """
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ssm_asr.ssm.kernels import products as mm
-from ssm_asr.ssm.kernels.ssd import _exponents, _load, head_decays, head_gradients, head_output, upto_and_strict
+from ssm_asr.ssm.kernels.ssd import _exponents, _load, head_decays, head_gradients, upto_and_strict
 
 
 @triton.jit
@@ -49,29 +49,44 @@ def _scale_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _output_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dt_ptr, A_ptr, D_ptr, read_ptr, scores_ptr, y_ptr, x_b, x_t, x_h, x_p, dt_b, dt_t, dt_h,
-    T, M, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, P_PAD: tl.constexpr, L: tl.constexpr,
-    LEAST: tl.constexpr,
+    T, M, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, L: tl.constexpr,
+    LEAST: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """y of a short block."""
-    j, m, b, g = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
-    i, c, p = mm.order(16), tl.arange(0, 16), tl.arange(0, P_PAD)
-    first, h = m * L + 16 * j, g * (H // G)
-    i_mask, p_mask = i < T - first, p < P
-    x_ptr += b * x_b + first * x_t + h * x_h
+    """y of a short block and some channels, frame by frame: a thread keeps what a channel has had, and lets it fade."""
+    Q: tl.constexpr = H // G * P
+    PARTS: tl.constexpr = (Q + CHANNELS - 1) // CHANNELS
+    part, m, b, g = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
+    j, part = part // PARTS, part % PARTS
+    q = part * CHANNELS + tl.arange(0, CHANNELS)
+    mask, h, p = q < Q, g * (H // G) + q // P, q % P
+    first = m * L + 16 * j
+    x_ptr += b * x_b + first * x_t + h * x_h + p * x_p
     dt_ptr += b * dt_b + first * dt_t + h * dt_h
-    row = ((b * T + first) * H + h) * P
+    offsets = (b * T + first) * (H * P) + g * Q + q
     scores_ptr += ((b * M + m) * G + g) * L * L + 16 * j * (L + 1)
-    products = mm.ordered(tl.load(scores_ptr + i[:, None] * L + c[None, :]))  # (t, s)
-    upto, strict = upto_and_strict(i[None, :], i[:, None], products)
-    products *= upto
-    since, ones = mm.right_again(1.0 - upto), mm.left_again(upto - strict)
-    for r in range(H // G):
-        A, D = tl.load(A_ptr + h + r), tl.load(D_ptr + h + r)
-        x = _load(x_ptr + r * x_h, x_t, x_p, i, p, i_mask, p_mask)
-        read = _load(read_ptr + row + r * P, H * P, 1, i, p, i_mask, p_mask)
-        dt = tl.load(dt_ptr + r * dt_h + i * dt_t, mask=i_mask, other=0.0).to(tl.float32)
-        y = head_output(x, dt, A, D, mm.ordered(read), products, upto, since, ones, LEAST)
-        mm.store(y_ptr + row + r * P + i * (H * P), y, i_mask, P, 1)
+    A, D = tl.load(A_ptr + h, mask=mask, other=0.0), tl.load(D_ptr + h, mask=mask, other=0.0)
+    xs, steps, reads = (), (), ()
+    for t in tl.static_range(16):
+        now = mask & (first + t < T)
+        xs += (tl.load(x_ptr + t * x_t, mask=now, other=0.0).to(tl.float32),)  # type: ignore[assignment]
+        steps += (tl.load(dt_ptr + t * dt_t, mask=now, other=0.0).to(tl.float32),)  # type: ignore[assignment]
+        reads += (tl.load(read_ptr + offsets + t * (H * P), mask=now, other=0.0),)  # type: ignore[assignment]
+    from_start = tl.full([CHANNELS], 1.0, tl.float32)
+    kept, ys = (), ()
+    for t in tl.static_range(16):
+        decay = tl.exp2(_exponents(steps[t], A, LEAST))
+        from_start *= decay
+        faded = ()
+        for s in tl.static_range(t):
+            faded += (kept[s] * decay,)  # type: ignore[assignment]
+        kept = faded
+        kept += (steps[t] * xs[t],)  # type: ignore[assignment]
+        y = xs[t] * D + reads[t] * from_start
+        for s in tl.static_range(t + 1):
+            y += tl.load(scores_ptr + (t * L + s)) * kept[s]
+        ys += (y,)  # type: ignore[assignment]
+    for t in tl.static_range(16):  # after the last load, since no load goes before an earlier store
+        tl.store(y_ptr + offsets + t * (H * P), ys[t], mask=mask & (first + t < T))
 
 
 @triton.jit
