@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ssm_asr.encoder.kernels.sums import rows, slabs_of, totals
-from ssm_asr.ssm.kernels import MEMORY_LINE
+from ssm_asr.ssm.kernels import ANY_COUNT, MEMORY_LINE
 
 ELEMENTS, WIDTH = 4096, 512  # of a program's tile: numbers, and at most so many columns
 TERMS, GRADIENT = (2048, 128), (1024, 256)  # the same where it reads logits: for the terms, for their gradient
@@ -45,7 +45,7 @@ def _frames(frame_ptr, M, J, FRAMES: tl.constexpr, WIDTH: tl.constexpr):  # type
     return m, m < M, frame, j, (m < M)[:, None] & (j < J)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _hidden_kernel(  # type: ignore[no-untyped-def]
     encoder_ptr, decoder_ptr, row_ptr, frame_ptr, hidden_ptr, M,
     R: tl.constexpr, J: tl.constexpr, FRAMES: tl.constexpr, WIDTH: tl.constexpr,
@@ -58,7 +58,7 @@ def _hidden_kernel(  # type: ignore[no-untyped-def]
         tl.store(hidden_ptr + (m.to(tl.int64) * R + r)[:, None] * J + j[None, :], hidden, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _encoder_gradient_kernel(  # type: ignore[no-untyped-def]
     encoder_ptr, decoder_ptr, row_ptr, frame_ptr, d_hidden_ptr, d_encoder_ptr, M,
     R: tl.constexpr, J: tl.constexpr, FRAMES: tl.constexpr, WIDTH: tl.constexpr,
@@ -73,7 +73,7 @@ def _encoder_gradient_kernel(  # type: ignore[no-untyped-def]
     tl.store(d_encoder_ptr + frame[:, None] * J + j[None, :], total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _decoder_gradient_kernel(  # type: ignore[no-untyped-def]
     encoder_ptr, decoder_ptr, row_ptr, place_ptr, d_hidden_ptr, d_decoder_ptr, T, U,
     R: tl.constexpr, J: tl.constexpr, TIMES: tl.constexpr, FRAMES: tl.constexpr, WIDTH: tl.constexpr,
@@ -101,7 +101,7 @@ def _decoder_gradient_kernel(  # type: ignore[no-untyped-def]
     tl.store(out, tl.sum(total, axis=0), mask=j < J)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _terms_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, bias_ptr, symbol_ptr, frame_ptr, terms_ptr, N, num_cells, blank,
     R: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -128,7 +128,7 @@ def _terms_kernel(  # type: ignore[no-untyped-def]
     tl.store(terms_ptr + 2 * num_cells + cell, normaliser, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _logits_gradient_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, bias_ptr, symbol_ptr, frame_ptr, normaliser_ptr, d_symbol_ptr, d_blank_ptr, sums_ptr,
     N, slab_rows, blank, R: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,

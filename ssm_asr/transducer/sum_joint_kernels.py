@@ -90,7 +90,7 @@ def _exp_kernel(  # type: ignore[no-untyped-def]
     tl.store(sum_ptr + n, tl.sum(total, axis=1), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _sum_joint_kernel(  # type: ignore[no-untyped-def]
     am_ptr, lm_ptr, L_ptr, lm_max_ptr, lm_sum_ptr, symbols_ptr, am_max_ptr, sum_ptr, symbol_ptr, blank_ptr,
     T, U, size, blank, lm_scale, V: tl.constexpr, TIMES: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
@@ -149,7 +149,7 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
     tl.store(W_ptr + N + n, low, mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _am_gradient_kernel(  # type: ignore[no-untyped-def]
     am_ptr, L_ptr, symbols_ptr, am_max_ptr, W_ptr, d_symbol_ptr, at_blank_ptr, d_am_ptr,
     T, U, size, blank, lm_scale, V: tl.constexpr, TIMES: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
@@ -186,7 +186,7 @@ def _am_gradient_kernel(  # type: ignore[no-untyped-def]
     tl.store(d_am_ptr + b * T * V + (t[:, None] * V + v[None, :]), (1.0 - lm_scale) * d_am, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _lm_gradient_kernel(  # type: ignore[no-untyped-def]
     am_ptr, L_ptr, lm_sum_ptr, symbols_ptr, am_max_ptr, W_ptr, at_symbol_ptr, at_blank_ptr, d_lm_ptr,
     T, U, size, blank, lm_scale, V: tl.constexpr, TIMES: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,

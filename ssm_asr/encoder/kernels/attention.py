@@ -17,8 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssm_asr.ssm.kernels import FEW_NUMBERS
+
 QUERIES, KEYS, PLACES, WARPS = 64, 32, 32, 8  # of a program's tile; with these hardly a register spills
-UNSPECIALIZED = ["T", "K"]  # Triton would make a constant of a length of 1, which is not of the type a loop counts in
+# Of a length of 1 Triton would make a constant, which is not of the type a loop counts in.
+UNSPECIALIZED = (*FEW_NUMBERS, "T", "K")
 
 
 def row_length(keys: int) -> int:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_asr.encoder.kernels.sums import load_rows, rows, slabs_of, totals
+from ssm_asr.ssm.kernels import ANY_COUNT
 
 TILE_ELEMENTS = 2048  # of a program's tile of whole rows
 
@@ -20,7 +21,7 @@ def _inverse_rms(centred, D):  # type: ignore[no-untyped-def]
     return 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _norm_kernel(  # type: ignore[no-untyped-def]
     x_ptr, bias_ptr, log_scale_ptr, y_ptr, x_row, N, D, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -32,7 +33,7 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     tl.store(y_ptr + n.to(tl.int64)[:, None] * D + d[None, :], x * scale[:, None], mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _norm_gradient_kernel(  # type: ignore[no-untyped-def]
     x_ptr, bias_ptr, log_scale_ptr, dy_ptr, dx_ptr, sums_ptr, x_row, dy_row, N, D, slab_rows,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssm_asr.ssm.kernels import ANY_COUNT
+
 # A warp has one place in the chunks and two channels a thread, so that none adds to what another has. So many warps
 # fill a GPU; were there more slabs, there would be more to load and to add up in the end.
 PLACES, CHANNELS, WARPS = 8, 64, 2112
@@ -27,7 +29,7 @@ MAX_REGISTERS = 128  # a thread, for that many warps to fit; what is spilled is 
 SUM_ROWS, SUM_CHANNELS = 128, 32  # of the tiles that are then added up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _arrange_kernel(  # type: ignore[no-untyped-def]
     scale_ptr, causal_ptr, causal_bias_ptr, inside_ptr, inside_bias_ptr, weights_ptr, edge_ptr,
     D, C, K: tl.constexpr, CHANNELS: tl.constexpr,
@@ -87,7 +89,7 @@ def _filtered(y, taps, x_ptrs, t, mask, T, D: tl.constexpr, K: tl.constexpr, MAS
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _convolve_kernel(  # type: ignore[no-untyped-def]
     x_ptr, weights_ptr, edge_ptr, y_ptr, T, C, chunks, pairs, slab_pairs,
     D: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
@@ -135,7 +137,7 @@ def _add_products(products, dy, x_ptrs, t, mask, T, D: tl.constexpr, K: tl.const
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _products_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dy_ptr, products_ptr, T, C, chunks, pairs, slab_pairs,
     D: tl.constexpr, K: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
@@ -180,7 +182,7 @@ def _add_slabs(plain, weighted, product_ptrs, factor, slab, mask, slabs, slab_si
     return plain, weighted
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _weight_gradient_kernel(  # type: ignore[no-untyped-def]
     products_ptr, weights_ptr, edge_ptr, dscale_ptr, dcausal_ptr, dcausal_bias_ptr, dinside_ptr, dinside_bias_ptr,
     D, C, slabs, K: tl.constexpr, TAPS: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssm_asr.ssm.kernels import ANY_COUNT
+
 TAPS = tl.constexpr(7)  # in each direction
 HALO = tl.constexpr(3)
 
@@ -28,7 +30,7 @@ def _columns(first, images, T, W: tl.constexpr, C: tl.constexpr, COLUMNS: tl.con
     return image.to(tl.int64) * T * W * C + w * C, w, q < images * W
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _convolve_kernel(  # type: ignore[no-untyped-def]
     x_ptr, taps_ptr, bias_ptr, y_ptr, images, T,
     W: tl.constexpr, C: tl.constexpr, FLIPPED: tl.constexpr,
@@ -68,7 +70,7 @@ def _convolve_kernel(  # type: ignore[no-untyped-def]
         tl.store(y_ptr + (start[:, None] + c[None, :]) + (t + o) * W * C, out[o], mask=mask & (t + o < T))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _weight_gradient_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dy_ptr, sums_ptr, images, T, slab_rows,
     W: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,

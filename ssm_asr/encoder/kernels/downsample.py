@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_asr.encoder.kernels.sums import load_rows, rows, slabs_of, totals
+from ssm_asr.ssm.kernels import ANY_COUNT
 
 ROWS, CHANNELS = 32, 64  # of a program's tile
 
@@ -37,7 +38,7 @@ def _mean(x_ptr, weights, first, t, T, x_row, d, mask, FACTOR: tl.constexpr):  #
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _downsample_kernel(  # type: ignore[no-untyped-def]
     x_ptr, bias_ptr, y_ptr, x_row, N, S, T, D,
     FACTOR: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -49,7 +50,7 @@ def _downsample_kernel(  # type: ignore[no-untyped-def]
     tl.store(y_ptr + n.to(tl.int64)[:, None] * D + d[None, :], y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _gradient_kernel(  # type: ignore[no-untyped-def]
     x_ptr, bias_ptr, dy_ptr, dx_ptr, sums_ptr, x_row, dy_row, N, S, T, D, slab_rows,
     FACTOR: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,

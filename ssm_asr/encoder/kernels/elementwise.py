@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_asr.encoder.kernels.sums import rows
+from ssm_asr.ssm.kernels import ANY_COUNT
 
 ELEMENTS = 4096  # of a program's tile of frames and channels
 CHANNELS = 64  # of a tile at most
@@ -29,7 +30,7 @@ def tile(T, D, FRAMES: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no
     return b, t, (b * T + t)[:, None], d, (t < T)[:, None] & (d < D)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _sums_kernel(  # type: ignore[no-untyped-def]
     x_ptr, settings_ptr, sums_ptr, N, D, x_row, slab_frames, FRAMES: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -77,7 +78,7 @@ def balanced(x, grad, settings_ptr, sums_ptr, N, d, D, grad_scale, SLABS: tl.con
     return grad + tl.abs(grad) * push * grad_scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _balance_kernel(  # type: ignore[no-untyped-def]
     x_ptr, grad_ptr, settings_ptr, sums_ptr, out_ptr, N, D, x_row, grad_row, grad_scale,
     SLABS: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,
@@ -98,7 +99,7 @@ def _kept(uniform_ptr, rate_ptr, b, d, D):  # type: ignore[no-untyped-def]
     return tl.where(uniform >= rate, 1.0 / (1.0 - rate), 0.0)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _swoosh_kernel(  # type: ignore[no-untyped-def]
     x_ptr, uniform_ptr, rate_ptr, out_ptr, T, D, x_row, shift, offset,
     DROP: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,
@@ -111,7 +112,7 @@ def _swoosh_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + row * D + d[None, :], out, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _swoosh_backward_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dy_ptr, uniform_ptr, rate_ptr, settings_ptr, sums_ptr, dx_ptr, T, D, x_row, dy_row, shift, grad_scale,
     DROP: tl.constexpr, BALANCE: tl.constexpr, SLABS: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,

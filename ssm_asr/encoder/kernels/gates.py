@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssm_asr.encoder.kernels.elementwise import WARPS, balanced, launch, statistics, tile
 from ssm_asr.encoder.kernels.sums import rows
+from ssm_asr.ssm.kernels import ANY_COUNT, FEW_NUMBERS
 
 QUERIES = KEYS = CHANNELS = 64  # of a program's tile in the mixing over time
 
@@ -31,7 +32,7 @@ def _activation(gate, NAME: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.where(z > 0, 1.0 - e, e - 1.0) / (1.0 + e), 4.0 * slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _gate_kernel(  # type: ignore[no-untyped-def]
     x_ptr, gate_ptr, padding_ptr, out_ptr, T, D, x_row, gate_row, padding_b, padding_t,
     NAME: tl.constexpr, PADDED: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,
@@ -47,7 +48,7 @@ def _gate_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + row * D + d[None, :], out, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _gate_backward_kernel(  # type: ignore[no-untyped-def]
     x_ptr, gate_ptr, padding_ptr, dout_ptr, settings_ptr, sums_ptr, dx_ptr, dgate_ptr, T, D,
     x_row, gate_row, padding_b, padding_t, dout_row, dx_row, dgate_row, grad_scale,
@@ -130,7 +131,7 @@ def gated(
     return out_BTD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FEW_NUMBERS)
 def _even_kernel(  # type: ignore[no-untyped-def]
     weights_ptr, x_ptr, even_ptr, y_ptr, seen_ptr, T, K, N, weights_b, weights_t,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -162,7 +163,7 @@ def _even_kernel(  # type: ignore[no-untyped-def]
         tl.store(seen_ptr + row, seen, mask=t < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FEW_NUMBERS)
 def _even_backward_kernel(  # type: ignore[no-untyped-def]
     weights_ptr, dy_ptr, even_ptr, seen_ptr, dx_ptr, dweights_ptr, T, K, N, weights_b, weights_t,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr,

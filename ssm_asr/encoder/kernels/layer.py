@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_asr.encoder.kernels.sums import load_rows, rows, slabs_of, totals
+from ssm_asr.ssm.kernels import ANY_COUNT
 
 ROWS, CHANNELS = 32, 64  # of a program's tile
 SUM_ELEMENTS = 2048
@@ -30,7 +31,7 @@ def _shares(  # type: ignore[no-untyped-def]
     return share, keep
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _bypass_kernel(  # type: ignore[no-untyped-def]
     orig_ptr, new_ptr, scale_ptr, keep_ptr, out_ptr, orig_row, new_row, N, S, T, D,
     FACTOR: tl.constexpr, SKIPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -47,7 +48,7 @@ def _bypass_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + m.to(tl.int64)[:, None] * D + d[None, :], orig + (new - orig) * share, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _bypass_gradient_kernel(  # type: ignore[no-untyped-def]
     orig_ptr, new_ptr, scale_ptr, keep_ptr, dy_ptr, dorig_ptr, dnew_ptr, sums_ptr,
     orig_row, new_row, dy_row, N, S, T, D, slab_rows,
@@ -128,7 +129,7 @@ def bypass(
     return out_BTD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _masked_kernel(  # type: ignore[no-untyped-def]
     x_ptr, y_ptr, mask_ptr, out_ptr, x_row, y_row, mask_b, mask_d, N, T, D,
     ADDS: tl.constexpr, BY_CHANNEL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,

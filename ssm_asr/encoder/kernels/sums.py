@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssm_asr.ssm.kernels import ANY_COUNT
+
 ROWS, CHANNELS = 64, 64  # of a program's tile
 MOST_SLABS = 512
 PROGRAMS = 1024  # that keep a large GPU busy
@@ -21,7 +23,7 @@ def load_rows(ptr, n, row_stride, d, mask):  # type: ignore[no-untyped-def]
     return tl.load(ptr + n.to(tl.int64)[:, None] * row_stride + d[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _sums_kernel(  # type: ignore[no-untyped-def]
     x_ptr, sums_ptr, x_row, N, D, slab_rows, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -36,7 +38,7 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
     tl.store(sums_ptr + tl.program_id(0) * D + d, tl.sum(total, axis=0), mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _totals_kernel(  # type: ignore[no-untyped-def]
     sums_ptr, out_ptr, parameter_ptr, settings_ptr, S, D, first_limited,
     LIMITED: tl.constexpr, SLABS: tl.constexpr, CHANNELS: tl.constexpr,

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssm_asr.ssm.kernels import ANY_COUNT
+
 FRAMES = 64  # of a tile whose products are summed
 LOADED = 8  # slabs, and rows of a block, that are summed at a time
 PROGRAMS = 528  # that share the sums: four for each of an H100's processors
@@ -50,7 +52,7 @@ def _metric(sums_ptr, count, D):  # type: ignore[no-untyped-def]
     return _total(sums_ptr, count) / diagonal / diagonal / D, diagonal
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _products_kernel(  # type: ignore[no-untyped-def]
     x_ptr, shift_ptr, grad_ptr, settings_ptr, over_limit_ptr, acts_ptr, products_ptr, columns_ptr,
     N, D, C, x_stride, grad_stride, blocks, pairs, slab_frames,
@@ -92,7 +94,7 @@ def _products_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + D, tl.sum(squares, axis=0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _covariance_kernel(  # type: ignore[no-untyped-def]
     acts_ptr, products_ptr, columns_ptr, mean_ptr, cov_ptr, sums_ptr,
     N, D, C, S, blocks, pairs, LOADED: tl.constexpr, EDGE: tl.constexpr,
@@ -133,7 +135,7 @@ def _covariance_kernel(  # type: ignore[no-untyped-def]
         tl.store(mean, total_i / N, mask=(row * EDGE + r < C) & (row == column))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _size_kernel(  # type: ignore[no-untyped-def]
     acts_ptr, settings_ptr, over_limit_ptr, cov_ptr, sums_ptr, sizes_ptr, weight_ptr,
     D, C, blocks, pairs, count, EDGE: tl.constexpr,
@@ -165,7 +167,7 @@ def _size_kernel(  # type: ignore[no-untyped-def]
         tl.store(sizes_ptr + pair, tl.where(row == column, size, 2.0 * size))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _apply_kernel(  # type: ignore[no-untyped-def]
     x_ptr, shift_ptr, grad_ptr, acts_ptr, settings_ptr, mean_ptr, sums_ptr, sizes_ptr, weight_ptr, out_ptr,
     N, D, C, x_stride, grad_stride, blocks, count, size_count, grad_scale,

@@ -11,6 +11,12 @@ import torch
 
 # GPUs are fastest at products of matrices whose rows are a multiple of this many numbers.
 MEMORY_LINE = 64
+# For an integer or address that is a multiple of 16 Triton compiles a kernel a second time, in a second or two.
+# That pays where rows are so long, but these arguments point to a few numbers, or only count what a batch holds.
+FEW_NUMBERS = tuple(f"{x}_ptr" for x in ("acts", "end", "even", "frame", "keep", "mask", "rate", "settings", "skip"))
+_SLABS = ("slab_frames", "slab_pairs", "slab_rows", "slabs")
+_COUNTS = ("M", "N", "S", "T", "chunks", "images", "num_cells", "pairs", *_SLABS)
+ANY_COUNT = FEW_NUMBERS + _COUNTS
 
 
 @functools.cache

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssm_asr.ssm.kernels import ANY_COUNT
+
 FRAMES, CHANNELS = 64, 32  # of a program's tile in the convolution
 NORM_ELEMENTS = 2048  # of a tile of frames and a group's channels in the norm
 MOST_SLABS = 128
@@ -41,7 +43,7 @@ def _convolved(  # type: ignore[no-untyped-def]
     return total, tl.sigmoid(total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _convolution_kernel(  # type: ignore[no-untyped-def]
     x_ptr, padding_ptr, weight_ptr, bias_ptr, y_ptr, T, C, x_row, padding_b, padding_t,
     K: tl.constexpr, PADDED: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,
@@ -55,7 +57,7 @@ def _convolution_kernel(  # type: ignore[no-untyped-def]
     tl.store(y_ptr + (b * T + t)[:, None] * C + c[None, :], total * sigmoid, mask=(t < T)[:, None] & (c < C)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _convolution_sums_kernel(  # type: ignore[no-untyped-def]
     x_ptr, padding_ptr, weight_ptr, bias_ptr, dy_ptr, dtotal_ptr, sums_ptr, T, C, x_row, padding_b, padding_t,
     K: tl.constexpr, PADDED: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,
@@ -78,7 +80,7 @@ def _convolution_sums_kernel(  # type: ignore[no-untyped-def]
     tl.store(sums + K, tl.sum(dtotal, axis=0), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _convolution_input_kernel(  # type: ignore[no-untyped-def]
     dtotal_ptr, padding_ptr, weight_ptr, dx_ptr, T, C, padding_b, padding_t,
     K: tl.constexpr, PADDED: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,
@@ -156,7 +158,7 @@ def _normed(  # type: ignore[no-untyped-def]
     return y, z, gated, inverse_rms[:, None], weight[None, :], i
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _norm_kernel(  # type: ignore[no-untyped-def]
     y_ptr, z_ptr, weight_ptr, out_ptr, N, D, y_row, z_row, eps,
     W: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,
@@ -168,7 +170,7 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + n[:, None] * D + i[None, :], gated * inverse_rms * weight, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_COUNT)
 def _norm_backward_kernel(  # type: ignore[no-untyped-def]
     y_ptr, z_ptr, weight_ptr, dout_ptr, dy_ptr, dz_ptr, sums_ptr, N, D, y_row, z_row, dout_row, eps, slab_frames,
     W: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,

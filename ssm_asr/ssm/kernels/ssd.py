@@ -77,8 +77,7 @@ def _head_output(x, dt, A, D, read, products, upto, since, ones, LEAST: tl.const
     between = tl.dot(mm.left_again(low), since, input_precision="tf32")
     between = tl.exp2(tl.dot(mm.left_again(high), since, acc=between, input_precision="tf32"))
     y = read * from_start[:, None] + mm.ordered(x) * D
-    x_high, x_low = mm.split(x)
-    xT_high, xT_low = mm.across(x_high, x_low, ones)
+    xT_high, xT_low = mm.across(*mm.split(x), ones)
     mixing_high, mixing_low = mm.split(mm.left_again(products * between * dt[None, :]))
     return mm.dot(mixing_high, mixing_low, xT_high, xT_low, y)
 
@@ -123,7 +122,7 @@ def head_gradients(  # type: ignore[no-untyped-def]
     return dx, pairs * dt[:, None], ddtA, ddtA * A + (tl.sum(both, axis=1) + straight)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T"])
 def _added_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dt_ptr, A_ptr, B_ptr, states_ptr, decays_ptr,
     x_b, x_t, x_h, x_p, dt_b, dt_t, dt_h, B_b, B_t, B_g, B_n,
@@ -167,7 +166,7 @@ def _added_kernel(  # type: ignore[no-untyped-def]
         x, A, dt = x_next, A_next, dt_next
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T"])
 def _pass_kernel(  # type: ignore[no-untyped-def]
     states_ptr, decays_ptr, first_ptr, last_ptr,
     M, H: tl.constexpr, PN: tl.constexpr, BLOCKS: tl.constexpr, NUMBERS: tl.constexpr, BACKWARD: tl.constexpr,
@@ -199,7 +198,7 @@ def _pass_kernel(  # type: ignore[no-untyped-def]
     tl.store(last_ptr + b * H * PN + e, state, mask=e_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T"])
 def _output_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, states_ptr, y_ptr,
     x_b, x_t, x_h, x_p, dt_b, dt_t, dt_h, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
@@ -237,7 +236,7 @@ def _output_kernel(  # type: ignore[no-untyped-def]
         mm.store(y_ptr + r * P + i * (H * P), y, i_mask, P, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T"])
 def _gradient_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, states_ptr, dy_ptr, dstates_ptr, decays_ptr,
     dx_ptr, ddt_ptr, dB_ptr, dC_ptr, dA_ptr, dD_ptr,

@@ -54,7 +54,7 @@ def _zeros(COUNT: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def
     return zeros
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T"])
 def _added_kernel(  # type: ignore[no-untyped-def]
     x_ptr, decays_ptr, B_ptr, states_ptr, B_b, B_t, B_g, B_n,
     T, M, G: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
@@ -98,7 +98,7 @@ def _added_kernel(  # type: ignore[no-untyped-def]
             tl.store(states_ptr + (q[:, None] * N + n[None, :]), mm.loaded(added[u * TILES + k]), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T"])
 def _scores_kernel(  # type: ignore[no-untyped-def]
     B_ptr, C_ptr, scores_ptr, scoresT_ptr, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
     T, M, G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, STATES: tl.constexpr,
@@ -118,7 +118,7 @@ def _scores_kernel(  # type: ignore[no-untyped-def]
     tl.store(scoresT_ptr + start + (i[:, None] + i[None, :] * L), scores)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T"])
 def _read_kernel(  # type: ignore[no-untyped-def]
     C_ptr, states_ptr, scores_ptr, x_ptr, decays_ptr, read_ptr, first_ptr, others_ptr, dy_ptr, faded_ptr,
     C_b, C_t, C_g, C_n,
@@ -214,7 +214,7 @@ def _read_kernel(  # type: ignore[no-untyped-def]
         tl.store(read_ptr + offsets, mm.loaded(read), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T"])
 def _weights_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dy_ptr, decays_ptr, weights_ptr, weightsT_ptr,
     T, M, G: tl.constexpr, Q: tl.constexpr, L: tl.constexpr,
@@ -243,7 +243,7 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
     tl.store(weightsT_ptr + start + t[:, None] + s * L, mm.loaded(weights), mask=own > j)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T"])
 def _shared_kernel(  # type: ignore[no-untyped-def]
     dy_ptr, states_ptr, decays_ptr, weights_ptr, B_ptr, dC_ptr, B_b, B_t, B_g, B_n,
     T, M, G: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
