@@ -13,8 +13,15 @@ from typing import Any
 from lhotse import CutSet
 
 from ssm_asr import checkpoint
-from ssm_asr.config import ConfigError, Experiment, from_dict
+from ssm_asr.config import ConfigError, Experiment, from_dict, to_dict
 from ssm_asr.data.tokens import Tokenizer
+
+# Settings that decide how, or how long, a model is trained, but not what its weights are after so many batches.
+ASIDE = {
+    "data.num_workers",
+    *("train.num_epochs", "train.cuda_graphs", "train.log_every", "train.validate_every"),
+    *("train.checkpoint_every", "train.keep_checkpoints"),
+}
 
 
 def resumable(exp_dir: Path) -> dict[int, Path]:
@@ -38,8 +45,9 @@ def fingerprint(cuts: CutSet, tokenizer: Tokenizer) -> str:
 def make_ready(exp_dir: Path, experiment: Experiment, data: str) -> None:
     """Makes the directory, or looks what is in it: what a run of `experiment` cannot go on from is moved aside.
 
-    It can go on from a run of the same model on the same data; other settings may change on the way. Anything else
-    goes into superseded-N. Damaged checkpoints are renamed if an older one is whole.
+    It can go on from a run of the same model on the same data. Other settings may change on the way, which is said; in
+    a run that has all its epochs nothing would follow them, so that, too, goes into superseded-N, as anything else
+    does. Damaged checkpoints are renamed if an older one is whole.
 
     Args:
         data: `fingerprint` of the training data.
@@ -51,15 +59,15 @@ def make_ready(exp_dir: Path, experiment: Experiment, data: str) -> None:
     saved = _newest_whole(exp_dir)
     if saved is None and not epochs(exp_dir):
         return
-    if saved is not None and _can_go_on(saved, experiment, data):
+    other = "a run without checkpoints to resume from" if saved is None else _other_run(saved, experiment, data)
+    if not other:
         return
     kept = next(path for n in itertools.count(1) if not (path := exp_dir / f"superseded-{n}").exists())
     kept.mkdir()
     for path in list(exp_dir.iterdir()):
         if not path.name.startswith(("superseded-", ".stages")):
             path.rename(kept / path.name)
-    reason = "a run of another model or other data" if saved else "a run without checkpoints to resume from"
-    print(f"{exp_dir}: held {reason}, which is now in {kept}; training starts anew")
+    print(f"{exp_dir}: held {other}, which is now in {kept}; training starts anew")
 
 
 def _numbered(exp_dir: Path, kind: str) -> dict[int, Path]:
@@ -88,10 +96,31 @@ def _newest_whole(exp_dir: Path) -> dict[str, Any] | None:
     return None
 
 
-def _can_go_on(saved: dict[str, Any], experiment: Experiment, data: str) -> bool:
+def _other_run(saved: dict[str, Any], experiment: Experiment, data: str) -> str:
+    """What the saved run is, if training cannot go on from it."""
     try:
         before = from_dict(saved["config"])
     except ConfigError:  # of a version with other fields
-        return False
-    same_model = (before.model, before.tokens) == (experiment.model, experiment.tokens)
-    return same_model and saved["training"]["data"] == data
+        return "a run of another version"
+    if (before.model, before.tokens) != (experiment.model, experiment.tokens) or saved["training"]["data"] != data:
+        return "a run of another model or other data"
+    was, now = _settings(before), _settings(experiment)
+    changes = ", ".join(f"{name} {was[name]} -> {now[name]}" for name in now if was[name] != now[name])
+    if changes and saved["progress"]["epoch"] > experiment.train.num_epochs:
+        return f"a finished run of other settings ({changes})"
+    if changes:
+        print(f"training goes on with other settings: {changes}")
+    return ""
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """Dotted names -> values of what decides about weights beside model and tokens."""
+    tree = to_dict(experiment)
+    found: dict[str, Any] = {}
+    waiting = [(section, tree[section]) for section in ("data", "optim", "train")]
+    for name, value in waiting:
+        if isinstance(value, dict):
+            waiting += [(f"{name}.{key}", part) for key, part in value.items()]
+        elif name not in ASIDE:
+            found[name] = value
+    return found

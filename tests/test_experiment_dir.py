@@ -11,9 +11,14 @@ from ssm_asr.config import Experiment, to_dict
 from ssm_asr.experiment_dir import epochs, make_ready, resumable
 
 
-def leave(exp_dir: Path, name: str, experiment: Experiment, data: str = "data") -> Path:
+def leave(exp_dir: Path, name: str, experiment: Experiment, data: str = "data", epoch: int = 1) -> Path:
     """A file as a run leaves it, without weights."""
-    tree = {"format": checkpoint.FORMAT, "config": to_dict(experiment), "training": {"data": data}}
+    tree = {
+        "format": checkpoint.FORMAT,
+        "config": to_dict(experiment),
+        "training": {"data": data},
+        "progress": {"epoch": epoch},
+    }
     checkpoint.save(tree, exp_dir / name)
     return exp_dir / name
 
@@ -32,9 +37,30 @@ def test_the_same_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     make_ready(tmp_path / "new", toy.experiment(), "data")
     assert list((tmp_path / "new").iterdir()) == []
     files = {leave(tmp_path, name, toy.experiment()) for name in ("checkpoint-4.pt", "epoch-1.pt")}
-    make_ready(tmp_path, toy.experiment(train={"num_epochs": 9, "precision": "bf16"}), "data")
+    make_ready(tmp_path, toy.experiment(train={"num_epochs": 9}, data={"num_workers": 3}), "data")
     assert files < set(tmp_path.iterdir())
     assert capsys.readouterr().out == ""
+
+
+def test_other_settings_may_change_on_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leave(tmp_path, "checkpoint-4.pt", toy.experiment(train={"num_epochs": 9}), epoch=9)
+    now = toy.experiment(train={"num_epochs": 9, "precision": "bf16"}, data={"spec_augment": {"num_time_masks": 1}})
+    make_ready(tmp_path, now, "data")
+    assert resumable(tmp_path)
+    assert "training goes on with other settings: " in (out := capsys.readouterr().out)
+    assert "train.precision float32 -> bf16" in out and "data.spec_augment.num_time_masks" in out
+
+
+@pytest.mark.parametrize("settings, anew", [({"seed": 7}, True), ({"num_epochs": 8}, False), ({"log_every": 7}, False)])
+def test_a_finished_run_of_other_settings_is_set_aside(
+    tmp_path: Path, settings: dict[str, int], anew: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave(tmp_path, "checkpoint-4.pt", toy.experiment(train={"num_epochs": 9}), epoch=10)
+    make_ready(tmp_path, toy.experiment(train={"num_epochs": 9, **settings}), "data")
+    assert bool(resumable(tmp_path)) != anew
+    assert (
+        "held a finished run of other settings (train.seed 42 -> 7), which is now" in capsys.readouterr().out
+    ) == anew
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
