@@ -7,6 +7,7 @@ and their running mean), tensorboard/, bad_batches.jsonl if there were any, and 
 import hashlib
 import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ def fingerprint(cuts: CutSet, tokenizer: Tokenizer) -> str:
 def make_ready(exp_dir: Path, experiment: Experiment, data: str) -> None:
     """Makes the directory, or looks what is in it: what a run of `experiment` cannot go on from is moved aside.
 
-    It can go on from a run of the same model on the same data. Other settings may change on the way, which is said; in
-    a run that has all its epochs nothing would follow them, so that, too, goes into superseded-N, as anything else
-    does. Damaged checkpoints are renamed if an older one is whole.
+    It can go on from a run of the same model on the same data; other settings may change on the way, which is said.
+    Anything else goes into superseded-N, and so does a run that has had all its epochs with other settings. Damaged
+    checkpoints are renamed if an older one is whole.
 
     Args:
         data: `fingerprint` of the training data.
@@ -105,7 +106,7 @@ def _other_run(saved: dict[str, Any], experiment: Experiment, data: str) -> str:
     if (before.model, before.tokens) != (experiment.model, experiment.tokens) or saved["training"]["data"] != data:
         return "a run of another model or other data"
     was, now = _settings(before), _settings(experiment)
-    changes = ", ".join(f"{name} {was[name]} -> {now[name]}" for name in now if was[name] != now[name])
+    changes = ", ".join(f"{name} {was.get(name)} -> {value}" for name, value in now.items() if was.get(name) != value)
     if changes and saved["progress"]["epoch"] > experiment.train.num_epochs:
         return f"a finished run of other settings ({changes})"
     if changes:
@@ -115,12 +116,13 @@ def _other_run(saved: dict[str, Any], experiment: Experiment, data: str) -> str:
 
 def _settings(experiment: Experiment) -> dict[str, Any]:
     """Dotted names -> values of what decides about weights beside model and tokens."""
-    tree = to_dict(experiment)
-    found: dict[str, Any] = {}
-    waiting = [(section, tree[section]) for section in ("data", "optim", "train")]
-    for name, value in waiting:
+    sections = {name: to_dict(experiment)[name] for name in ("data", "optim", "train")}
+    return {name: value for name, value in _dotted(sections) if name not in ASIDE}
+
+
+def _dotted(tree: dict[str, Any], under: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
         if isinstance(value, dict):
-            waiting += [(f"{name}.{key}", part) for key, part in value.items()]
-        elif name not in ASIDE:
-            found[name] = value
-    return found
+            yield from _dotted(value, f"{under}{key}.")
+        else:
+            yield under + key, value

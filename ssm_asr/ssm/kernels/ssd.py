@@ -42,6 +42,7 @@ from ssm_asr.ssm.kernels import products as mm
 
 BLOCK_FRAMES = 16  # in longer blocks there is more to do a frame, between them fewer states to write and read
 PASS_BLOCKS, PASS_NUMBERS = 8, 128  # of the second launch: blocks it loads at once, and numbers of a state a program
+SIZES = ("M", "T")  # other at every batch
 SUM_NUMBERS = 2048  # that a program of the last sums takes at once
 
 
@@ -65,21 +66,6 @@ def upto_and_strict(s, t, products):  # type: ignore[no-untyped-def]
     """
     upto = tl.where(s <= t, 1.0, tl.where(s > t, 0.0, products))
     return upto, tl.where(s < t, 1.0, tl.where(s >= t, 0.0, products))
-
-
-@triton.jit
-def _head_output(x, dt, A, D, read, products, upto, since, ones, LEAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """y of a head and a block, from C·Sᵀ and the products (t, s) of C and B."""
-    exponents = _exponents(dt, A, LEAST)
-    e_high, e_low = mm.split(exponents)
-    high, low = upto * e_high[None, :], upto * e_low[None, :]
-    from_start = tl.exp2(tl.sum(high + low, axis=1))
-    between = tl.dot(mm.left_again(low), since, input_precision="tf32")
-    between = tl.exp2(tl.dot(mm.left_again(high), since, acc=between, input_precision="tf32"))
-    y = read * from_start[:, None] + mm.ordered(x) * D
-    xT_high, xT_low = mm.across(*mm.split(x), ones)
-    mixing_high, mixing_low = mm.split(mm.left_again(products * between * dt[None, :]))
-    return mm.dot(mixing_high, mixing_low, xT_high, xT_low, y)
 
 
 @triton.jit
@@ -122,7 +108,7 @@ def head_gradients(  # type: ignore[no-untyped-def]
     return dx, pairs * dt[:, None], ddtA, ddtA * A + (tl.sum(both, axis=1) + straight)
 
 
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit(do_not_specialize=SIZES)
 def _added_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dt_ptr, A_ptr, B_ptr, states_ptr, decays_ptr,
     x_b, x_t, x_h, x_p, dt_b, dt_t, dt_h, B_b, B_t, B_g, B_n,
@@ -166,7 +152,7 @@ def _added_kernel(  # type: ignore[no-untyped-def]
         x, A, dt = x_next, A_next, dt_next
 
 
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit(do_not_specialize=SIZES)
 def _pass_kernel(  # type: ignore[no-untyped-def]
     states_ptr, decays_ptr, first_ptr, last_ptr,
     M, H: tl.constexpr, PN: tl.constexpr, BLOCKS: tl.constexpr, NUMBERS: tl.constexpr, BACKWARD: tl.constexpr,
@@ -198,7 +184,7 @@ def _pass_kernel(  # type: ignore[no-untyped-def]
     tl.store(last_ptr + b * H * PN + e, state, mask=e_mask)
 
 
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit(do_not_specialize=SIZES)
 def _output_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, states_ptr, y_ptr,
     x_b, x_t, x_h, x_p, dt_b, dt_t, dt_h, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
@@ -232,11 +218,20 @@ def _output_kernel(  # type: ignore[no-untyped-def]
         dt = tl.load(dt_ptr + r * dt_h + i * dt_t, mask=i_mask, other=0.0).to(tl.float32)
         state_high, state_low = mm.split(state)
         read = mm.dot(C_high, C_low, mm.right(state_high), mm.right(state_low), tl.zeros([L, P_PAD], tl.float32))
-        y = _head_output(x, dt, A, D, read, products, upto, since, ones, LEAST)
+        exponents = _exponents(dt, A, LEAST)
+        e_high, e_low = mm.split(exponents)
+        high, low = upto * e_high[None, :], upto * e_low[None, :]
+        from_start = tl.exp2(tl.sum(high + low, axis=1))
+        between = tl.dot(mm.left_again(low), since, input_precision="tf32")
+        between = tl.exp2(tl.dot(mm.left_again(high), since, acc=between, input_precision="tf32"))
+        y = read * from_start[:, None] + mm.ordered(x) * D
+        xT_high, xT_low = mm.across(*mm.split(x), ones)
+        mixing_high, mixing_low = mm.split(mm.left_again(products * between * dt[None, :]))
+        y = mm.dot(mixing_high, mixing_low, xT_high, xT_low, y)
         mm.store(y_ptr + r * P + i * (H * P), y, i_mask, P, 1)
 
 
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit(do_not_specialize=SIZES)
 def _gradient_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, states_ptr, dy_ptr, dstates_ptr, decays_ptr,
     dx_ptr, ddt_ptr, dB_ptr, dC_ptr, dA_ptr, dD_ptr,

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_asr.ssm.kernels import products as mm
-from ssm_asr.ssm.kernels.ssd import _load, pass_on, sum_blocks
+from ssm_asr.ssm.kernels.ssd import SIZES, _load, pass_on, sum_blocks
 from ssm_asr.ssm.kernels.ssd_wide_heads import _gradient_kernel, _output_kernel, _scale_kernel
 
 BLOCK_FRAMES = 64
@@ -54,7 +54,7 @@ def _zeros(COUNT: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def
     return zeros
 
 
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit(do_not_specialize=SIZES)
 def _added_kernel(  # type: ignore[no-untyped-def]
     x_ptr, decays_ptr, B_ptr, states_ptr, B_b, B_t, B_g, B_n,
     T, M, G: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
@@ -98,7 +98,7 @@ def _added_kernel(  # type: ignore[no-untyped-def]
             tl.store(states_ptr + (q[:, None] * N + n[None, :]), mm.loaded(added[u * TILES + k]), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit(do_not_specialize=SIZES)
 def _scores_kernel(  # type: ignore[no-untyped-def]
     B_ptr, C_ptr, scores_ptr, scoresT_ptr, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
     T, M, G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, STATES: tl.constexpr,
@@ -118,7 +118,36 @@ def _scores_kernel(  # type: ignore[no-untyped-def]
     tl.store(scoresT_ptr + start + (i[:, None] + i[None, :] * L), scores)
 
 
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit
+def _read_states(  # type: ignore[no-untyped-def]
+    C_ptr, states_ptr, others_ptr, C_t, C_n, i, i_mask, part, piece,
+    Q: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, SLOT: tl.constexpr,
+):  # fmt: skip
+    """C·Sᵀ of some frames, for every tile of channels; SLOT 1, with the first frames also parts of Σ_n dS'·S."""
+    c, c_order = tl.arange(0, 16), mm.order(16)
+    reads, pairs = _zeros(TILES, ROWS), _zeros(TILES, 16)
+    for start in range(0, N, 16):
+        n = start + c
+        high, low = mm.split(_load(C_ptr, C_t, C_n, i, n, i_mask, n < N))
+        high, low = mm.left(high), mm.left(low)
+        sums, products = (), ()
+        for k in tl.static_range(TILES):
+            q = (part * TILES + k) * 16 + c_order
+            S = _load(states_ptr, N, 1, q, n, q < Q, n < N)
+            S_high, S_low = mm.split(S)
+            # Each on its own: matrix units do not round their sums, but cut them off, which adds up.
+            product = mm.dot(high, low, mm.right(S_high), mm.right(S_low), tl.zeros([ROWS, 16], tl.float32))
+            sums += (reads[k] + product,)  # type: ignore[assignment]
+            if SLOT == 1:
+                other = _load(others_ptr, N, 1, q, n, (q < Q) & (piece == 0), n < N)
+                products += (pairs[k] + S * other,)  # type: ignore[assignment]
+        reads = sums
+        if SLOT == 1:
+            pairs = products
+    return reads, pairs
+
+
+@triton.jit(do_not_specialize=SIZES)
 def _read_kernel(  # type: ignore[no-untyped-def]
     C_ptr, states_ptr, scores_ptr, x_ptr, decays_ptr, read_ptr, first_ptr, others_ptr, dy_ptr, faded_ptr,
     C_b, C_t, C_g, C_n,
@@ -142,25 +171,9 @@ def _read_kernel(  # type: ignore[no-untyped-def]
     row = ((b * T + m * L) * G + g) * Q
     decays_ptr += ((b * M + m) * J * 3 * G + g) * Q
     scores_ptr += ((b * M + m) * G + g) * L * L
-    reads, pairs = _zeros(TILES, ROWS), _zeros(TILES, 16)
-    for start in range(0, N, 16):
-        n = start + c
-        high, low = mm.split(_load(C_ptr, C_t, C_n, i, n, i_mask, n < N))
-        high, low = mm.left(high), mm.left(low)
-        sums, products = (), ()
-        for k in tl.static_range(TILES):
-            q = (part * TILES + k) * 16 + c_order
-            S = _load(states_ptr, N, 1, q, n, q < Q, n < N)
-            S_high, S_low = mm.split(S)
-            # Each on its own: matrix units do not round their sums, but cut them off, which adds up.
-            product = mm.dot(high, low, mm.right(S_high), mm.right(S_low), tl.zeros([ROWS, 16], tl.float32))
-            sums += (reads[k] + product,)  # type: ignore[assignment]
-            if SLOT == 1:
-                other = _load(others_ptr, N, 1, q, n, (q < Q) & (piece == 0), n < N)
-                products += (pairs[k] + S * other,)  # type: ignore[assignment]
-        reads = sums
-        if SLOT == 1:
-            pairs = products
+    reads, pairs = _read_states(
+        C_ptr, states_ptr, others_ptr, C_t, C_n, i, i_mask, part, piece, Q, N, ROWS, TILES, SLOT
+    )
     # No load goes before an earlier store, so all are made ahead.
     scores = ()
     for step in tl.static_range(J - 1):
@@ -214,7 +227,7 @@ def _read_kernel(  # type: ignore[no-untyped-def]
         tl.store(read_ptr + offsets, mm.loaded(read), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit(do_not_specialize=SIZES)
 def _weights_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dy_ptr, decays_ptr, weights_ptr, weightsT_ptr,
     T, M, G: tl.constexpr, Q: tl.constexpr, L: tl.constexpr,
@@ -243,7 +256,7 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
     tl.store(weightsT_ptr + start + t[:, None] + s * L, mm.loaded(weights), mask=own > j)
 
 
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit(do_not_specialize=SIZES)
 def _shared_kernel(  # type: ignore[no-untyped-def]
     dy_ptr, states_ptr, decays_ptr, weights_ptr, B_ptr, dC_ptr, B_b, B_t, B_g, B_n,
     T, M, G: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, L: tl.constexpr,

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 
 from ssm_asr.ssm.kernels import products as mm
-from ssm_asr.ssm.kernels.ssd import _exponents, _load, head_decays, head_gradients, upto_and_strict
+from ssm_asr.ssm.kernels.ssd import SIZES, _exponents, _load, head_decays, head_gradients, upto_and_strict
 
 
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit(do_not_specialize=SIZES)
 def _scale_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dt_ptr, A_ptr, scaled_ptr, decays_ptr, block_decays_ptr, x_b, x_t, x_h, x_p, dt_b, dt_t, dt_h,
     T, M, H: tl.constexpr, P: tl.constexpr, H_PAD: tl.constexpr, P_PAD: tl.constexpr, L: tl.constexpr,
@@ -46,7 +46,7 @@ def _scale_kernel(  # type: ignore[no-untyped-def]
     tl.store(scaled_ptr + (b * T + t) * (H * P) + (h * P + p), x * weights[:, :, None], mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit(do_not_specialize=SIZES)
 def _output_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dt_ptr, A_ptr, D_ptr, read_ptr, scores_ptr, y_ptr, x_b, x_t, x_h, x_p, dt_b, dt_t, dt_h,
     T, M, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, L: tl.constexpr,
@@ -89,7 +89,7 @@ def _output_kernel(  # type: ignore[no-untyped-def]
         tl.store(y_ptr + offsets + t * (H * P), ys[t], mask=mask & (first + t < T))
 
 
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit(do_not_specialize=SIZES)
 def _gradient_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dt_ptr, A_ptr, D_ptr, read_ptr, scores_ptr, dy_ptr, given_ptr, faded_ptr,
     dx_ptr, ddt_ptr, dA_ptr, dD_ptr, weights_ptr, weightsT_ptr,
