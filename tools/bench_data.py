@@ -43,6 +43,7 @@ from ssm_asr.data.tokens import Tokenizer, train_tokenizer
 from ssm_asr.units import FRAME_SHIFT_MS, SAMPLE_RATE_HZ
 
 CUTS_TO_WEIGH = 1000
+MOST_BATCHES = 1000  # that are taken of a source at a time
 WORDS = ["ONE", "TWO", "THREE", "FOUR"]
 FORMS: dict[str, dict[str, Any]] = {
     "on the fly": {"on_the_fly": True},
@@ -91,11 +92,13 @@ class Source:
         start = time.process_time()
         self.cuts, _ = filter_cuts(self.cuts, tokenizer, config)
         self.filter_us = (time.process_time() - start) * 1e6 / len(self.cuts)
+        self.total_s = sum(cut.duration for cut in self.cuts)
 
     def batches(self, num_workers: int, start_batch: int = 0) -> Iterator[Batch]:
-        """Batches without end, after those passed over."""
+        """More batches than are taken, after those passed over."""
+        repeats = math.ceil(MOST_BATCHES * self.config.max_duration_s / self.total_s)
         return train_batches(
-            self.cuts.repeat(),
+            self.cuts.repeat(times=repeats),
             replace(self.config, num_workers=num_workers),
             self.tokenizer,
             epoch=1,

@@ -8,7 +8,9 @@ with that key. So neither the number of workers nor what was loaded before can c
 with exactly the batches that an uninterrupted run would have seen.
 """
 
+import atexit
 import math
+import os
 import signal
 import warnings
 from bisect import bisect_left
@@ -251,10 +253,12 @@ def _duration_bins(cuts: CutSet, num_buckets: int) -> list[float]:
     return bins or [sample[0].duration]
 
 
-def _ignore_signals(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     """Leaves it to the training process to stop its workers: Ctrl-C reaches them, too, while it still needs them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # Python would end the thread that still sends a batch that nobody wants, which aborts the process with a message.
+    atexit.register(os._exit, 0)
 
 
 def _loader(jobs: _TrainingJobs | list[_Job], maker: _BatchMaker, num_workers: int) -> torch.utils.data.DataLoader:
@@ -264,7 +268,7 @@ def _loader(jobs: _TrainingJobs | list[_Job], maker: _BatchMaker, num_workers: i
         batch_size=None,
         num_workers=num_workers,
         multiprocessing_context="spawn" if num_workers else None,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
         # Else the loader draws from the global generator, and training would not resume exactly.
         generator=torch.Generator(),

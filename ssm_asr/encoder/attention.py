@@ -26,6 +26,7 @@ from ssm_asr.encoder.regularize import (
 
 MASKED_SCORE = -1000.0
 LARGE_SCORE, LARGE_SCORE_PENALTY = 25.0, 1e-4
+MOST_FRAMES = 2**30  # more than any sequence has, with room in 32 bits
 
 
 class Context(NamedTuple):
@@ -54,33 +55,40 @@ class Context(NamedTuple):
 
 
 def visible_left_context(chunk: int, left_context: int) -> int:
-    """Left-context frames that a chunk sees: whole chunks, at least one, but none if the left context is 0."""
-    return chunk * max(1, left_context // chunk) if left_context else 0
+    """Left-context frames that a chunk sees: whole chunks, at least one, but none if the left context is 0.
+
+    All frames if left_context is -1; none if chunk is, since all of them are in one chunk.
+    """
+    if chunk < 0 or not left_context:
+        return 0
+    return chunk * (max(1, left_context // chunk) if left_context > 0 else MOST_FRAMES // chunk)
 
 
-def chunk_mask(frames: int, chunk: int, left_context: int, device: torch.device) -> Tensor | None:
+def chunk_mask(frames: int, chunk: int, left_context: int | Tensor, device: torch.device) -> Tensor | None:
     """The (T, T) mask of chunk-wise attention, True where hidden: each chunk sees itself and its left context.
 
-    All frames are visible if chunk is -1, and all past chunks if left_context is -1.
+    All frames are visible if chunk is -1, and all past chunks if left_context is -1. Where left_context is a tensor, it
+    is already what `visible_left_context` says, as a number on the device.
     """
     if chunk < 0:
         return None
     chunk_T = torch.arange(frames, device=device) // chunk
     age_TK = chunk_T[:, None] - chunk_T
-    hidden_TK = age_TK < 0
-    if left_context >= 0:
-        hidden_TK |= age_TK > visible_left_context(chunk, left_context) // chunk
-    return hidden_TK
+    return (age_TK < 0) | (age_TK > _visible_left_context(chunk, left_context) // chunk)
 
 
-def visible_span(lens_B: Tensor, frames: int, chunk: int, left_context: int) -> Tensor:
+def visible_span(lens_B: Tensor, frames: int, chunk: int, left_context: int | Tensor) -> Tensor:
     """`Context.span_2BT` of sequences with so many valid frames each; the rest as for `chunk_mask`."""
+    left = _visible_left_context(chunk, left_context)
     chunk = chunk if chunk > 0 else frames
-    left = visible_left_context(chunk, left_context) if left_context >= 0 else frames
     frame_T = torch.arange(frames, device=lens_B.device, dtype=torch.int32)
     start_T = frame_T - frame_T % chunk
     end_BT = torch.minimum((start_T + chunk).clamp(max=frames), lens_B[:, None].to(torch.int32))
     return torch.stack([(start_T - left).clamp(min=0).expand_as(end_BT), end_BT])
+
+
+def _visible_left_context(chunk: int, left_context: int | Tensor) -> int | Tensor:
+    return left_context if isinstance(left_context, Tensor) else visible_left_context(chunk, left_context)
 
 
 def context_of_chunk(frames: int, left_context: int, processed_B: Tensor | None) -> Context:

@@ -232,12 +232,12 @@ class Conformer(nn.Module):
         """The state of every layer at the start of a stream, left_context in frames at 50 Hz."""
         return tuple(layer.init_state(batch_size, left_context // SUBSAMPLING, device) for layer in self._layers())
 
-    def forward(self, x_BTE: Tensor, lens_B: Tensor, chunk: int, left_context: int) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BTE: Tensor, lens_B: Tensor, chunk: int, left_context: int | Tensor) -> tuple[Tensor, Tensor]:
         """Whole sequences, masked as in streaming.
 
         Args:
             x_BTE: frames at 50 Hz; lens_B: how many of them are not padding.
-            chunk, left_context: in frames at 50 Hz, -1 for all there is.
+            chunk, left_context: in frames at 50 Hz, -1 for all there is; a tensor as for `attention.chunk_mask`.
 
         Returns:
             (B, (T+1)//2, D), and its lengths.

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ssm_asr.encoder.schedule import Draws
 
 Outputs = tuple[Tensor, ...]
-WARM_UPS = 2  # eager passes before a capture, in which libraries choose their algorithms
 
 
 class Graphs:
@@ -174,16 +173,18 @@ class _Graph:
         self.weights.take(dict(zip(tensors, of_weights, strict=True)))
 
     def _warm_up(self, run: Callable[[], Outputs]) -> None:
-        """Leaves random numbers and buffers, of whitening and batch norm, as they were."""
+        """An eager pass, in which kernels are compiled and libraries choose their algorithms.
+
+        Leaves random numbers and buffers, of whitening and batch norm, as they were.
+        """
         random_state = torch.cuda.get_rng_state()
         buffers = [(buffer, buffer.clone()) for buffer in self.owner.modules.buffers()]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                outputs = run()
-                self._make_gradients(outputs)
-                self._differentiate(outputs)
+            outputs = run()
+            self._make_gradients(outputs)
+            self._differentiate(outputs)
         torch.cuda.current_stream().wait_stream(stream)
         for buffer, value in buffers:
             buffer.copy_(value)

@@ -345,12 +345,12 @@ class Zipformer(Scheduled):
         """The state of every layer at the start of a stream, left_context in frames at 50 Hz."""
         return tuple(stack.init_state(batch_size, left_context, device) for stack in self._stacks())
 
-    def forward(self, x_BTD: Tensor, lens_B: Tensor, chunk: int, left_context: int) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, lens_B: Tensor, chunk: int, left_context: int | Tensor) -> tuple[Tensor, Tensor]:
         """Whole sequences, masked as in streaming.
 
         Args:
             x_BTD: frames at 50 Hz; lens_B: how many of them are not padding.
-            chunk, left_context: in frames at 50 Hz, -1 for all there is.
+            chunk, left_context: in frames at 50 Hz, -1 for all there is; a tensor as for `attention.chunk_mask`.
 
         Returns:
             (B, (T+1)//2, max dim), and its lengths.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_asr import units
+from ssm_asr.encoder.attention import visible_left_context
 from ssm_asr.encoder.conformer import Conformer, ConformerConfig
 from ssm_asr.encoder.graphs import Graphs
 from ssm_asr.encoder.modules import scaled_linear
@@ -75,12 +76,12 @@ class Transducer(nn.Module):
             self.ctc_output = nn.Sequential(nn.Dropout(0.1), nn.Linear(width, vocab_size), nn.LogSoftmax(dim=-1))
 
     def encode(
-        self, features_BTF: Tensor, lens_B: Tensor, chunk: int = -1, left_context: int = -1
+        self, features_BTF: Tensor, lens_B: Tensor, chunk: int = -1, left_context: int | Tensor = -1
     ) -> tuple[Tensor, Tensor]:
         """Whole utterances -> (B, S, D) and lengths, masked as streaming would be.
 
         Args:
-            chunk, left_context: in frames of 20 ms, -1 for all there is.
+            chunk, left_context: in frames of 20 ms, -1 for all there is; a tensor as for `attention.chunk_mask`.
         """
         x_BTD, lens_B = self.encoder_embed(features_BTF, lens_B)
         return self.encoder(x_BTD, lens_B, chunk, left_context)
@@ -135,7 +136,10 @@ class Transducer(nn.Module):
             feature_lens_B, token_lens_B: on the CPU they save waits for the device.
         """
         lens_B = to_device(feature_lens_B, features_BTF.device)
-        encoder_out_BSD, _ = self.encode(features_BTF, lens_B, chunk, left_context)
+        left: int | Tensor = left_context
+        if isinstance(self.encode, Graphs):  # as a number on the device, so that a graph serves them all
+            left = to_device(torch.tensor(visible_left_context(chunk, left_context)), features_BTF.device)
+        encoder_out_BSD, _ = self.encode(features_BTF, lens_B, chunk, left)
         frames_B = units.output_frames(feature_lens_B)
         config, size = self.config, (encoder_out_BSD.shape[1], tokens_BU.shape[1])
         lattices = Lattices.of(

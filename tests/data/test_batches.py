@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +49,16 @@ def test_exact_resume_whatever_the_workers(stored: CutSet, tokenizer: Tokenizer)
     two_workers = replace(CONFIG, num_workers=2)
     assert_same(batches(stored, tokenizer, two_workers, start_batch=3), uninterrupted[3:])
     assert batches(stored, tokenizer, start_batch=len(uninterrupted)) == []
+
+
+def test_workers_end_well_when_batches_are_left(stored: CutSet, tokenizer: Tokenizer) -> None:
+    config = replace(CONFIG, max_duration_s=600.0, num_workers=1)
+    batches: Any = train_batches(stored.repeat(times=300), config, tokenizer, epoch=1, seed=1)
+    next(batches)
+    (worker,) = batches._workers
+    del batches
+    worker.join()
+    assert worker.exitcode == 0
 
 
 def test_skipped_batches_are_not_loaded(stored: CutSet, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from ssm_asr.encoder.attention import (
     LARGE_SCORE,
     Context,
     chunk_mask,
+    visible_left_context,
     visible_span,
     weights_of_scores,
 )
@@ -19,7 +20,7 @@ B, H, D, X = 2, 3, 5, 3
 # Frames at 50 Hz, factor, chunk, left context, and how many frames the second sequence has, at 50 Hz.
 CASES = [
     (70, 1, 4, 8, 41), (70, 1, 16, 0, 17), (37, 1, -1, -1, 30), (150, 2, 8, -1, 149), (77, 4, 8, 16, 3),
-    (1, 1, -1, -1, 1),
+    (70, 1, 8, -1, 60), (1, 1, -1, -1, 1),
 ]  # fmt: skip
 
 
@@ -44,7 +45,12 @@ def hidden_keys(context, T):
 
 @pytest.mark.parametrize("case", CASES)
 def test_span_is_what_the_masks_say(case):
+    """Also where the left context is a number on the device."""
     context = context_of(*case)
+    frames, factor, chunk, left_context, length = case
+    number = torch.tensor(visible_left_context(chunk, left_context))
+    for actual, expected in zip(context_of(frames, factor, chunk, number, length), context, strict=True):
+        assert (actual is None and expected is None) or torch.equal(actual, expected)
     first_BT, end_BT = context.span_2BT
     key_K = torch.arange(first_BT.shape[1])
     visible_BTK = (key_K >= first_BT[..., None]) & (key_K < end_BT[..., None])

@@ -60,12 +60,13 @@ def test_graphs_equal_the_plain_path(long_range):
         assert whitening_flags(graphs) == whitening_flags(plain)
 
 
-def losses(model, seed, tokens=32):
+def losses(model, seed, tokens=32, left_context=32):
     """The losses of a batch, and the gradients of all parameters, for given random numbers."""
     random.seed(seed)
     torch.manual_seed(seed)
     features, tokens_BU = torch.randn(3, 120, 80).to(DEVICE), torch.randint(1, 5, (3, tokens)).to(DEVICE)
-    found = model(features, torch.tensor([120, 100, 90]), tokens_BU, torch.tensor([9, 4, tokens]), 16, 32)
+    lens_B, token_lens_B = torch.tensor([120, 100, 90]), torch.tensor([9, 4, tokens])
+    found = model(features, lens_B, tokens_BU, token_lens_B, 16, left_context)
     (0.5 * found.simple_B + found.pruned_B).masked_fill(found.simple_B.isposinf(), 0.0).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -74,17 +75,18 @@ def losses(model, seed, tokens=32):
 
 @pytest.mark.parametrize("rnnt_type", ["regular", "modified"])
 def test_graphs_of_the_losses_equal_the_plain_path(rnnt_type):
-    """With utterances of other lengths at each call, of which in a modified lattice one has no alignment."""
+    """With other transcripts and left contexts at each call; in a modified lattice one utterance has no alignment."""
     plain, graphs = make_model(graphs=DEVICE == "cuda", most=0), make_model(graphs=True)
     for model in (plain, graphs):
         model.config.rnnt_type = rnnt_type
-    for seed, tokens in ((1, 32), (2, 32), (3, 48), (4, 32), (5, 48)):
-        expected, actual = losses(plain, seed, tokens), losses(graphs, seed, tokens)
+    for call in ((1, 32, 32), (2, 32, 16), (3, 48, 0), (4, 32, -1), (5, 48, 16)):
+        expected, actual = losses(plain, *call), losses(graphs, *call)
         assert expected["simple"].isposinf().tolist() == [False, False, rnnt_type == "modified"]
         assert actual.keys() == expected.keys()
         for name, value in expected.items():
             tolerance = 1e-4 * float(value[value.isfinite()].abs().max())
             torch.testing.assert_close(actual[name], value, atol=tolerance, rtol=0)
+    assert len(graphs.encode.graphs) == (DEVICE == "cuda")  # one for all left contexts
 
 
 def test_new_numbers_at_every_call():
