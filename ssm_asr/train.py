@@ -180,7 +180,8 @@ class Trainer:
         self.scheduler.step(progress["batch"], progress["epoch"] - 1)
         batch_s = self.experiment.data.max_duration_s * self.place.world_size
         set_batch_count(self.model, progress["batch"] * batch_s / REFERENCE_BATCH_S * settings.schedule_speed)
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
 
     def _losses(self, batch: Batch) -> Losses:
         """The losses of a batch; with chunks drawn at random in training, those of decoding in evaluation."""
@@ -331,6 +332,8 @@ class Trainer:
         batch_s = self.experiment.data.max_duration_s
         longest = sorted(self.train_cuts, key=lambda cut: cut.duration)[-math.ceil(batch_s) :]
         batch = next(eval_batches(CutSet.from_cuts(longest), self.tokenizer, max_duration_s=batch_s))
+        if self.place.device.type == "cuda" and self.place.rank == 0:
+            print("trying the largest batch; kernels not used before are compiled, which may take a minute", flush=True)
         self._prepare_batch()
         try:
             self._weighted(self._losses(batch.to(self.place.device))).nan_to_num(posinf=0.0).sum().backward()
