@@ -14,6 +14,7 @@ import random
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -111,18 +112,18 @@ class Trainer:
         try:
             with bar, _StopOnSignal() as stop:
                 while self.progress["epoch"] <= settings.num_epochs:
-                    for batch in self._batches():
-                        if self._train_batch(batch, bar, stop):
-                            self._save_to_resume()
-                            return False
+                    if self._train_epoch(bar, stop):
+                        self._save_to_resume()
+                        return False
                     self._end_epoch()
         finally:
             if self.writer:
                 self.writer.close()
         return True
 
-    def _batches(self) -> Any:
-        return train_batches(
+    def _train_epoch(self, bar: tqdm, stop: "_StopOnSignal") -> bool:
+        """What is left of an epoch; whether any process has been asked to stop."""
+        batches = train_batches(
             self.train_cuts,
             self.experiment.data,
             self.tokenizer,
@@ -133,15 +134,23 @@ class Trainer:
             world_size=self.place.world_size,
             noise_cuts=self.noise_cuts,
         )
+        coming = [next(batches, None)]
+        while (batch := coming.pop()) is not None:
+            if self._train_batch(batch, bar, stop, lambda: coming.append(next(batches, None))):
+                return True
+        return False
 
-    def _train_batch(self, batch: Batch, bar: tqdm, stop: "_StopOnSignal") -> bool:
-        """One step; whether any process has been asked to stop."""
+    def _train_batch(
+        self, batch: Batch, bar: tqdm, stop: "_StopOnSignal", meanwhile: Callable[[], None] = lambda: None
+    ) -> bool:
+        """One step; whether any process has been asked to stop. Does something meanwhile, before it needs results."""
         settings, progress = self.experiment.train, self.progress
         self._prepare_batch()
         with variational_noise(self.noisy_weights, settings.weight_noise.deviation_at(progress["batch"])):
             losses = self._losses(batch.to(self.place.device))
             total_B = self._weighted(losses, progress["batch"])
             self.scaler.scale(total_B.masked_fill(total_B.isposinf(), 0.0).sum()).backward()
+        meanwhile()
         infeasible, bad = self._look_at(total_B.detach(), batch)
         if bad:
             self.optimizer.zero_grad(set_to_none=True)

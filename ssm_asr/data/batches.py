@@ -62,6 +62,15 @@ class Batch(NamedTuple):
             tokens_BU=self.tokens_BU.to(device, non_blocking=True),
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What is small travels in the message of a worker: for each tensor, the receiver would open a connection."""
+        return _batch_of, (self.features_BTF, *(x.numpy() for x in self[1:4]), *self[4:])
+
+
+def _batch_of(features_BTF: torch.Tensor, *others: Any) -> Batch:
+    parts: list[Any] = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in others]
+    return Batch(features_BTF, *parts)
+
 
 class _Noise(NamedTuple):
     """A noise to be mixed into one utterance."""
