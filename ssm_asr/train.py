@@ -12,7 +12,6 @@ import json
 import math
 import random
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -33,10 +32,12 @@ from ssm_asr.data.filtering import filter_cuts
 from ssm_asr.data.store import read_cuts
 from ssm_asr.data.tokens import Tokenizer
 from ssm_asr.encoder.regularize import load_whitening_flags, set_batch_count, whitening_flags
+from ssm_asr.encoder.schedule import to_host
 from ssm_asr.encoder.weight_noise import noisy_weights, variational_noise
 from ssm_asr.experiment_dir import fingerprint, make_ready, resumable
 from ssm_asr.optim import Eden, ScaledAdam
 from ssm_asr.ssm.parameters import parameter_groups
+from ssm_asr.stopping import StopOnSignal
 from ssm_asr.transducer.model import Losses, Transducer
 
 REFERENCE_BATCH_S = 600.0
@@ -110,7 +111,7 @@ class Trainer:
             smoothing=0.05,
         )
         try:
-            with bar, _StopOnSignal() as stop:
+            with bar, StopOnSignal() as stop:
                 while self.progress["epoch"] <= settings.num_epochs:
                     if self._train_epoch(bar, stop):
                         self._save_to_resume()
@@ -121,7 +122,7 @@ class Trainer:
                 self.writer.close()
         return True
 
-    def _train_epoch(self, bar: tqdm, stop: "_StopOnSignal") -> bool:
+    def _train_epoch(self, bar: tqdm, stop: StopOnSignal) -> bool:
         """What is left of an epoch; whether any process has been asked to stop."""
         batches = train_batches(
             self.train_cuts,
@@ -141,7 +142,7 @@ class Trainer:
         return False
 
     def _train_batch(
-        self, batch: Batch, bar: tqdm, stop: "_StopOnSignal", meanwhile: Callable[[], None] = lambda: None
+        self, batch: Batch, bar: tqdm, stop: StopOnSignal, meanwhile: Callable[[], None] = lambda: None
     ) -> bool:
         """One step; whether any process has been asked to stop. Does something meanwhile, before it needs results."""
         settings, progress = self.experiment.train, self.progress
@@ -149,9 +150,11 @@ class Trainer:
         with variational_noise(self.noisy_weights, settings.weight_noise.deviation_at(progress["batch"])):
             losses = self._losses(batch.to(self.place.device))
             total_B = self._weighted(losses, progress["batch"])
+            numbers = to_host(total_B)
             self.scaler.scale(total_B.masked_fill(total_B.isposinf(), 0.0).sum()).backward()
         meanwhile()
-        infeasible, bad = self._look_at(total_B.detach(), batch)
+        # The only time in a step that the host waits for the device, which has the backward pass to do meanwhile.
+        infeasible, bad = self._look_at(numbers(), batch)
         if bad:
             self.optimizer.zero_grad(set_to_none=True)
         seconds = float(batch.feature_lens_B.sum()) * units.FRAME_SHIFT_MS / 1000
@@ -221,13 +224,8 @@ class Trainer:
         total_B = simple_scale * losses.simple_B + (0.1 + 0.9 * warm) * losses.pruned_B
         return total_B if losses.ctc_B is None else total_B + settings.ctc_scale * losses.ctc_B
 
-    def _look_at(self, total_B: Tensor, batch: Batch) -> tuple[int, bool]:
-        """How many utterances no alignment fits, and whether the batch is to be skipped.
-
-        It is then recorded in bad_batches.jsonl. This is the only time in a step that the host waits for the device,
-        which has the backward pass to do meanwhile.
-        """
-        losses = total_B.tolist()
+    def _look_at(self, losses: list[float], batch: Batch) -> tuple[int, bool]:
+        """How many utterances no alignment fits; whether to skip the batch, which is recorded in bad_batches.jsonl."""
         infeasible = losses.count(math.inf)
         bad = infeasible == len(losses) or not all(math.isfinite(loss) or loss == math.inf for loss in losses)
         if bad:
@@ -357,26 +355,6 @@ class Trainer:
         if self.place.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.place.device) / 2**30
             print(f"the largest batch takes {peak:.1f} GiB on {self.place.device}")
-
-
-class _StopOnSignal:
-    """Within it, the first interrupt or termination only asks to stop after the current batch."""
-
-    asked = False
-
-    def __enter__(self) -> "_StopOnSignal":
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nstopping after this batch; interrupt again to stop at once", file=sys.stderr)
 
 
 def _named(losses: Losses) -> list[tuple[str, Tensor]]:

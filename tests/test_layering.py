@@ -18,6 +18,7 @@ ASIDE = {
     "optim_kernels": {"units"},
     "results": {"units", "scoring"},
     "scoring": {"units"},
+    "stopping": {"units"},
 }
 # Programs, the only modules that parse arguments.
 VERBS = {"average", "compare", "decode", "describe", "export", "import_icefall", "prepare", "report", "stream", "train"}

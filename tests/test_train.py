@@ -196,7 +196,7 @@ def test_four_utterances_are_learnt(corpus: toy.Corpus, tmp_path: Path, precisio
     trainer = make_trainer(corpus, tmp_path, cuts, train={"precision": precision, **quiet})
     assert trainer.scaler.is_enabled() == (precision == "fp16")
     before = loss_per_frame(trainer, batch)
-    stop = train._StopOnSignal()
+    stop = train.StopOnSignal()
     for _ in range(50 if precision == "float32" else 25):
         trainer._train_batch(batch, tqdm(disable=True), stop)
     after = loss_per_frame(trainer, batch)
@@ -224,7 +224,7 @@ def test_a_batch_without_a_finite_loss_changes_nothing(corpus: toy.Corpus, tmp_p
     cuts = CutSet.from_file(corpus.train_cuts).to_eager().subset(first=4)
     trainer = make_trainer(corpus, tmp_path, cuts)
     batch = next(eval_batches(cuts, corpus.tokenizer, max_duration_s=10.0))
-    stop = train._StopOnSignal()
+    stop = train.StopOnSignal()
     trainer._train_batch(batch, tqdm(disable=True), stop)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     batch.features_BTF[0, 3] = float("nan")

@@ -19,6 +19,20 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, non_blocking=True)
 
 
+def to_host(x: Tensor) -> Callable[[], list[float]]:
+    """Begins to copy x; what it returns waits for that and gives the numbers, whatever the device has to do since."""
+    copy = x.detach().to("cpu", non_blocking=True, copy=True)
+    copied = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
+
+    def numbers() -> list[float]:
+        if copied is not None:
+            copied.synchronize()
+        values: list[float] = copy.tolist()
+        return values
+
+    return numbers
+
+
 class Schedule:
     """A piecewise-linear function of the batch count; the ends are held.
 

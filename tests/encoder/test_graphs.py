@@ -11,7 +11,7 @@ from toy import experiment
 
 from ssm_asr.encoder.graphs import _Weights
 from ssm_asr.encoder.regularize import load_whitening_flags, whitening_flags
-from ssm_asr.encoder.schedule import Draws, set_batch_count
+from ssm_asr.encoder.schedule import Draws, set_batch_count, to_host
 from ssm_asr.transducer.model import Transducer
 from ssm_asr.transducer.pruned_loss import Lattices
 
@@ -146,6 +146,16 @@ def test_nothing_waits_for_the_device():
         load_whitening_flags(model, [True] * len(flags))
         with Refuse(), torch.autograd.set_multithreading_enabled(False):
             model.encode(features, lens, 16, 32)[0].sum().backward()
+
+
+def test_numbers_wait_for_nothing_later():
+    x = torch.arange(3.0, device=DEVICE)
+    numbers = to_host(x)
+    if DEVICE == "cuda":
+        torch.cuda._sleep(10**9)  # about half a second
+    x += 1.0
+    assert numbers() == [0.0, 1.0, 2.0]
+    assert DEVICE == "cpu" or not torch.cuda.current_stream().query()
 
 
 def test_evaluation_is_the_plain_path():
