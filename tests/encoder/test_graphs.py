@@ -149,7 +149,8 @@ def test_nothing_waits_for_the_device():
 
 
 def test_numbers_wait_for_nothing_later():
-    x = torch.arange(3.0, device=DEVICE)
+    x = torch.arange(-1.0, 2.0, device=DEVICE)
+    x += 1.0  # what is used for the first time is loaded, which may wait
     numbers = to_host(x)
     if DEVICE == "cuda":
         torch.cuda._sleep(10**9)  # about half a second
