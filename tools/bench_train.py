@@ -175,7 +175,9 @@ def make_peer(folder: Path, config: ZipformerConfig, options: argparse.Namespace
     )
     model.to(options.device)
 
-    def encode(features_BTF: Tensor, lens_B: Tensor, chunk: int = -1, left_context: int = -1) -> tuple[Tensor, Tensor]:
+    def encode(
+        features_BTF: Tensor, lens_B: Tensor, chunk: int = -1, left_context: int | Tensor = -1
+    ) -> tuple[Tensor, Tensor]:
         embedder: Any = model.encoder_embed
         encoder: Any = model.encoder
         x_BTD, lens_B = embedder(features_BTF, lens_B)
