@@ -64,7 +64,8 @@ class Batch(NamedTuple):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What is small travels in the message of a worker: for each tensor, the receiver would open a connection."""
-        return _batch_of, (self.features_BTF, *(x.numpy() for x in self[1:4]), *self[4:])
+        features_BTF, *others = self
+        return _batch_of, (features_BTF, *(x.numpy() if isinstance(x, torch.Tensor) else x for x in others))
 
 
 def _batch_of(features_BTF: torch.Tensor, *others: Any) -> Batch:
