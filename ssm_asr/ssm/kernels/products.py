@@ -20,10 +20,38 @@ def split(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _order_at(c):  # type: ignore[no-untyped-def]
+    return (c & -16) + (c & 6) * 2 + (c & 8) // 4 + (c & 1)
+
+
+@triton.jit
 def order(SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     """That of the columns of a product: 4q + 2k + e at 8k + 2q + e, of every 16."""
-    c = tl.arange(0, SIZE)
-    return (c & -16) + (c & 6) * 2 + (c & 8) // 4 + (c & 1)
+    return _order_at(tl.arange(0, SIZE))
+
+
+@triton.jit
+def channel(place):  # type: ignore[no-untyped-def]
+    """Which channel `load_channels` leaves at a place in a row: 4j + q at 4q + j, of every 16."""
+    return (place & -16) + (place & 3) * 4 + (place & 12) // 4
+
+
+@triton.jit
+def load_channels(base, stride_r, stride_c, rows, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A matrix as other loads leave it, but its C columns, filled up to SIZE with zeros, are in the order of `channel`.
+
+    Its rows are the first of R, in `order`, then zeros. For rows that are no multiples of 16 bytes, of which a thread
+    loads one number at a time: here four threads beside each other load four numbers that are, from half of the cache's
+    sectors.
+    """
+    # The first two dimensions go to threads, 4 by 8, as long as the compiler sees neighbours in none of them: those it
+    # would give to one thread.
+    q = ((tl.arange(0, 4) * 5) & 3)[:, None, None, None, None]
+    g, a = tl.arange(0, 8)[None, :, None, None, None], tl.arange(0, R // 8)[None, None, None, None, :]
+    j, k = tl.arange(0, 4)[None, None, :, None, None], tl.arange(0, SIZE // 16)[None, None, None, :, None]
+    r, c = _order_at(8 * a + g), 16 * k + 4 * j + q
+    x = tl.load((base + r * stride_r) + c * stride_c, mask=(r < rows) & (c < C), other=0.0).to(tl.float32)
+    return tl.reshape(tl.permute(x, (4, 1, 3, 0, 2)), (R, SIZE))
 
 
 @triton.jit
@@ -76,7 +104,7 @@ def loaded(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def store(pointers, x, row_mask, C: tl.constexpr, stride: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first C columns of a product, with a stride between them, to rows at the pointers (R,).
+    """A product's first C columns in the order of `channel`, with a stride between them, to rows at the pointers (R,).
 
     Every thread stores what it has: to sort the numbers first would take longer than these scattered stores.
     """
@@ -86,12 +114,12 @@ def store(pointers, x, row_mask, C: tl.constexpr, stride: tl.constexpr):  # type
     even, odd = tl.split(x)
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
-    c = 4 * tl.arange(0, Q)
+    c = channel(4 * tl.arange(0, Q))
     pointers = pointers[None, :] + c[:, None] * stride
     tl.store(pointers, x0, mask=row_mask[None, :] & (c < C)[:, None])
-    tl.store(pointers + stride, x1, mask=row_mask[None, :] & (c < C - 1)[:, None])
-    tl.store(pointers + 2 * stride, x2, mask=row_mask[None, :] & (c < C - 2)[:, None])
-    tl.store(pointers + 3 * stride, x3, mask=row_mask[None, :] & (c < C - 3)[:, None])
+    tl.store(pointers + 4 * stride, x1, mask=row_mask[None, :] & (c + 4 < C)[:, None])
+    tl.store(pointers + 8 * stride, x2, mask=row_mask[None, :] & (c + 8 < C)[:, None])
+    tl.store(pointers + 12 * stride, x3, mask=row_mask[None, :] & (c + 12 < C)[:, None])
 
 
 @triton.jit

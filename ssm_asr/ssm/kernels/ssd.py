@@ -118,8 +118,8 @@ def _added_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """What a block adds to the state at its end; BACKWARD, with dy and C, to the gradient of the one at its start."""
     b, g, m = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G, tl.program_id(1)
-    i, p, n = mm.order(L), tl.arange(0, P_PAD), tl.arange(0, N_PAD)
-    i_mask, p_mask, n_mask = i < T - m * L, p < P, n < N
+    i, n, rows = mm.order(L), tl.arange(0, N_PAD), T - m * L
+    i_mask, n_mask = i < rows, n < N
     h = g * (H // G)
     x_ptr += b * x_b + m * L * x_t + h * x_h
     dt_ptr += b * dt_b + m * L * dt_t + h * dt_h
@@ -132,13 +132,13 @@ def _added_kernel(  # type: ignore[no-untyped-def]
     B_high, B_low = mm.left_again(mm.turned(B_high, ones)), mm.left_again(mm.turned(B_low, ones))
     upto = tl.where(i[None, :] <= i[:, None], 1.0, 0.0)
     summed = upto if BACKWARD else 1.0 - upto  # the frames whose dt·A is in the decay of a frame
-    x = _load(x_ptr, x_t, x_p, i, p, i_mask, p_mask)
+    x = mm.load_channels(x_ptr, x_t, x_p, rows, P, L, P_PAD)
     A, dt = tl.load(A_ptr + h), tl.load(dt_ptr + i * dt_t, mask=i_mask, other=0.0).to(tl.float32)
     for r in tl.range(H // G, loop_unroll_factor=UNROLL):
         # What the next head needs: the memory takes its time, and no load goes before an earlier store.
         next_mask = i_mask & (r + 1 < H // G)
         A_next = tl.load(A_ptr + h + r + 1, mask=r + 1 < H // G, other=0.0)
-        x_next = _load(x_ptr + (r + 1) * x_h, x_t, x_p, i, p, next_mask, p_mask)
+        x_next = mm.load_channels(x_ptr + (r + 1) * x_h, x_t, x_p, tl.where(r + 1 < H // G, rows, 0), P, L, P_PAD)
         dt_next = tl.load(dt_ptr + (r + 1) * dt_h + i * dt_t, mask=next_mask, other=0.0).to(tl.float32)
         exponents = _exponents(dt, A, LEAST)
         weights = tl.exp2(tl.sum(summed * exponents[None, :], axis=1))
@@ -192,10 +192,10 @@ def _output_kernel(  # type: ignore[no-untyped-def]
     P_PAD: tl.constexpr, N_PAD: tl.constexpr, L: tl.constexpr, LEAST: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     b, g, m = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G, tl.program_id(1)
-    i, p, n = mm.order(L), tl.arange(0, P_PAD), tl.arange(0, N_PAD)
-    i_mask, p_mask, n_mask = i < T - m * L, p < P, n < N
-    p_order = mm.order(P_PAD)
-    pn, pn_mask = p_order[:, None] * N + n[None, :], (p_order < P)[:, None] & n_mask[None, :]
+    i, n, rows = mm.order(L), tl.arange(0, N_PAD), T - m * L
+    i_mask, n_mask = i < rows, n < N
+    p = mm.channel(mm.order(P_PAD))
+    pn, pn_mask = p[:, None] * N + n[None, :], (p < P)[:, None] & n_mask[None, :]
     h = g * (H // G)
     x_ptr += b * x_b + m * L * x_t + h * x_h
     dt_ptr += b * dt_b + m * L * dt_t + h * dt_h
@@ -213,7 +213,7 @@ def _output_kernel(  # type: ignore[no-untyped-def]
     ones = mm.left_again(upto - strict) if L == 16 else mm.unit()
     for r in tl.range(H // G, loop_unroll_factor=UNROLL):
         A, D = tl.load(A_ptr + h + r), tl.load(D_ptr + h + r)
-        x = _load(x_ptr + r * x_h, x_t, x_p, i, p, i_mask, p_mask)
+        x = mm.load_channels(x_ptr + r * x_h, x_t, x_p, rows, P, L, P_PAD)
         state = tl.load(states_ptr + r * (P * N) + pn, mask=pn_mask, other=0.0)
         dt = tl.load(dt_ptr + r * dt_h + i * dt_t, mask=i_mask, other=0.0).to(tl.float32)
         state_high, state_low = mm.split(state)
@@ -240,10 +240,10 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     P_PAD: tl.constexpr, N_PAD: tl.constexpr, L: tl.constexpr, LEAST: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     b, g, m = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G, tl.program_id(1)
-    i, p, n = mm.order(L), tl.arange(0, P_PAD), tl.arange(0, N_PAD)
-    i_mask, p_mask, n_mask = i < T - m * L, p < P, n < N
-    p_order = mm.order(P_PAD)
-    pn, pn_mask = p_order[:, None] * N + n[None, :], (p_order < P)[:, None] & n_mask[None, :]
+    i, n, rows = mm.order(L), tl.arange(0, N_PAD), T - m * L
+    i_mask, n_mask = i < rows, n < N
+    p = mm.channel(mm.order(P_PAD))
+    pn, pn_mask = p[:, None] * N + n[None, :], (p < P)[:, None] & n_mask[None, :]
     h = g * (H // G)
     x_ptr += b * x_b + m * L * x_t + h * x_h
     dy_ptr += b * dy_b + m * L * dy_t + h * dy_h
@@ -275,7 +275,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     dB, dC = tl.zeros([L, N_PAD], tl.float32), tl.zeros([L, N_PAD], tl.float32)
     for r in tl.range(H // G, loop_unroll_factor=UNROLL):
         A, D = tl.load(A_ptr + h + r), tl.load(D_ptr + h + r)
-        dy = _load(dy_ptr + r * dy_h, dy_t, dy_p, i, p, i_mask, p_mask)
+        dy = mm.load_channels(dy_ptr + r * dy_h, dy_t, dy_p, rows, P, L, P_PAD)
         state = tl.load(states_ptr + r * (P * N) + pn, mask=pn_mask, other=0.0)
         dt = tl.load(dt_ptr + r * dt_h + i * dt_t, mask=i_mask, other=0.0).to(tl.float32)
         between, to_end, from_start = head_decays(dt, A, strict, until, LEAST)
@@ -288,7 +288,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
         dC += read
         arrived = tl.sum(read * mm.ordered(C), axis=1)
 
-        x = _load(x_ptr + r * x_h, x_t, x_p, i, p, i_mask, p_mask)
+        x = mm.load_channels(x_ptr + r * x_h, x_t, x_p, rows, P, L, P_PAD)
         dstate = tl.load(dstates_ptr + r * (P * N) + pn, mask=pn_mask, other=0.0)
         tl.store(dD_ptr + block + r * blocks, tl.sum(x * dy))
         faded = tl.load(decays_ptr + r) * tl.sum(dstate * state)
@@ -343,7 +343,7 @@ def _sizes(x_BTHP: Tensor, B_BTGN: Tensor, least_log_decay: float) -> dict[str, 
     return dict(
         T=T, M=triton.cdiv(T, BLOCK_FRAMES), H=H, G=G, P=P, N=N, P_PAD=P_pad, N_PAD=N_pad, L=BLOCK_FRAMES,
         # Of small states two heads at once fit into registers; with larger ones loads go ahead by one head.
-        LEAST=least_log_decay, num_warps=1, UNROLL=2 if N_pad == 16 else 1, num_stages=1 if N_pad == 16 else 2,
+        LEAST=least_log_decay, num_warps=1, UNROLL=2 if N_pad == 16 else 1, num_stages=1,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ssm_asr.ssm.kernels import products as mm
-from ssm_asr.ssm.kernels.ssd import SIZES, _exponents, _load, head_decays, head_gradients, upto_and_strict
+from ssm_asr.ssm.kernels.ssd import SIZES, _exponents, head_decays, head_gradients, upto_and_strict
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -101,7 +101,8 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     j, m, b, g = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
     i, c, p = mm.order(16), tl.arange(0, 16), tl.arange(0, P_PAD)
     first, h = m * L + 16 * j, g * (H // G)
-    i_mask, p_mask = i < T - first, p < P
+    rows = T - first
+    i_mask, p_mask = i < rows, p < P
     x_ptr += b * x_b + first * x_t + h * x_h
     dy_ptr += b * dy_b + first * dy_t + h * dy_h
     dt_ptr += b * dt_b + first * dt_t + h * dt_h
@@ -118,10 +119,10 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     weights = tl.zeros([16, 16], tl.float32)
     for r in range(H // G):
         A, D = tl.load(A_ptr + h + r), tl.load(D_ptr + h + r)
-        dy = _load(dy_ptr + r * dy_h, dy_t, dy_p, i, p, i_mask, p_mask)
-        x = _load(x_ptr + r * x_h, x_t, x_p, i, p, i_mask, p_mask)
-        read = _load(read_ptr + (row + r) * P, H * P, 1, i, p, i_mask, p_mask)
-        given = _load(given_ptr + (row + r) * P, H * P, 1, i, p, i_mask, p_mask)
+        dy = mm.load_channels(dy_ptr + r * dy_h, dy_t, dy_p, rows, P, 16, P_PAD)
+        x = mm.load_channels(x_ptr + r * x_h, x_t, x_p, rows, P, 16, P_PAD)
+        read = mm.load_channels(read_ptr + (row + r) * P, H * P, 1, rows, P, 16, P_PAD)
+        given = mm.load_channels(given_ptr + (row + r) * P, H * P, 1, rows, P, 16, P_PAD)
         faded = tl.load(faded_ptr + (pieces * H + h + r) * P + p[None, :], mask=p_mask[None, :], other=0.0)
         dt = tl.load(dt_ptr + r * dt_h + i * dt_t, mask=i_mask, other=0.0).to(tl.float32)
         between, to_end, from_start = head_decays(dt, A, strict, until, LEAST)
