@@ -5,22 +5,26 @@ over the epochs between them: the default averages the last epochs that the conf
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 from ssm_asr import checkpoint
 from ssm_asr.averaging import average_between
-from ssm_asr.config import from_dict
+from ssm_asr.config import Experiment, from_dict, load_experiment, to_dict
 from ssm_asr.experiment_dir import epochs
 
 
-def average(exp_dir: Path, epoch: int | None, last: int | None, out: Path) -> tuple[int, int]:
+def average(
+    exp_dir: Path, epoch: int | None, last: int | None, out: Path, settings: Experiment | None = None
+) -> tuple[int, int]:
     """Writes a checkpoint whose weights are the mean over the `last` epochs up to `epoch`.
 
     Args:
-        epoch: the last there is if None.
+        epoch: the last there is if None, or the last of `settings`.
         last: what the configuration says if None.
+        settings: those of decoding go into the checkpoint, instead of those that training had.
 
     Returns:
         (first, last) epoch that the mean covers.
@@ -32,9 +36,13 @@ def average(exp_dir: Path, epoch: int | None, last: int | None, out: Path) -> tu
     files = epochs(exp_dir)
     if not files:
         raise checkpoint.CheckpointError(f"{exp_dir}: no epoch-*.pt; train first, or give another --exp-dir")
-    epoch = max(files) if epoch is None else epoch
+    if epoch is None:
+        epoch = max(files) if settings is None else min(max(files), settings.train.num_epochs)
     end = _load_epoch(files, epoch, exp_dir)
     experiment = from_dict(end["config"])
+    if settings is not None:
+        experiment = dataclasses.replace(experiment, decode=settings.decode)
+        end["config"] = to_dict(experiment)
     last = experiment.decode.average_epochs if last is None else last
     if last < 1:
         raise ValueError(f"--last {last}: give a positive number of epochs")
@@ -68,10 +76,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epoch", type=int, help="last epoch to average (default: the last there is)")
     parser.add_argument("--last", type=int, help="how many epochs (default: decode.average_epochs)")
     parser.add_argument("--out", type=Path, help="checkpoint to write (default: EXP_DIR/averaged.pt)")
+    parser.add_argument("--config", help="YAML file whose decode section the checkpoint gets (default: of training)")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="change one field of --config")
     options = parser.parse_args(arguments)
     out = options.out or options.exp_dir / "averaged.pt"
     try:
-        first, last = average(options.exp_dir, options.epoch, options.last, out)
+        if options.set and not options.config:
+            raise ValueError("--set: changes a field of --config, so give that as well")
+        settings = load_experiment(options.config, options.set) if options.config else None
+        first, last = average(options.exp_dir, options.epoch, options.last, out, settings)
     except (checkpoint.CheckpointError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

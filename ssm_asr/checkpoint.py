@@ -9,7 +9,7 @@ one runs no code from it. Its entries:
     model      weights, by published parameter names
     average    the running mean of the weights (training checkpoints only)
     progress   batches, epochs and hours of audio seen; validation losses
-    training   optimiser, random state, position in the data (files that a run can resume from only)
+    training   optimiser, what the data are, number of processes (files that a run can resume from only)
 """
 
 import os

@@ -7,8 +7,10 @@ changes single fields; the result is saved in the experiment directory and in ev
 import contextlib
 import dataclasses
 import difflib
+import sys
 import types
 import typing
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,20 @@ class ConfigError(ValueError):
 
 
 POSITIVE = (
-    *("tokens.vocab_size", "data.max_duration_s", "data.num_buckets"),
+    *("tokens.vocab_size", "data.max_duration_s", "data.num_buckets", "data.join_most"),
+    *("data.spec_augment.freq_mask_bins", "data.spec_augment.time_mask_frames"),
     *("optim.base_lr", "optim.lr_batches", "optim.lr_epochs"),
     *("train.num_epochs", "train.schedule_speed", "train.average_period", "train.log_every"),
     *("train.validate_every", "train.checkpoint_every", "train.keep_checkpoints"),
     *("decode.average_epochs", "decode.beam"),
+)
+NOT_NEGATIVE = (
+    *("data.num_workers", "data.join_pause_s", "train.seed", "data.spec_augment.time_warp_frames"),
+    *("data.spec_augment.num_freq_masks", "data.spec_augment.num_time_masks"),
+)
+SHARES = (
+    *("data.noise_probability", "data.join_probability"),
+    *("data.spec_augment.probability", "data.spec_augment.max_time_masked"),
 )
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
@@ -107,11 +118,18 @@ class Experiment:
         ):
             if value not in choices:
                 raise ConfigError(f"{name} is {value!r}; give one of {', '.join(choices)}")
-        for name in POSITIVE:
-            section, field_name = name.split(".")
-            value = getattr(getattr(self, section), field_name)
-            if value <= 0:
-                raise ConfigError(f"{name} is {value}; give a positive number")
+        checks: tuple[tuple[tuple[str, ...], float, float, str], ...] = (
+            (POSITIVE, sys.float_info.min, sys.float_info.max, "a positive number"),
+            (NOT_NEGATIVE, 0.0, sys.float_info.max, "0 or more"),
+            (SHARES, 0.0, 1.0, "a number from 0 to 1"),
+        )
+        for names, least, most, remedy in checks:
+            for name in names:
+                number: Any = self
+                for part in name.split("."):
+                    number = getattr(number, part)
+                if not least <= number <= most:  # NaN is not, either
+                    raise ConfigError(f"{name} is {number}; give {remedy}")
 
 
 def load_experiment(path: str | Path, overrides: typing.Sequence[str] = ()) -> Experiment:
@@ -189,9 +207,20 @@ def _override(tree: dict[str, Any], override: str) -> None:
     tree[last] = _parse(value, f"--set {override}")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses what is there twice, of which the last would count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        twice = next((key for key, count in keys.items() if count > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)  # makes plain values only, as its base does
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
 

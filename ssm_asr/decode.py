@@ -5,8 +5,10 @@ The checkpoint carries model, tokens and settings; results go to a directory bes
 """
 
 import argparse
+import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -78,22 +80,54 @@ def scoring_unit(loaded: Loaded, asked: str | None) -> str:
 
 def cuts_name(path: Path) -> str:
     """A short name of a manifest: cuts_test-clean.jsonl.gz -> test-clean."""
-    return path.name.split(".")[0].removeprefix("cuts_")
+    return re.sub(r"(\.jsonl(\.gz)?|\.shar)$", "", path.name).removeprefix("cuts_")
 
 
-def read_test_cuts(path: Path) -> CutSet:
-    """The cuts of a manifest, to be recognised and scored.
+def read_test_cuts(path: Path, *, from_audio: bool = False, limit: int = 0) -> CutSet:
+    """The cuts of a manifest, or the first so many of them, to be recognised and scored.
+
+    Args:
+        from_audio: whether their audio is to be recognised, not stored features.
+        limit: 0 takes all.
 
     Raises:
-        ValueError: if they cannot be read, have no transcripts, or are not of audio at 16 kHz.
+        ValueError: if they cannot be read, have no transcripts or no audio, are not of audio at 16 kHz, or two have one
+            id.
     """
+    if limit < 0:
+        raise ValueError(f"--limit {limit}: give a number of utterances, 0 for all")
     cuts = read_cuts(path).to_eager()
+    if limit:
+        cuts = cuts.subset(first=min(limit, len(cuts)))
     rates_hz = {cut.sampling_rate for cut in cuts}
     if rates_hz != {units.SAMPLE_RATE_HZ}:
         raise ValueError(f"{path}: audio at {sorted(rates_hz)} Hz, not {units.SAMPLE_RATE_HZ}; resample the cuts")
+    repeated, count = Counter(cut.id for cut in cuts).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{path}: {count} cuts have the id {repeated!r}; results go by id, so give each its own")
+    silent = next((cut.id for cut in cuts if not cut.has_recording), None)
+    if from_audio and silent is not None:
+        raise ValueError(
+            f"{path}: cut {silent!r} comes without audio; give the manifest with recordings, or use decode"
+        )
     if not any(text_of(cut) for cut in cuts):
         raise ValueError(f"{path}: no cut has a transcript, so nothing can be scored; stream --wav needs none")
     return cuts
+
+
+def read_test_sets(paths: list[Path], *, from_audio: bool = False, limit: int = 0) -> dict[str, CutSet]:
+    """The cuts of several manifests by their short names.
+
+    Raises:
+        ValueError: as `read_test_cuts`, or if two have one name.
+    """
+    sets: dict[str, CutSet] = {}
+    for path in paths:
+        name = cuts_name(path)
+        if name in sets:
+            raise ValueError(f"{path}: another manifest is called {name!r} as well, and so are its results; rename one")
+        sets[name] = read_test_cuts(path, from_audio=from_audio, limit=limit)
+    return sets
 
 
 def marked_texts(cuts: CutSet) -> dict[str, str]:
@@ -102,8 +136,9 @@ def marked_texts(cuts: CutSet) -> dict[str, str]:
     return {i: custom["marked"] for i, custom in segments.items() if "marked" in custom}
 
 
-def result_dir(options: argparse.Namespace, name: str) -> Path:
+def result_dir(options: argparse.Namespace, what: str, chunk: int, left: int, method: str, beam: int) -> Path:
     """Where the results of one manifest go: --out, divided if there are several manifests."""
+    name = f"{what}-chunk{chunk}-left{left}-{method}{beam if method == 'beam' else ''}"
     if options.out is None:
         return options.checkpoint.parent / name
     return options.out / name if len(options.cuts) > 1 else options.out
@@ -114,8 +149,16 @@ def _chunk_and_left(loaded: Loaded, options: argparse.Namespace) -> tuple[int, i
     settings, encoder = loaded.experiment.decode, loaded.experiment.model.encoder
     chunk = settings.chunk_frames if options.chunk is None else options.chunk
     left = settings.left_context_frames if options.left is None else options.left
-    if chunk == -1 or not encoder.causal:
+    if options.chunk is None and not encoder.causal:
+        chunk = -1
+    if chunk == -1:
+        if options.left not in (None, -1):
+            raise ValueError(
+                f"--left {options.left}: whole utterances are decoded, which see all there is; leave it out"
+            )
         return -1, -1
+    if left < -1:
+        raise ValueError(f"left context of {left} frames: give 0 or more (frames of 20 ms), or -1 for all there is")
     visible = streaming_context(encoder, chunk, max(0, left))
     return chunk, -1 if left == -1 else visible
 
@@ -134,16 +177,18 @@ def main(arguments: list[str] | None = None) -> int:
         chunk, left = _chunk_and_left(loaded, options)
         method, beam = options.method or settings.method, settings.beam if options.beam is None else options.beam
         search = make_search(method, TransducerScorer(loaded.model, loaded.tokenizer.unk_id), beam)
-        manifests = {path: read_test_cuts(path) for path in options.cuts}
+        if options.max_duration_s <= 0:
+            raise ValueError(f"--max-duration-s {options.max_duration_s:g}: give a positive number of seconds")
+        sets = read_test_sets(options.cuts)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    for path, cuts in manifests.items():
+    for name, cuts in sets.items():
         refs, hyps, seconds = decode_cuts(loaded, cuts, chunk, left, search, options.max_duration_s)
         audio_s = sum(cut.duration for cut in cuts)
         facts = {
             "mode": "chunk-masked" if chunk > 0 else "whole utterance",
-            "cuts": cuts_name(path),
+            "cuts": name,
             "chunk_frames": chunk,
             "left_context_frames": left,
             "method": method,
@@ -154,10 +199,9 @@ def main(arguments: list[str] | None = None) -> int:
             "device": str(next(loaded.model.parameters()).device),
             "checkpoint": str(options.checkpoint),
         }
-        name = f"decode-{cuts_name(path)}-chunk{chunk}-left{left}-{method}"
-        out = result_dir(options, name)
+        out = result_dir(options, f"decode-{name}", chunk, left, method, beam)
         summary = write_results(out, refs, hyps, scoring_unit(loaded, options.unit), facts, marked_texts(cuts))
-        print(f"{cuts_name(path)}: {rate_text(summary)}; details in {out}")
+        print(f"{name}: {rate_text(summary)}; details in {out}")
     return 0
 
 

@@ -15,6 +15,7 @@ from lhotse import CutSet
 
 from ssm_asr import checkpoint
 from ssm_asr.config import ConfigError, Experiment, from_dict, to_dict
+from ssm_asr.data.filtering import text_of
 from ssm_asr.data.tokens import Tokenizer
 
 # Settings that decide how, or how long, a model is trained, but not what its weights are after so many batches.
@@ -35,11 +36,11 @@ def epochs(exp_dir: Path) -> dict[int, Path]:
     return _numbered(exp_dir, "epoch")
 
 
-def fingerprint(cuts: CutSet, tokenizer: Tokenizer) -> str:
-    """A short name for what a model is trained on: which cuts, how long, in which order, and the tokens."""
+def fingerprint(cuts: CutSet, tokenizer: Tokenizer, noise_cuts: CutSet | None = None) -> str:
+    """A short name for what a model is trained on: cuts and noises, their order, lengths and texts, and the tokens."""
     digest = hashlib.sha256(repr(tokenizer.symbols).encode())
-    for cut in cuts:
-        digest.update(f"{cut.id} {cut.duration}".encode())
+    for cut in itertools.chain(cuts, noise_cuts or ()):
+        digest.update(f"{cut.id} {cut.duration} {text_of(cut)}\n".encode())
     return digest.hexdigest()[:16]
 
 

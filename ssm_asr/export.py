@@ -50,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         decode = loaded.experiment.decode
         chunk = decode.chunk_frames if options.chunk is None else options.chunk
         left_context = decode.left_context_frames if options.left is None else options.left
+        if options.format not in STREAMING and (options.chunk, options.left) != (None, None):
+            raise ValueError(f"--chunk, --left: format {options.format} is for any; leave them out")
         if options.format in STREAMING:
             left_context = streaming_context(loaded.experiment.model.encoder, chunk, left_context)
         settings = Settings(chunk, left_context, options.carrier, options.precision)

@@ -185,7 +185,7 @@ def paired_bootstrap(
 
     Returns:
         Error rate of b less that of a; its 95 % interval; the two-sided p-value of no difference, at least
-        1 / (resamples + 1). NaN for interval and p-value if there are fewer than two utterances.
+        2 / (resamples + 1). NaN for interval and p-value if there are fewer than two utterances.
     """
     differences_U = errors_b_U - errors_a_U
     difference = float(differences_U.sum() / totals_U.sum())

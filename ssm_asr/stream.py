@@ -19,7 +19,7 @@ from ssm_asr import units
 from ssm_asr.checkpoint import Loaded, load_model
 from ssm_asr.data.features import AudioError, read_audio
 from ssm_asr.data.filtering import text_of
-from ssm_asr.decode import cuts_name, decoding_arguments, marked_texts, read_test_cuts, result_dir, scoring_unit
+from ssm_asr.decode import decoding_arguments, marked_texts, read_test_sets, result_dir, scoring_unit
 from ssm_asr.describe import FLOAT_BYTES
 from ssm_asr.distributed import find_device
 from ssm_asr.encoder.state import state_sizes
@@ -121,17 +121,16 @@ def stream_cuts(recognizer: StreamingRecognizer, cuts: CutSet) -> tuple[dict[str
 
 
 def _score_cuts(
-    loaded: Loaded, recognizer: StreamingRecognizer, manifests: dict[Path, CutSet], options: argparse.Namespace
+    loaded: Loaded, recognizer: StreamingRecognizer, sets: dict[str, CutSet], options: argparse.Namespace
 ) -> None:
     state = recognizer.open().state
-    for path, cuts in manifests.items():
-        if options.limit and len(cuts) > options.limit:
-            print(f"{cuts_name(path)}: the first {options.limit} of {len(cuts)} utterances")
-            cuts = cuts.subset(first=options.limit)
+    for name, cuts in sets.items():
+        if options.limit:
+            print(f"{name}: the first {len(cuts)} utterances")
         refs, hyps, timing = stream_cuts(recognizer, cuts)
         facts = {
             "mode": "streaming",
-            "cuts": cuts_name(path),
+            "cuts": name,
             "chunk_frames": recognizer.chunk,
             "left_context_frames": recognizer.left_context,
             "method": recognizer.method,
@@ -140,10 +139,10 @@ def _score_cuts(
             "device": str(recognizer.device),
             "checkpoint": str(options.checkpoint),
         } | timing.facts(recognizer.chunk)
-        name = f"stream-{cuts_name(path)}-chunk{recognizer.chunk}-left{recognizer.left_context}-{recognizer.method}"
-        out = result_dir(options, name)
+        asked = recognizer.chunk, recognizer.left_context, recognizer.method, recognizer.beam
+        out = result_dir(options, f"stream-{name}", *asked)
         summary = write_results(out, refs, hyps, scoring_unit(loaded, options.unit), facts, marked_texts(cuts))
-        print(f"{cuts_name(path)}: {rate_text(summary)}; details in {out}\n  {timing.text(recognizer.chunk)}")
+        print(f"{name}: {rate_text(summary)}; details in {out}\n  {timing.text(recognizer.chunk)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -157,17 +156,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="auto, cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, default=1, help="threads of the computation (default: 1)")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
     try:
+        if options.threads < 1:
+            raise ValueError(f"--threads {options.threads}: give 1 or more")
+        torch.set_num_threads(options.threads)
         loaded = load_model(options.checkpoint, find_device(options.device))
         recognizer = StreamingRecognizer(loaded, options.chunk, options.left, options.method, options.beam)
-        manifests = {path: read_test_cuts(path) for path in options.cuts or ()}
+        sets = read_test_sets(options.cuts or [], from_audio=True, limit=options.limit)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     if options.wav:
         return stream_files(recognizer, options.wav)
-    _score_cuts(loaded, recognizer, manifests, options)
+    _score_cuts(loaded, recognizer, sets, options)
     return 0
 
 

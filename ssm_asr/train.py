@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from ssm_asr import checkpoint, distributed, units
 from ssm_asr.averaging import RunningAverage
-from ssm_asr.config import Experiment, load_experiment, to_yaml
-from ssm_asr.data.batches import Batch, eval_batches, train_batches
+from ssm_asr.config import Experiment, from_dict, load_experiment, to_yaml
+from ssm_asr.data.batches import Batch, eval_batches, largest_joined, train_batches
 from ssm_asr.data.filtering import filter_cuts
 from ssm_asr.data.store import read_cuts
 from ssm_asr.data.tokens import Tokenizer
@@ -85,7 +85,7 @@ class Trainer:
             "skipped_utterances": 0,
             "bad_batches": 0,
         }
-        self.data = fingerprint(train_cuts, tokenizer)
+        self.data = fingerprint(train_cuts, tokenizer, noise_cuts)
         self.bad_in_a_row = 0
         self.writer: SummaryWriter | None = None
 
@@ -274,13 +274,17 @@ class Trainer:
         batches = eval_batches(self.valid_cuts, self.tokenizer, max_duration_s=self.experiment.data.max_duration_s)
         for batch in batches:
             loss_B = self._weighted(self._losses(batch.to(self.place.device)))
-            sums[0] += loss_B[torch.isfinite(loss_B)].sum()
-            sums[1] += batch.feature_lens_B.sum()
-        loss, frames = distributed.total(sums, self.place).tolist()
-        self._write({"valid/loss": loss / frames})
-        self.progress["valid_loss"] = loss / frames
-        if loss / frames < self.progress["best_valid_loss"]:
-            self.progress["best_valid_loss"] = loss / frames
+            possible_B = ~loss_B.isposinf()  # those with an alignment; a loss that is no number is to be seen
+            sums[0] += loss_B[possible_B].sum()
+            sums[1] += batch.feature_lens_B[possible_B.cpu()].sum()
+        total, frames = distributed.total(sums, self.place).tolist()
+        loss = total / frames if frames else math.nan
+        self._write({"valid/loss": loss})
+        self.progress["valid_loss"] = loss
+        if not math.isfinite(loss) and self.place.rank == 0:
+            print(f"after {self.progress['batch']} batches the validation loss is {loss}", file=sys.stderr)
+        if loss < self.progress["best_valid_loss"]:
+            self.progress["best_valid_loss"] = loss
             self._save("best.pt")
 
     def _end_epoch(self) -> None:
@@ -320,25 +324,40 @@ class Trainer:
             self._try_largest_batch()
             return
         saved = checkpoint.load(files[-1])
-        if saved["training"]["world_size"] != self.place.world_size:
+        finished = saved["progress"]["epoch"] > self.experiment.train.num_epochs
+        if saved["training"]["world_size"] != self.place.world_size and not finished:
             raise SystemExit(
                 f"{files[-1]}: was trained by {saved['training']['world_size']} processes, now there are "
                 f"{self.place.world_size}; use as many, or another --exp-dir"
             )
-        self.model.load_state_dict(saved["model"])
-        self.average.load_state_dict(saved["average"])
-        self.optimizer.load_state_dict(saved["training"]["optimizer"])
-        self.scaler.load_state_dict(saved["training"]["scaler"])
-        load_whitening_flags(self.model, saved["training"]["whitening"][self.place.rank])
         self.progress = saved["progress"]
         if self.place.rank == 0:
             print(f"resumed from {files[-1]}: epoch {self.progress['epoch']}, batch {self.progress['batch']}")
+        if finished:
+            return
+        self.model.load_state_dict(saved["model"])
+        self.average.load_state_dict(saved["average"])
+        # The settings of now count, not those of the checkpoint, which the groups of an optimiser have with them.
+        rates = [{name: group[name] for name in ("initial_lr", "lr_scale")} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(saved["training"]["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group.update(rate)
+        if saved["training"]["scaler"]:  # empty if it was not of fp16
+            self.scaler.load_state_dict(saved["training"]["scaler"])
+        load_whitening_flags(self.model, saved["training"]["whitening"][self.place.rank])
+        if self.progress["batch_in_epoch"] and _batching(from_dict(saved["config"])) != _batching(self.experiment):
+            self.progress["batch_in_epoch"] = 0
+            if self.place.rank == 0:
+                print(f"epoch {self.progress['epoch']} begins anew, since its batches are others now")
 
     def _try_largest_batch(self) -> None:
         """One forward and backward pass of the largest batch, without a step, to run out of memory now if ever."""
-        batch_s = self.experiment.data.max_duration_s
+        data = self.experiment.data
+        batch_s = data.max_duration_s
         longest = sorted(self.train_cuts, key=lambda cut: cut.duration)[-math.ceil(batch_s) :]
         batch = next(eval_batches(CutSet.from_cuts(longest), self.tokenizer, max_duration_s=batch_s))
+        if data.join_probability:
+            batch = largest_joined(batch, data)
         if self.place.device.type == "cuda" and self.place.rank == 0:
             print("trying the largest batch; kernels not used before are compiled, which may take a minute", flush=True)
         self._prepare_batch()
@@ -355,6 +374,12 @@ class Trainer:
         if self.place.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.place.device) / 2**30
             print(f"the largest batch takes {peak:.1f} GiB on {self.place.device}")
+
+
+def _batching(experiment: Experiment) -> tuple[Any, ...]:
+    """What decides which utterances are in which batch of an epoch."""
+    data = experiment.data
+    return experiment.train.seed, data.max_duration_s, data.num_buckets, data.fixed_shapes
 
 
 def _named(losses: Losses) -> list[tuple[str, Tensor]]:
@@ -397,16 +422,21 @@ def main(arguments: list[str] | None = None) -> int:
 def _make_trainer(options: argparse.Namespace, place: distributed.Place) -> Trainer:
     experiment = load_experiment(options.config, options.set)
     tokenizer = Tokenizer.load(options.tokens)
+    if tokenizer.kind != experiment.tokens.kind:
+        raise ValueError(f"{options.tokens}: {tokenizer.kind} tokens, but tokens.kind is {experiment.tokens.kind}")
     cuts, report = filter_cuts(read_cuts(options.train_cuts).to_eager(), tokenizer, experiment.data)
     valid_cuts = read_cuts(options.valid_cuts).to_eager()
     noise_cuts = read_cuts(options.noise_cuts).to_eager() if options.noise_cuts else None
     if place.rank == 0:
         print(f"utterances to train on: {report.summary()}")
-        make_ready(options.exp_dir, experiment, fingerprint(cuts, tokenizer))
+        make_ready(options.exp_dir, experiment, fingerprint(cuts, tokenizer, noise_cuts))
         (options.exp_dir / "config.yaml").write_text(to_yaml(experiment), encoding="utf-8")
     distributed.wait(place)
     trainer = Trainer(experiment, tokenizer, options.exp_dir, cuts, valid_cuts, noise_cuts, place)
-    if options.init_from:
+    if options.init_from and resumable(options.exp_dir):
+        if place.rank == 0:
+            print(f"{options.init_from}: not used again, since training goes on from a checkpoint of its own")
+    elif options.init_from:
         warm = checkpoint.warm_start(trainer.model, options.init_from)
         if place.rank == 0:
             print(f"{options.init_from}: {warm.summary()}")

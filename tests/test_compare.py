@@ -116,6 +116,13 @@ def test_a_finished_comparison_is_not_decoded_again(setting: Setting, copy: Path
         assert (copy / name).read_bytes() == (setting.out / name).read_bytes(), name
 
 
+def test_a_model_beside_itself(setting: Setting, tmp_path: Path) -> None:
+    options = ["--chunks", "2560", "--limit", "2", "--checkpoints", str(setting.attention), str(setting.attention)]
+    assert compare.main(setting.arguments(tmp_path, *options, "--names", "one", "again")) == 0
+    rows = results(tmp_path)["cells"]
+    assert rows[0]["directory"] == rows[1]["directory"] and len(list((tmp_path / "cells").iterdir())) == 1
+
+
 def test_stopping_loses_one_cell(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
@@ -261,7 +268,11 @@ def test_texts_are_escaped(setting: Setting, copy: Path) -> None:
         (["--names", "one"], "2 checkpoints named one: give --names, one each, no two alike"),
         (["--names", "one", "one"], "2 checkpoints named one, one: give --names, one each, no two alike"),
         (["--cuts", "none.jsonl.gz"], "none.jsonl.gz: no cut manifest"),
-        (["--cuts", "x/cuts_a.jsonl.gz", "y/cuts_a.jsonl.gz"], "two manifests of one name among a, a:"),
+        (
+            ["--cuts", "x/cuts_a.jsonl.gz", "y/cuts_a.jsonl.gz"],
+            "y/cuts_a.jsonl.gz: another manifest is called 'a'",
+        ),
+        (["--limit", "-1"], "--jobs 1, --limit -1: give 1 or more jobs, and no negative limit"),
         (["--jobs", "0"], "--jobs 0, --limit 0: give 1 or more jobs, and no negative limit"),
         (["--device", "gpu"], "device 'gpu': give auto, cpu or cuda"),
     ],

@@ -54,6 +54,15 @@ def test_significance(tmp_path: Path) -> None:
     assert len(significance.compare_models(rows, tmp_path)) == 1
 
 
+def test_many_comparisons_can_still_be_significant(tmp_path: Path) -> None:
+    """A p-value is at least 2 / (resamples + 1), times the number of comparisons: 10,000 are too few for 251."""
+    errors = {f"bad{n}": [4] * 20 for n in range(18)} | {f"good{n}": [1] * 20 for n in range(18)}
+    found = significance.compare_models(given_rows(tmp_path, errors), tmp_path)
+    assert len(found) == 36 * 35 // 2
+    clear = [c["p_holm"] for c in found if c["difference"]]
+    assert len(clear) == 18 * 18 and max(clear) < significance.LEVEL
+
+
 def test_holm() -> None:
     assert significance.holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06])
     assert significance.holm([0.9, 0.8]) == [1.0, 1.0]

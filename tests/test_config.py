@@ -97,6 +97,34 @@ def test_overrides(tmp_path: Path) -> None:
         ("model: {encoder: {embed_channels: [1, 2]}}", "model.encoder.embed_channels has 2 entries; give 3"),
         ("data: {noise_snr_db: [1, 2, 3]}", "data.noise_snr_db has 3 entries; give 2"),
         ("model: {encoder: {layers: [1, 1]}}", "encoder.downsampling has 6 entries; give 2, as encoder.layers has"),
+        ("model: {encoder: {heads: [0, 4, 4, 8, 4, 4]}}", "encoder.heads is [0, 4, 4, 8, 4, 4]; give positive numbers"),
+        ("model: {encoder: {query_head_dim: 0}}", "encoder.query_head_dim is 0; give positive numbers"),
+        ("model: {encoder: {chunk_frames: []}}", "encoder.chunk_frames is []; give multiples of 8, or -1 for all"),
+        (
+            "model: {encoder: {chunk_frames: [16, 20]}}",
+            "encoder.chunk_frames is [16, 20]; give multiples of 8, or -1 for all",
+        ),
+        (
+            "model: {encoder: {left_context_frames: [-3]}}",
+            "encoder.left_context_frames is [-3]; give 0 or more, or -1 for all",
+        ),
+        (
+            "model: {encoder: {unmasked_dim: [192, 192, 999, 256, 256, 192]}}",
+            "encoder.unmasked_dim is [192, 192, 999, 256, 256, 192]; give at most encoder.dim each",
+        ),
+        (
+            "model: {encoder: {kind: conformer, chunk_frames: [15]}}",
+            "encoder.chunk_frames is [15]; give multiples of 2, or -1 for all",
+        ),
+        ("model: {predictor_dim: 30}", "model.predictor_dim is 30; give a multiple of 4"),
+        ("model: {context_size: 0}", "model.context_size is 0; give 1 or more"),
+        ("optim: {base_lr: .nan}", "optim.base_lr is nan; give a positive number"),
+        ("data: {num_workers: -1}", "data.num_workers is -1; give 0 or more"),
+        ("data: {spec_augment: {probability: 90}}", "data.spec_augment.probability is 90.0; give a number from 0 to 1"),
+        (
+            "data: {spec_augment: {time_mask_frames: 0}}",
+            "data.spec_augment.time_mask_frames is 0; give a positive number",
+        ),
         ("- a\n- b", "a mapping of sections is expected, such as 'model:' and 'train:'"),
     ],
 )
@@ -119,6 +147,7 @@ def test_wrong_overrides(tmp_path: Path, override: str, message: str) -> None:
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     assert refusal(tmp_path, "train: {a: [1, 2").startswith("not YAML: while parsing a flow")
+    assert refusal(tmp_path, "train: {seed: 1}\ntrain: {seed: 2}").startswith("not YAML: 'train' is there twice")
     for path, message in (
         (tmp_path / "none.yaml", "no such configuration file"),
         (tmp_path, "cannot be read: Is a directory"),

@@ -121,6 +121,12 @@ def test_a_failed_check_leaves_nothing(
             "format torchscript is in fp32; leave it out",
         ),
         ("zipformer", ["--format", "sherpa-ctc", "--carrier", "zipformer2"], "only format sherpa has it"),
+        (
+            "zipformer",
+            ["--format", "sherpa-offline", "--chunk", "7"],
+            "format sherpa-offline is for any; leave them out",
+        ),
+        ("zipformer", ["--format", "weights", "--left", "64"], "format weights is for any; leave them out"),
     ],
 )
 def test_what_cannot_be_exported(

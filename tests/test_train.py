@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,10 @@ from ssm_asr.data.batches import Batch, eval_batches
 from ssm_asr.experiment_dir import resumable
 
 BATCHES_AN_EPOCH = 7  # of the toy corpus
+CONFORMER = {
+    **{"kind": "conformer", "layers": 1, "dim": 32, "heads": 2, "feedforward_dim": 32, "conv_kernel": 7},
+    **{"embed_dim": 32, "embed_channels": [4, 4, 8], "chunk_frames": [16, -1]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +238,92 @@ def test_a_batch_without_a_finite_loss_changes_nothing(corpus: toy.Corpus, tmp_p
     assert toy.differing(before, trainer.model.state_dict()) == []
     trainer._train_batch(batch._replace(features_BTF=batch.features_BTF.nan_to_num()), tqdm(disable=True), stop)
     assert len(toy.differing(before, trainer.model.state_dict())) > 50
+
+
+def test_statistics_of_a_conformer_survive_a_bad_batch(corpus: toy.Corpus, tmp_path: Path) -> None:
+    cuts = toy.write_cuts(tmp_path / "data", "train", 12)
+    toy.spoil(cuts, ["train07"])
+    arguments = corpus.arguments(tmp_path / "exp", model={"encoder": CONFORMER}, train={"num_epochs": 1})
+    assert train.main([*arguments, "--train-cuts", str(cuts)]) == 0
+    saved = checkpoint.load(tmp_path / "exp" / "epoch-1.pt")
+    assert saved["progress"]["bad_batches"] == 1 and np.isfinite(saved["progress"]["valid_loss"])
+    buffers = {name: tensor for name, tensor in saved["model"].items() if "running" in name}
+    assert buffers and all(tensor.isfinite().all() and tensor.std() > 0 for tensor in buffers.values())
+
+
+def test_a_validation_loss_that_is_no_number_is_not_the_best(
+    corpus: toy.Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    valid = toy.write_cuts(tmp_path / "data", "valid", 4)
+    toy.spoil(valid, ["valid01"])
+    arguments = [*corpus.arguments(tmp_path / "exp", train={"num_epochs": 1}), "--valid-cuts", str(valid)]
+    assert train.main(arguments) == 0
+    assert not (tmp_path / "exp" / "best.pt").exists()
+    assert "after 7 batches the validation loss is nan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_crash_ends_the_program_and_its_workers(corpus: toy.Corpus, tmp_path: Path, workers: int) -> None:
+    """Workers ignore the signal by which Python would end them, and then waits for them."""
+    code = "import sys, test_train; test_train.train.Trainer._train_batch = lambda *_: test_train.crash()"
+    arguments = corpus.arguments(tmp_path / "exp", data={"num_workers": workers})
+    command = [sys.executable, "-c", f"{code}; test_train.train.main(sys.argv[1:])", *arguments]
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: power failure\n")
+
+
+def test_what_was_changed_counts_when_a_run_goes_on(
+    corpus: toy.Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exp_dir = tmp_path / "exp"
+    with pytest.MonkeyPatch.context() as patch:
+        before_batch(patch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train.main(corpus.arguments(exp_dir)) == 130
+    capsys.readouterr()
+    optim, batches = {"base_lr": 0.001, "warmup_batches": 10}, {"max_duration_s": 2.0}
+    assert train.main(corpus.arguments(exp_dir, optim=optim, data=batches, train={"precision": "fp16"})) == 0
+    out = capsys.readouterr().out
+    assert "optim.base_lr 0.045 -> 0.001" in out and "epoch 2 begins anew, since its batches are others now" in out
+    saved = checkpoint.load(list(resumable(exp_dir).values())[-1])
+    assert {group["initial_lr"] for group in saved["training"]["optimizer"]["param_groups"]} == {0.001}
+    assert saved["progress"]["batch"] > 10 + 2 * 5  # 3 of the second epoch's 7, and then all of it in smaller batches
+
+
+def test_a_finished_run_is_left_alone_by_more_processes(corpus: toy.Corpus, straight: Path, tmp_path: Path) -> None:
+    exp_dir = shutil.copytree(straight, tmp_path / "straight")
+    newest = exp_dir / "checkpoint-14.pt"
+    saved = checkpoint.load(newest)
+    saved["training"]["world_size"] = 2
+    checkpoint.save(saved, newest)
+    assert train.main(corpus.arguments(exp_dir)) == 0
+    with pytest.raises(SystemExit, match="was trained by 2 processes, now there are 1"):
+        train.main(corpus.arguments(exp_dir, train={"num_epochs": 3}))
+
+
+def test_other_texts_noises_and_tokens_are_another_run(
+    corpus: toy.Corpus, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cuts = CutSet.from_file(corpus.train_cuts).to_eager()
+    for cut in cuts:
+        cut.supervisions[0].text = "LOW"
+    cuts.to_file(tmp_path / "cuts.jsonl.gz")
+    for option, other in (("--train-cuts", tmp_path / "cuts.jsonl.gz"), ("--noise-cuts", corpus.valid_cuts)):
+        exp_dir = shutil.copytree(straight, tmp_path / option / "straight")
+        assert train.main([*corpus.arguments(exp_dir), option, str(other)]) == 0
+        assert "held a run of another model or other data" in capsys.readouterr().out
+    arguments = [*corpus.arguments(straight), "--set", "tokens.kind=char"]
+    assert train.main(arguments) == 2
+    assert capsys.readouterr().err == f"{corpus.tokens}: word tokens, but tokens.kind is char\n"
+
+
+def test_initial_weights_are_taken_once(corpus: toy.Corpus, straight: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = [*corpus.arguments(tmp_path / "exp", train={"num_epochs": 1}), "--init-from", str(straight / "best.pt")]
+    assert train.main(arguments) == 0
+    assert "best.pt: copied " in capsys.readouterr().out
+    assert train.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "best.pt: not used again, since training goes on" in out and "copied" not in out
 
 
 def test_many_bad_batches_in_a_row_end_the_run(corpus: toy.Corpus, tmp_path: Path) -> None:

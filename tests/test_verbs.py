@@ -12,10 +12,11 @@ import soundfile
 import torch
 import toy
 from lhotse import CutSet
+from lhotse.utils import fastcopy
 
 from ssm_asr import average, checkpoint, decode, describe, report, stream, train
 from ssm_asr.averaging import RunningAverage
-from ssm_asr.config import load_experiment
+from ssm_asr.config import load_experiment, to_yaml
 
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "egs" / "librispeech" / "conf"
@@ -93,7 +94,7 @@ def test_defaults_are_the_checkpoints(model: Path, cuts: Path) -> None:
     assert summary["checkpoint"] == str(model)
     options = ["--chunk", "-1", "--method", "beam", "--beam", "2"]
     assert decode.main(["--checkpoint", str(model), "--cuts", str(cuts), *options]) == 0
-    summary = json.loads((model.parent / "decode-test-tones-chunk-1-left-1-beam" / "summary.json").read_text())
+    summary = json.loads((model.parent / "decode-test-tones-chunk-1-left-1-beam2" / "summary.json").read_text())
     assert (summary["mode"], summary["chunk_frames"], summary["beam"]) == ("whole utterance", -1, 2)
 
 
@@ -113,7 +114,7 @@ def test_a_model_without_chunks_decodes_whole_utterances(cuts: Path, tmp_path: P
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["mode"] == "whole utterance"
     assert stream.main(options) == 2
     assert capsys.readouterr().err.endswith(
-        "this model was trained without chunks (encoder.causal=false); use decode\n"
+        "this model was trained without chunks (encoder.causal=false); decode it without --chunk\n"
     )
 
 
@@ -135,7 +136,7 @@ def test_limit_and_units(model: Path, cuts: Path, tmp_path: Path, capsys: Captur
     options = ["--checkpoint", str(model), "--cuts", str(cuts), "--limit", "3", "--unit", "char"]
     assert stream.main([*options, "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "test-tones: the first 3 of 7 utterances\n" in out and "CER " in out
+    assert "test-tones: the first 3 utterances\n" in out and "CER " in out
     assert list(hypotheses(tmp_path)) == ["test-tones00", "test-tones01", "test-tones02"]
 
 
@@ -192,6 +193,9 @@ def test_unusable_audio_is_passed_over(model: Path, tmp_path: Path, capsys: Capt
         (["--chunk", "0"], "chunk of 0 frames: give a multiple of 2 (frames of 20 ms)"),
         (["--method", "beam", "--beam", "0"], "beam of 0: give a positive number"),
         (["--device", "gpu"], "device 'gpu': give auto, cpu or cuda"),
+        (["--cuts", "same.jsonl.gz"], "same.jsonl.gz: 3 cuts have the id 'same'; results go by id"),
+        (["--cuts", "cuts.jsonl.gz", "cuts_cuts.jsonl.gz"], "cuts_cuts.jsonl.gz: another manifest is called 'cuts'"),
+        (["--left", "-2"], "left context of -2 frames"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -209,6 +213,42 @@ def test_mistakes_are_one_line(
     some = CutSet.from_file(cuts).to_eager().subset(first=2)
     some.map(lambda cut: cut.drop_features().resample(8000)).to_file("slow.jsonl.gz")
     some.drop_supervisions().to_file("silent.jsonl.gz")
+    CutSet.from_cuts(cut.with_id("same") for cut in CutSet.from_file(cuts).subset(first=3)).to_file("same.jsonl.gz")
+    Path("cuts_cuts.jsonl.gz").write_bytes(cuts.read_bytes())
+    assert verb.main(["--checkpoint", str(model), "--cuts", str(cuts), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "message"),
+    [
+        (stream, ["--limit", "-2"], "--limit -2: give a number of utterances, 0 for all"),
+        (stream, ["--threads", "0"], "--threads 0: give 1 or more"),
+        (stream, ["--limit", "1", "--cuts", "half.jsonl.gz"], "half.jsonl.gz: no cut has a transcript"),
+        (stream, ["--cuts", "features.jsonl.gz"], "features.jsonl.gz: cut 'test-tones00' comes without audio"),
+        (decode, ["--max-duration-s", "0"], "--max-duration-s 0: give a positive number of seconds"),
+        (
+            decode,
+            ["--chunk", "-1", "--left", "64"],
+            "--left 64: whole utterances are decoded, which see all there is; leave it out",
+        ),
+    ],
+)
+def test_mistakes_of_one_program(
+    verb: object,
+    options: list[str],
+    message: str,
+    model: Path,
+    cuts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Captured,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    some = CutSet.from_file(cuts).to_eager()
+    CutSet.from_cuts(cut.drop_supervisions() if n == 0 else cut for n, cut in enumerate(some)).to_file("half.jsonl.gz")
+    CutSet.from_cuts(fastcopy(cut, recording=None) for cut in some).to_file("features.jsonl.gz")
     assert verb.main(["--checkpoint", str(model), "--cuts", str(cuts), *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith(message) and error.count("\n") == 1
@@ -261,6 +301,20 @@ def test_mistakes_to_describe(options: list[str], message: str, capsys: Captured
 
 
 # --- average
+
+
+def test_average_takes_the_settings_of_decoding(epochs: Path, tmp_path: Path, capsys: Captured) -> None:
+    """They can still be changed after training, and say how many epochs to average; what was trained stays."""
+    config = tmp_path / "config.yaml"
+    config.write_text(to_yaml(toy.experiment(decode={"chunk_frames": 32}, optim={"base_lr": 0.1})), encoding="utf-8")
+    options = ["--exp-dir", str(epochs), "--out", str(tmp_path / "averaged.pt"), "--config", str(config)]
+    assert average.main([*options, "--set", "decode.beam=7", "--set", "train.num_epochs=2"]) == 0
+    assert "mean of the weights over epochs 2 to 2" in capsys.readouterr().out
+    experiment = checkpoint.load_model(tmp_path / "averaged.pt").experiment
+    assert (experiment.decode.chunk_frames, experiment.decode.beam) == (32, 7)
+    assert experiment.optim == toy.experiment().optim
+    assert average.main(["--exp-dir", str(epochs), "--set", "decode.beam=7"]) == 2
+    assert capsys.readouterr().err == "--set: changes a field of --config, so give that as well\n"
 
 
 @pytest.fixture(scope="module")

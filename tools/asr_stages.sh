@@ -104,17 +104,27 @@ asr_set_up() {
 
 _config_files() { # a configuration and those that it is based on
     local file="$1" base
-    while true; do
+    local -A seen=()
+    while [ -z "${seen["$(realpath -m "$file")"]:-}" ]; do # a file that is its own base is refused by those who read it
         echo "$file"
-        base="$(sed -n 's/^base: *//p' "$file")"
-        [ -n "$base" ] || break
-        file="$(dirname "$file")/$base"
+        seen["$(realpath -m "$file")"]=1
+        base="$(sed -nE 's/^base:[[:space:]]*["'\'']?([^"'\''#]*[^"'\''#[:space:]]).*/\1/p' "$file")"
+        case "$base" in
+            "") break ;;
+            /*) file="$base" ;;
+            *) file="$(dirname "$file")/$base" ;;
+        esac
     done
+}
+
+_anew() { # DIR COMMAND...: nothing that the command made before stays beside what it makes now
+    rm -rf "$1"
+    "${@:2}"
 }
 
 _prepare_cuts() { # sets $tests, the names of the test sets
     local features options cuts part
-    run_stage 2 check --inputs "$data/manifests" --outputs "$data/cuts" -- \
+    run_stage 2 check --inputs "$data/manifests" --outputs "$data/cuts" -- _anew "$data/cuts" \
         python -m ssm_asr.prepare check --manifests "$data/manifests" --out "$data/cuts" --jobs "$jobs"
     features=(python -m ssm_asr.prepare features --out "$data/features" --jobs "$jobs")
     if "$on_the_fly"; then
@@ -162,8 +172,8 @@ _train_and_average() { # TRAIN_STAGE AVERAGE_STAGE CONFIG EXP_DIR
     run_stage "$1" train --inputs "${files[@]}" "${inputs[@]}" --outputs "$4/trained.json" -- \
         "${train[@]}" --config "$3" "${overrides[@]}" --exp-dir "$4" --tokens "$tokens" \
         --train-cuts "${inputs[0]}" --valid-cuts "${inputs[1]}" --noise-cuts "${inputs[3]}"
-    run_stage "$2" average --inputs "$4/trained.json" --outputs "$4/averaged.pt" -- \
-        python -m ssm_asr.average --exp-dir "$4" --out "$4/averaged.pt"
+    run_stage "$2" average --inputs "${files[@]}" "$4/trained.json" --outputs "$4/averaged.pt" -- \
+        python -m ssm_asr.average --exp-dir "$4" --out "$4/averaged.pt" --config "$3" "${overrides[@]}"
 }
 
 _decode_and_stream() {
@@ -197,8 +207,12 @@ _export() { # for sherpa-onnx, which must then recognise what the model does
     done
 }
 
+_other_exp_dir() { # where the configuration to compare with is trained
+    echo "exp/$name-$(basename "$compare_with" .yaml)"
+}
+
 _compare() { # trains the other model with the same overrides, and compares the two
-    local models=("$exp_dir/averaged.pt" "exp/$name-$(basename "$compare_with" .yaml)/averaged.pt")
+    local models=("$exp_dir/averaged.pt" "$(_other_exp_dir)/averaged.pt")
     local cuts=("${tests[@]/#/$data/features/cuts_}")
     cuts=("${cuts[@]/%/.jsonl.gz}")
     _make_tokens 11 "$compare_with"
@@ -220,6 +234,9 @@ _long_form() {
 # asr_stages: all that follows the manifests in "$data/manifests".
 asr_stages() {
     : "${exp_dir:=exp/$name-$(basename "$config" .yaml)}"
+    if [ -n "$compare_with" ] && [ "$(_other_exp_dir)" -ef "$exp_dir" -o "$(_other_exp_dir)" = "$exp_dir" ]; then
+        _recipe_fail "--compare-with $compare_with: would train in $exp_dir, too; give --exp-dir"
+    fi
     _prepare_cuts
     _make_tokens 4 "$config"
     _make_noise

@@ -23,7 +23,7 @@ else
     if "$ci"; then
         name+="-ci"
         make_options+=(--minutes 15)
-        overrides+=(--set=train.num_epochs=13 --set=data.max_duration_s=10)
+        overrides=(--set=train.num_epochs=13 --set=data.max_duration_s=10 "${overrides[@]}")
     elif [ "$(basename "$config")" = zipformer_tiny.yaml ]; then
         : "${compare_with:=conf/sammo_tiny.yaml}"
     else
@@ -37,7 +37,7 @@ if [ "$transcript_mode" != disfluent ]; then
     name+="-$transcript_mode"
 fi
 data="data/$name"
-run_stage 2 manifests --inputs "$corpus" local/{manifests,sdb,talks,transcripts}.py --outputs "$data/manifests" -- \
+run_stage 2 manifests --inputs "$corpus" local/{manifests,sdb,talks,transcripts}.py --outputs "$data/manifests" -- _anew "$data/manifests" \
     python local/manifests.py --corpus "$corpus" --out "$data/manifests" --transcripts "$data/transcripts" \
     --transcript-mode "$transcript_mode" --jobs "$jobs"
 asr_stages

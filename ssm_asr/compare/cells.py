@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ssm_asr import config, units
 from ssm_asr.checkpoint import Loaded, load_model
 from ssm_asr.data.filtering import text_of
-from ssm_asr.decode import cuts_name, read_test_cuts, scoring_unit
+from ssm_asr.decode import read_test_cuts, read_test_sets, scoring_unit
 from ssm_asr.describe import describe
 from ssm_asr.distributed import find_device
 from ssm_asr.results import SUMMARY, write_results
@@ -109,14 +109,11 @@ def load_test_sets(manifests: list[Path], limit: int) -> list[TestSet]:
     Raises:
         ValueError: for cuts that cannot be read or scored, or two manifests of one name.
     """
-    sets = []
-    for path in manifests:
-        utterances = len(read_test_cuts(path))
-        sets.append(TestSet(cuts_name(path), path, _digest(path), min(limit or utterances, utterances)))
-    names = [test_set.name for test_set in sets]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two manifests of one name among {', '.join(names)}: results could not be told apart")
-    return sets
+    sets = read_test_sets(manifests, from_audio=True, limit=limit)
+    return [
+        TestSet(name, path, _digest(path), len(cuts))
+        for (name, cuts), path in zip(sets.items(), manifests, strict=True)
+    ]
 
 
 def plan(models: list[Model], sets: list[TestSet], chunks_ms: list[int], lefts: list[int], device: str) -> list[Cell]:
@@ -145,8 +142,9 @@ def plan(models: list[Model], sets: list[TestSet], chunks_ms: list[int], lefts: 
 
 def run(cells: list[Cell], out: Path, jobs: int) -> None:
     """Decodes the cells that are not in the directory yet, each as OUT/NAME, in so many processes of one thread."""
-    missing = [cell for cell in cells if not (out / cell.directory).exists()]
-    print(f"{len(cells)} cells, {len(cells) - len(missing)} of them finished before")
+    named = {cell.directory: cell for cell in cells}  # equal files of two models make one
+    missing = [cell for name, cell in named.items() if not (out / name).exists()]
+    print(f"{len(named)} cells, {len(named) - len(missing)} of them finished before")
     out.mkdir(parents=True, exist_ok=True)
     work = partial(decode_cell, out=out, commit=current_commit())
     total = sum(cell.test_set.utterances for cell in missing)

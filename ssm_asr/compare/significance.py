@@ -12,6 +12,7 @@ from ssm_asr.results import read_score
 from ssm_asr.scoring import Score, paired_bootstrap
 
 LEVEL = 0.05
+RESAMPLES = 10_000  # and more where there are many comparisons, else their least p-value were above LEVEL after Holm
 
 
 def compare_models(rows: list[Row], cells_dir: Path) -> list[dict[str, Any]]:
@@ -35,7 +36,9 @@ def compare_models(rows: list[Row], cells_dir: Path) -> list[dict[str, Any]]:
             if row["directory"] not in scores:
                 scores[row["directory"]] = read_score(cells_dir / row["directory"], row["unit"])
         score_a, score_b = scores[a["directory"]], scores[b["directory"]]
-        difference, interval, p = paired_bootstrap(score_a.errors_U, score_b.errors_U, score_a.totals_U)
+        difference, interval, p = paired_bootstrap(
+            score_a.errors_U, score_b.errors_U, score_a.totals_U, max(RESAMPLES, 100 * len(pairs))
+        )
         low, high, p_value = (None if math.isnan(value) else value for value in (*interval, p))
         results.append(
             {

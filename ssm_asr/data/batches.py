@@ -10,6 +10,7 @@ with exactly the batches that an uninterrupted run would have seen.
 
 import atexit
 import math
+import multiprocessing
 import os
 import signal
 import warnings
@@ -134,7 +135,7 @@ class _BatchMaker(torch.utils.data.Dataset):
         tokens_BU = pad_sequence(tokens, batch_first=True, padding_value=0)
         extra = shape_tokens(tokens_BU.shape[1]) - tokens_BU.shape[1] if job.least_frames else 0
         features_BTF = pad_sequence(features, batch_first=True, padding_value=LOG_MEL_SILENCE)
-        missing = max(0, job.least_frames - features_BTF.shape[1])
+        missing = max(0, max(job.least_frames, feature_frames(1)) - features_BTF.shape[1])
         return Batch(
             torch.nn.functional.pad(features_BTF, (0, 0, 0, missing), value=LOG_MEL_SILENCE),
             torch.tensor([len(features_TF) for features_TF in features]),
@@ -255,6 +256,27 @@ def eval_batches(cuts: CutSet, tokenizer: Tokenizer, *, max_duration_s: float, n
     return iter(_loader(jobs, _BatchMaker(tokenizer, None), num_workers))
 
 
+def largest_joined(batch: Batch, config: DataConfig) -> Batch:
+    """A batch of the longest utterances, joined to one that hardly any of training is larger than.
+
+    Groups have sizes drawn evenly from 1 to M = `join_most`; all are padded to the longest, which is taken for a full
+    one. Of B utterances there are 2B / (M + 1) groups on average, and three standard deviations more are taken.
+    """
+    pauses = round((config.join_most - 1) * config.join_pause_s * 1000 / FRAME_SHIFT_MS)
+    count, mean = len(batch.ids), (config.join_most + 1) / 2
+    spread = math.sqrt(count * (config.join_most**2 - 1) / 12 / mean**3)  # of a renewal process
+    groups = min(count, math.ceil(count / mean + 3 * spread))
+    features_GTF = batch.features_BTF[:groups].repeat(1, config.join_most, 1)
+    return batch._replace(
+        features_BTF=torch.nn.functional.pad(features_GTF, (0, 0, 0, pauses), value=LOG_MEL_SILENCE),
+        feature_lens_B=batch.feature_lens_B[:groups] * config.join_most + pauses,
+        tokens_BU=batch.tokens_BU[:groups].repeat(1, config.join_most),
+        token_lens_B=batch.token_lens_B[:groups] * config.join_most,
+        ids=batch.ids[:groups],
+        texts=batch.texts[:groups],
+    )
+
+
 def _duration_bins(cuts: CutSet, num_buckets: int) -> list[float]:
     """Durations in s that separate the buckets; fewer than asked for where there are few cuts."""
     sample = list(islice(cuts, CUTS_TO_ESTIMATE_BUCKETS))
@@ -271,7 +293,21 @@ def _start_worker(worker: int) -> None:
     atexit.register(os._exit, 0)
 
 
+@lru_cache(maxsize=1)
+def _end_workers_at_exit() -> None:
+    """After an exception, Python waits at exit for daemon processes that it has sent SIGTERM, which workers ignore."""
+
+    def end() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would complain of workers that are killed
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    atexit.register(end)
+
+
 def _loader(jobs: _TrainingJobs | list[_Job], maker: _BatchMaker, num_workers: int) -> torch.utils.data.DataLoader:
+    if num_workers:
+        _end_workers_at_exit()
     return torch.utils.data.DataLoader(
         maker,
         sampler=jobs,

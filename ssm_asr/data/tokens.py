@@ -112,6 +112,8 @@ class Tokenizer:
         """Write tokens.txt ("symbol id" lines) and, for sentencepiece, KIND.model into the directory."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        for kind in SENTENCEPIECE_KINDS:  # those of another kind would be taken for this one's
+            (directory / f"{kind}.model").unlink(missing_ok=True)
         if self._model is not None:
             (directory / f"{self.kind}.model").write_bytes(self._model)
         lines = [f"{symbol} {i}\n" for i, symbol in enumerate(self.symbols)]

@@ -47,6 +47,8 @@ class MaskedBatchNorm(nn.Module):
         return (centred_BDT * scale_D[:, None] + self.bias[:, None]).to(x_BDT.dtype)
 
     def _track(self, mean_D: Tensor, var_D: Tensor) -> None:
-        self.running_mean.lerp_(mean_D.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(var_D.to(self.running_var.dtype), self.momentum)
+        """Moves the running statistics; not to what is no number, since it would stay for ever."""
+        for running_D, new_D in ((self.running_mean, mean_D), (self.running_var, var_D)):
+            new_D = new_D.to(running_D.dtype)
+            running_D.lerp_(torch.where(new_D.isfinite(), new_D, running_D), self.momentum)
         self.num_batches_tracked += 1

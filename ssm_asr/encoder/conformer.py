@@ -24,6 +24,7 @@ from ssm_asr.encoder.attention import (
     shift_relative,
 )
 from ssm_asr.encoder.batch_norm import MaskedBatchNorm
+from ssm_asr.encoder.checks import check_contexts, check_sizes
 from ssm_asr.encoder.mixer import MIXERS, make_mixer
 from ssm_asr.encoder.regularize import at_least_float32
 from ssm_asr.ssm.s4d import PARAMETERISATIONS
@@ -55,6 +56,8 @@ class ConformerConfig:
 
     def __post_init__(self) -> None:
         states_fit = self.ssm_states > 0 and (self.ssm_param != "lin" or self.ssm_states % 2 == 0)
+        check_sizes(self)
+        check_contexts(self.chunk_frames, self.left_context_frames, self.chunk_multiple)
         for name, good, remedy in (
             ("dim", self.dim % (2 * self.heads) == 0, f"a multiple of {2 * self.heads}, twice encoder.heads"),
             ("mixer", self.mixer in MIXERS, f"one of {', '.join(MIXERS)}"),
@@ -75,6 +78,11 @@ class ConformerConfig:
     def downsampling(self) -> tuple[int, ...]:
         """Frame rates of the layers, below 50 Hz; a chunk is a multiple of each."""
         return (SUBSAMPLING,)
+
+    @property
+    def chunk_multiple(self) -> int:
+        """A chunk has so many frames of 20 ms or a multiple."""
+        return SUBSAMPLING
 
     def draw_context(self) -> tuple[int, int]:
         """A chunk and a left context for one training batch, from Python's `random`."""

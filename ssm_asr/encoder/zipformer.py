@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ssm_asr import units
 from ssm_asr.encoder.attention import (
     AttentionWeights,
     Context,
@@ -25,6 +26,7 @@ from ssm_asr.encoder.attention import (
     context_of_chunk,
     visible_span,
 )
+from ssm_asr.encoder.checks import check_contexts, check_sizes
 from ssm_asr.encoder.convolution import ConvolutionModule
 from ssm_asr.encoder.modules import BiasNorm, Bypass, Downsample, FeedForward, add_masked, fork, set_channels
 from ssm_asr.encoder.regularize import Balancer, Schedule, Scheduled, Whiten, sequence_masks
@@ -69,6 +71,10 @@ class ZipformerConfig:
                 raise ValueError(
                     f"encoder.{name} has {len(getattr(self, name))} entries; give {stacks}, as encoder.layers has"
                 )
+        check_sizes(self)
+        if any(unmasked > dim for unmasked, dim in zip(self.unmasked_dim, self.dim, strict=True)):
+            raise ValueError(f"encoder.unmasked_dim is {list(self.unmasked_dim)}; give at most encoder.dim each")
+        check_contexts(self.chunk_frames, self.left_context_frames, self.chunk_multiple if self.causal else 1)
         if self.long_range not in ("nonlin_attention", "mamba2", "none"):
             raise ValueError(f"encoder.long_range is {self.long_range!r}; give nonlin_attention, mamba2 or none")
         if self.long_range == "mamba2":
@@ -77,6 +83,11 @@ class ZipformerConfig:
                     raise ValueError(f"encoder.dim {dim}: ¾ of it must divide by mamba_heads and by mamba_groups")
             if self.mamba_heads % self.mamba_groups:
                 raise ValueError(f"encoder.mamba_heads {self.mamba_heads}: give a multiple of mamba_groups")
+
+    @property
+    def chunk_multiple(self) -> int:
+        """A chunk has so many frames of 20 ms or a multiple: whole frames of every stack and of the output."""
+        return math.lcm(units.OUTPUT_SUBSAMPLING, *self.downsampling)
 
     @property
     def embed_dim(self) -> int:

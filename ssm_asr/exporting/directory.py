@@ -1,6 +1,7 @@
 """Export directories: written aside, checked, and renamed into place only when all is well."""
 
 import contextlib
+import math
 import shutil
 import tempfile
 import warnings
@@ -55,7 +56,8 @@ def write_onnx_files(parts: list[Part], precisions: list[str], directory: Path) 
     """Writes every part in every precision, and checks each against the model.
 
     Raises:
-        ExportError: if a file in float32 differs by more than check.TOLERANCE, or cannot be what the runtime expects.
+        ExportError: if a file in float32 differs by more than check.TOLERANCE, a smaller one overflows, or a file
+            cannot be what the runtime expects.
     """
     written = []
     for part in parts:
@@ -73,6 +75,8 @@ def write_onnx_files(parts: list[Part], precisions: list[str], directory: Path) 
                 onnx_files.convert(full, precision, path)
                 onnx_files.validate(part, path)
                 difference = check.worst_difference(part, onnx_files.runner(path))
+                if not math.isfinite(difference):
+                    raise ExportError(f"{path.name}: differs from the model by {difference}; leave out {precision}")
                 written.append(Written(path.name, path.stat().st_size, difference))
         if "fp32" not in precisions:
             full.unlink()

@@ -3,8 +3,6 @@
 Shapes: N utterances, T feature frames, F mels, S output frames, J joiner dim.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +32,7 @@ class OfflineEncoder(nn.Module):
 
 def offline_encoder(model: Transducer) -> Part:
     """The encoder for whole utterances."""
-    module, factor = OfflineEncoder(model).eval(), math.lcm(*model.config.encoder.downsampling)
+    module, factor = OfflineEncoder(model).eval(), model.config.encoder.chunk_multiple
     # The graph is traced with two utterances whose last frame is incomplete in every stack, and then fills up last
     # frames, if only with nothing. Other numbers of utterances have other lengths.
     traced_frames = 2 * (100 // factor * factor + 1) + 7

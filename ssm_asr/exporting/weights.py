@@ -5,22 +5,18 @@ from pathlib import Path
 import safetensors.torch
 
 from ssm_asr.checkpoint import Loaded
-from ssm_asr.config import to_yaml
 from ssm_asr.encoder.zipformer import ZipformerConfig
 from ssm_asr.transducer.model import ModelConfig
 
 
 def export_weights(loaded: Loaded, out: Path) -> None:
-    """Writes model.safetensors, config.yaml, tokens.txt and, of word pieces, the sentencepiece model into a directory.
+    """Writes model.safetensors into a directory.
 
     A Zipformer with nonlin attention has all the names and shapes of icefall's own; `icefall_options` says how that
     program must be started to take them. Other encoders have parameters that icefall does not know.
     """
-    out.mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous() for name, value in loaded.model.state_dict().items()}
     safetensors.torch.save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.yaml").write_text(to_yaml(loaded.experiment), encoding="utf-8")
-    loaded.tokenizer.save(out)
 
 
 def icefall_options(config: ModelConfig) -> list[str]:

@@ -55,8 +55,11 @@ class BeamSearch:
         return states
 
     def tokens(self, state: BeamState) -> tuple[int, ...]:
-        """The tokens of the hypothesis with the best log-probability a token."""
-        return max(state, key=lambda h: h.log_prob / (len(h.tokens) + 1)).tokens
+        """The tokens of the hypothesis with the best log-probability a token, the predictor's first context counted in.
+
+        So do icefall and sherpa-onnx.
+        """
+        return max(state, key=lambda h: h.log_prob / (len(h.tokens) + self._scorer.context_size)).tokens
 
     def _extend(self, state: BeamState, scores_NV: np.ndarray) -> BeamState:
         """The best successors of one stream's hypotheses."""

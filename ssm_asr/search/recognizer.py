@@ -19,8 +19,6 @@ from ssm_asr.search import make_search
 from ssm_asr.search.scorer import TransducerScorer
 from ssm_asr.transducer.model import EncoderConfig, StreamState, Transducer
 
-FEATURES_OF_ONE_FRAME = 9  # the least for which embed_frames is not 0
-
 
 def streaming_context(encoder: EncoderConfig, chunk: int, left_context: int) -> int:
     """The left context that chunks really see, in frames of 20 ms like the arguments.
@@ -28,9 +26,9 @@ def streaming_context(encoder: EncoderConfig, chunk: int, left_context: int) -> 
     Raises:
         ValueError: if the model cannot stream, or not with this chunk or left context.
     """
-    factor = max(encoder.downsampling)
+    factor = encoder.chunk_multiple
     if not encoder.causal:
-        raise ValueError("this model was trained without chunks (encoder.causal=false); use decode")
+        raise ValueError("this model was trained without chunks (encoder.causal=false); decode it without --chunk")
     if chunk <= 0 or chunk % factor:
         raise ValueError(f"chunk of {chunk} frames: give a multiple of {factor} (frames of 20 ms)")
     if left_context < 0:
@@ -48,9 +46,10 @@ def pad_to_chunks(features_TF: Tensor, chunk: int) -> Tensor:
 def encode_as_streamed(
     model: Transducer, features_BTF: Tensor, lens_B: Tensor, chunk: int, left_context: int
 ) -> tuple[Tensor, list[int]]:
-    """Encodes whole utterances so that each frame comes out as it would from streaming.
+    """Encodes whole utterances so that each frame comes out as it would from streaming, whatever else is in the batch.
 
-    Streaming pads an utterance to whole chunks, so this does too; the frames of that padding are not counted.
+    Streaming pads an utterance to whole chunks, so this does too; the frames of that padding are not counted. Without
+    chunks, an utterance gets as much as fills the last frame of the coarsest stack, which else took it from the batch.
 
     Args:
         chunk, left_context: in frames of 20 ms; chunk -1 for the whole utterance.
@@ -59,15 +58,14 @@ def encode_as_streamed(
         Encoder output (B, S, D) and the number of valid frames of each utterance.
     """
     lens = lens_B.tolist()
-    # The convolutions need as much as makes one frame, be it padding.
-    missing = max(0, FEATURES_OF_ONE_FRAME - features_BTF.shape[1])
-    features_BTF = torch.nn.functional.pad(features_BTF, (0, 0, 0, missing), value=units.LOG_MEL_SILENCE)
-    if chunk > 0:
-        rows = [pad_to_chunks(row[:length].cpu(), chunk) for row, length in zip(features_BTF, lens, strict=True)]
-        lens_B = torch.tensor([len(row) for row in rows])
-        features_BTF = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=units.LOG_MEL_SILENCE).to(
-            features_BTF.device
-        )
+    unit = chunk if chunk > 0 else model.config.encoder.chunk_multiple
+    rows = [pad_to_chunks(row[:length].cpu(), unit) for row, length in zip(features_BTF, lens, strict=True)]
+    # Without chunks, what is beyond the last of these frames counts as padding, as it would in a longer batch.
+    beyond = 0 if chunk > 0 else CHUNK_OVERLAP - units.feature_frames(0)
+    lens_B = torch.tensor([len(row) - beyond for row in rows])
+    features_BTF = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=units.LOG_MEL_SILENCE).to(
+        features_BTF.device
+    )
     encoder_out, _ = model.encode(features_BTF, lens_B.to(features_BTF.device), chunk, left_context)
     return encoder_out, [units.output_frames(length) for length in lens]
 
@@ -126,7 +124,9 @@ class Stream:
 
     def take(self, frames: int, hop: int) -> Tensor:
         """The next `frames` feature frames (T, F), of which the first `hop` will not be needed again."""
-        features_TF = torch.cat(self._pending)
+        if len(self._pending) > 1:
+            self._pending = [torch.cat(self._pending)]
+        features_TF = self._pending[0]
         self._pending = [features_TF[hop:]]
         self._encoded += hop
         return features_TF[:frames]

@@ -19,7 +19,7 @@ from ssm_asr.encoder.modules import scaled_linear
 from ssm_asr.encoder.schedule import to_device
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP, ConvSubsampling
 from ssm_asr.encoder.zipformer import DROPOUT, Zipformer, ZipformerConfig
-from ssm_asr.transducer.predictor import Joiner, Predictor
+from ssm_asr.transducer.predictor import PREDICTOR_GROUP, Joiner, Predictor
 from ssm_asr.transducer.pruned_loss import LatticeLosses, Lattices, available_backend, vocabulary_projection
 
 EncoderConfig = ZipformerConfig | ConformerConfig
@@ -39,6 +39,15 @@ class ModelConfig:
     lm_scale: float = 0.25  # smoothing of the simple loss
     am_scale: float = 0.0
     delay_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, good, remedy in (
+            ("predictor_dim", self.predictor_dim > 0 and self.predictor_dim % PREDICTOR_GROUP == 0, "a multiple of 4"),
+            ("joiner_dim", self.joiner_dim > 0, "1 or more"),
+            ("context_size", self.context_size > 0, "1 or more"),
+        ):
+            if not good:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; give {remedy}")
 
 
 class StreamState(NamedTuple):
@@ -108,10 +117,10 @@ class Transducer(nn.Module):
         """One chunk: 2C + 13 feature frames -> (B, C/2, D) and the new state. The next chunk starts 2C frames later.
 
         Raises:
-            ValueError: if C is not a multiple of every downsampling factor of the encoder.
+            ValueError: if C is not a multiple of the encoder's `chunk_multiple`.
         """
         frames, rest = divmod(int(features_BTF.shape[1]) - CHUNK_OVERLAP, 2)  # a constant in an exported model
-        factor = max(self.config.encoder.downsampling)
+        factor = self.config.encoder.chunk_multiple
         if rest or frames <= 0 or frames % factor:
             raise ValueError(
                 f"{features_BTF.shape[1]} feature frames a chunk: give 2C + {CHUNK_OVERLAP}, C a multiple of {factor}"

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from ssm_asr.encoder.modules import scaled_linear
 from ssm_asr.encoder.regularize import Balancer
 
+PREDICTOR_GROUP = 4  # channels that the predictor's convolution mixes
+
 
 class Predictor(nn.Module):
     """Embedding, a convolution over the last `context_size` tokens, ReLU ("decoder" in checkpoints).
@@ -21,7 +23,7 @@ class Predictor(nn.Module):
         self.context_size = context_size
         self.embedding = nn.Embedding(vocab_size, dim)
         self.balance_embedding = Balancer(positive=None, abs=(0.5, 1.0), prob=0.05)
-        self.conv = nn.Conv1d(dim, dim, context_size, groups=dim // 4, bias=False)
+        self.conv = nn.Conv1d(dim, dim, context_size, groups=dim // PREDICTOR_GROUP, bias=False)
         self.balance_out = Balancer(positive=None, abs=(0.5, 1.0), prob=0.05)
 
     def forward(self, tokens_NU: Tensor, pad: bool = True) -> Tensor:

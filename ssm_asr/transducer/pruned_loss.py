@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssm_asr.encoder.modules import linear
+from ssm_asr.encoder.regularize import at_least_float32
 from ssm_asr.encoder.schedule import to_device
 from ssm_asr.ssm import kernels
 from ssm_asr.transducer.lattice import check_boundary
 from ssm_asr.transducer.log_probs import JoinerTerms
 from ssm_asr.transducer.prune_ranges import window_length, window_starts
 from ssm_asr.transducer.rnnt_loss import (
-    at_least_float32,
     do_rnnt_pruning,
     get_rnnt_prune_ranges,
     next_symbols,
@@ -61,7 +61,7 @@ def _k2() -> ModuleType | None:
         import k2
     except (ImportError, OSError):  # OSError: its libraries were built for another PyTorch
         return None
-    return k2
+    return k2 if hasattr(k2, "rnnt_loss_smoothed") else None  # a directory of that name can be imported, too
 
 
 def vocabulary_projection(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ssm_asr.encoder.regularize import at_least_float32
 from ssm_asr.ssm import kernels
 from ssm_asr.transducer.lattice import LatticeScore, checked_boundary, lattice_score
 from ssm_asr.transducer.log_probs import LogitTerms, SumJointTerms
@@ -237,10 +238,6 @@ def symbol_arcs(
     if rnnt_type == "regular" and not pruned:  # else the lattice has no such alignments
         symbol_BTR = symbol_BTR.masked_fill(frame_T1 >= t_end_B11, -torch.inf)
     return symbol_BTR
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _reduce(loss_B: Tensor, reduction: str) -> Tensor:

@@ -13,7 +13,7 @@ from lhotse import CutSet
 from tones import NUM_UTTERANCES, WORDS
 
 from ssm_asr.data.augment import add_noise, spec_augment
-from ssm_asr.data.batches import Batch, eval_batches, load_features, train_batches
+from ssm_asr.data.batches import Batch, eval_batches, largest_joined, load_features, train_batches
 from ssm_asr.data.config import DataConfig, SpecAugmentConfig
 from ssm_asr.data.filtering import filter_cuts
 from ssm_asr.data.store import prepare_cuts
@@ -282,3 +282,16 @@ def test_joined_batches_hold_all_speech_and_all_tokens(stored: CutSet, tokenizer
         some_joined |= joints > 0
         assert 0 <= other.feature_lens_B.sum() - one.feature_lens_B.sum() <= 50 * joints
     assert some_joined
+
+
+def test_no_joined_batch_is_larger_than_the_one_that_is_tried(stored: CutSet, tokenizer: Tokenizer) -> None:
+    config = replace(CONFIG, join_probability=1.0, join_most=3, join_pause_s=0.5)
+    longest = next(eval_batches(stored, tokenizer, max_duration_s=config.max_duration_s))
+    tried = largest_joined(longest, config)
+    seen = [batch for epoch in range(1, 11) for batch in batches(stored, tokenizer, config, epoch=epoch)]
+
+    def size(batch: Batch) -> int:  # of what attention keeps
+        return len(batch.ids) * batch.features_BTF.shape[1] ** 2
+
+    assert max(batch.features_BTF.shape[1] for batch in seen) <= tried.features_BTF.shape[1]
+    assert max(map(size, seen)) <= size(tried)

@@ -69,6 +69,14 @@ def test_survives_checkpoint_pickle_and_directory(kind: str, tmp_path: Path) -> 
     assert lines == [f"{symbol} {i}" for i, symbol in enumerate(tokenizer.symbols)]
 
 
+def test_another_kind_in_the_same_directory(tmp_path: Path) -> None:
+    """Nothing of the first may be left: it would be read before the second one's tokens.txt."""
+    texts = ["one two", "two three"]
+    for kind in ("word", "char", "word"):
+        train_tokenizer(texts, kind).save(tmp_path)
+        assert Tokenizer.load(tmp_path).kind == kind
+
+
 def test_clear_errors(tmp_path: Path) -> None:
     for kind in ("bpe", "unigram"):
         with pytest.raises(ValueError, match=r"vocabulary size 5000 .*largest possible .* is \d+") as caught:

@@ -1,5 +1,6 @@
 """Exported graphs compute what the model computes, and what is wrong with one is found."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from ssm_asr import units
 from ssm_asr.checkpoint import Loaded
 from ssm_asr.encoder.state import leaves, stack_states
 from ssm_asr.exporting import check, ctc, offline, onnx_files, parts, zipformer2
+from ssm_asr.exporting.directory import ExportError, write_onnx_files
 from ssm_asr.exporting.parts import Part
 from ssm_asr.exporting.state import PackedState
 
@@ -231,6 +233,14 @@ def test_what_ends_a_runtime_is_found(tmp_path: Path, zipformer: Loaded) -> None
     ):
         with pytest.raises(ValueError, match=message):
             onnx_files.validate(part, broken(change))
+
+
+def test_weights_that_half_precision_does_not_have(tmp_path: Path, zipformer: Loaded) -> None:
+    joiner = copy.deepcopy(parts.joiner(zipformer.model))
+    with torch.no_grad():
+        joiner.module.get_parameter("model.joiner.output_linear.weight")[0, 0] = 1e5
+    with pytest.raises(ExportError, match=r"joiner.fp16.onnx: differs from the model by (inf|nan); leave out fp16"):
+        write_onnx_files([joiner], ["fp32", "fp16"], tmp_path)
 
 
 @pytest.mark.parametrize(("precision", "most"), [("fp16", 0.1), ("int8", 2.0)])

@@ -8,7 +8,7 @@ import torch
 import toy
 from peer_zipformer import peer_encode, peer_model_by_options, peer_stream
 
-from ssm_asr import import_icefall
+from ssm_asr import export, import_icefall
 from ssm_asr.checkpoint import load_model
 from ssm_asr.config import from_dict, load_experiment
 from ssm_asr.data.tokens import Tokenizer
@@ -27,10 +27,10 @@ def model_section(**encoder: object) -> dict:
 def test_the_peer_computes_the_same(causal: bool, tmp_path: Path) -> None:
     section = model_section(**PUBLISHED, causal=causal, value_head_dim=6, pos_dim=20)
     loaded = toy.write_checkpoint(tmp_path / "model.pt", model=section)
-    export_weights(loaded, tmp_path / "out")
+    export_weights(loaded, tmp_path)
     options = icefall_options(loaded.experiment.model)
     peer = peer_model_by_options(options, loaded.tokenizer.vocab_size)
-    peer.load_state_dict(safetensors.torch.load_file(tmp_path / "out" / "model.safetensors"), strict=True)
+    peer.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"), strict=True)
     model = loaded.model
     features_BTF, lens_B = 3 * torch.randn(2, 2 * 160 + 13, 80) - 5, torch.tensor([333, 250])
     for chunk, left in [(-1, -1), (16, 64), (32, 64)] if causal else [(-1, -1)]:
@@ -53,8 +53,9 @@ def test_the_peer_computes_the_same(causal: bool, tmp_path: Path) -> None:
 def test_files_and_the_way_back(tmp_path: Path) -> None:
     loaded = toy.write_checkpoint(tmp_path / "model.pt")
     out = tmp_path / "out"
-    export_weights(loaded, out)
-    assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.yaml", "tokens.txt", "word.model"}
+    assert export.main(["--checkpoint", str(tmp_path / "model.pt"), "--format", "weights", "--out", str(out)]) == 0
+    files = {"model.safetensors", "config.yaml", "tokens.txt", "word.model", "README.md"}
+    assert {path.name for path in out.iterdir()} == files
     assert load_experiment(out / "config.yaml") == loaded.experiment
     assert Tokenizer.load(out).symbols == loaded.tokenizer.symbols
     arguments = ["--in", str(out / "model.safetensors"), "--tokens", str(out), "--out", str(tmp_path / "back")]

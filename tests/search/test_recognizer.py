@@ -192,6 +192,37 @@ def test_chunks_that_do_not_fit(loaded: Loaded, chunk: int, left: int, message: 
     assert str(caught.value) == message
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [-1, 16])
+@pytest.mark.parametrize("downsampling", [[1, 4], [2, 3]])
+def test_an_utterance_does_not_depend_on_its_batch(chunk: int, downsampling: list[int], tmp_path: Path) -> None:
+    encoder = {**toy.EXPERIMENT["model"]["encoder"], "downsampling": downsampling, "chunk_frames": [12, -1]}
+    model = toy.write_checkpoint(tmp_path / "model.pt", model={"encoder": encoder}).model
+    chunk = chunk if chunk < 0 else model.config.encoder.chunk_multiple
+    lens = [40, 95, 96, 97, 98, 99, 100, 131]
+    features_BTF = 3 * torch.randn(len(lens), max(lens), 80, generator=torch.Generator().manual_seed(0)) - 5
+    together, frames = encode_as_streamed(model, features_BTF, torch.tensor(lens), chunk, -1)
+    for b, length in enumerate(lens):
+        alone, (count,) = encode_as_streamed(model, features_BTF[b : b + 1, :length], torch.tensor([length]), chunk, -1)
+        assert count == frames[b]
+        torch.testing.assert_close(together[b, :count], alone[0, :count], atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("downsampling", "multiple"), [([1, 1], 2), ([2, 3], 6), ([4, 6], 12)])
+def test_a_chunk_has_whole_frames_of_every_stack(downsampling: list[int], multiple: int, tmp_path: Path) -> None:
+    encoder = {**toy.EXPERIMENT["model"]["encoder"], "downsampling": downsampling, "chunk_frames": [-1]}
+    model = toy.write_checkpoint(tmp_path / "model.pt", model={"encoder": encoder}).model
+    assert model.config.encoder.chunk_multiple == multiple
+    with pytest.raises(ValueError, match=f"give a multiple of {multiple} "):
+        streaming_context(model.config.encoder, multiple // 2, 0)
+    left = streaming_context(model.config.encoder, multiple, 2 * multiple)
+    features_TF = 3 * torch.randn(150, 80, generator=torch.Generator().manual_seed(0)) - 5
+    streamed_SD = encode_by_chunks(model, features_TF, multiple, left)
+    whole_BSD, (count,) = encode_as_streamed(model, features_TF[None], torch.tensor([150]), multiple, left)
+    torch.testing.assert_close(whole_BSD[0, :count], streamed_SD, atol=2e-5, rtol=1e-4)
+
+
 def test_settings(loaded: Loaded, tmp_path: Path) -> None:
     recognizer = StreamingRecognizer(loaded)
     assert (recognizer.chunk, recognizer.left_context, recognizer.method, recognizer.beam) == (16, 64, "greedy", 4)

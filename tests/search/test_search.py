@@ -103,7 +103,7 @@ def test_a_wide_beam_finds_the_sum_over_all_alignments(seed: int) -> None:
     assert found.keys() == expected.keys()
     for tokens, log_prob in expected.items():
         assert found[tokens] == pytest.approx(log_prob, abs=1e-5)
-    best = max(expected, key=lambda tokens: expected[tokens] / (len(tokens) + 1))
+    best = max(expected, key=lambda tokens: expected[tokens] / (len(tokens) + scorer.context_size))
     assert search.tokens(state) == best
 
 
@@ -114,7 +114,7 @@ def test_a_wider_beam_is_no_worse() -> None:
         scorer = RandomScorer(seed=seed, sharpness=1.0)
         encoder_BTJ = encoder_out(1, 4, seed=seed)
         expected = all_sequences(scorer, encoder_BTJ[0])
-        score = {tokens: log_prob / (len(tokens) + 1) for tokens, log_prob in expected.items()}
+        score = {tokens: log_prob / (len(tokens) + scorer.context_size) for tokens, log_prob in expected.items()}
         for beam in gaps:
             search = make_search("beam", scorer, beam)
             (state,) = search.step(encoder_BTJ, [4], [search.start()])

@@ -342,7 +342,7 @@ def _sizes(x_BTHP: Tensor, B_BTGN: Tensor, least_log_decay: float) -> dict[str, 
     P_pad, N_pad = max(16, triton.next_power_of_2(P)), max(16, triton.next_power_of_2(N))
     return dict(
         T=T, M=triton.cdiv(T, BLOCK_FRAMES), H=H, G=G, P=P, N=N, P_PAD=P_pad, N_PAD=N_pad, L=BLOCK_FRAMES,
-        # Of small states two heads at once fit into registers; with larger ones loads go ahead by one head.
+        # Of small states, two heads at once fit into registers.
         LEAST=least_log_decay, num_warps=1, UNROLL=2 if N_pad == 16 else 1, num_stages=1,
     )  # fmt: skip
 
