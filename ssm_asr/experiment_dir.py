@@ -58,6 +58,8 @@ def make_ready(exp_dir: Path, experiment: Experiment, data: str) -> None:
         CheckpointError: if there are checkpoints, but none that can be read.
     """
     exp_dir.mkdir(parents=True, exist_ok=True)
+    for unfinished in exp_dir.glob(".*.pt.part"):  # of a run that was killed while it wrote
+        unfinished.unlink()
     saved = _newest_whole(exp_dir)
     if saved is None and not epochs(exp_dir):
         return

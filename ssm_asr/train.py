@@ -87,6 +87,7 @@ class Trainer:
         }
         self.data = fingerprint(train_cuts, tokenizer, noise_cuts)
         self.bad_in_a_row = 0
+        self.last_steps = -1, 0  # steps made, and the batch at which that was seen
         self.writer: SummaryWriter | None = None
 
     def run(self) -> bool:
@@ -258,8 +259,20 @@ class Trainer:
         values["optim/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         values |= {f"optim/{name}": value for name, value in self.optimizer.statistics().items()}
         values |= {f"count/{name}": self.progress[name] for name in ("skipped_utterances", "bad_batches")}
+        self._look_at_gradients(int(values.get("optim/nonfinite_steps", 0)))
         bar.set_postfix_str(f"epoch {self.progress['epoch']}, loss {values['train/loss']:.3f}")
         self._write(values)
+
+    def _look_at_gradients(self, skipped: int) -> None:
+        """Gives up when no step has been made for long, for want of a finite gradient; `skipped` of all steps."""
+        batch, (steps, since) = self.progress["batch"], self.last_steps
+        if batch - skipped > steps:
+            self.last_steps = batch - skipped, batch
+        elif batch - since >= MAX_BAD_BATCHES:
+            raise SystemExit(
+                f"{self.exp_dir}: none of the last {batch - since} batches had a finite gradient; "
+                "lower optim.base_lr, or use train.precision=float32"
+            )
 
     def _write(self, values: dict[str, float]) -> None:
         if self.writer:

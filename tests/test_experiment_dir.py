@@ -33,6 +33,12 @@ def test_files_are_found_by_number(tmp_path: Path) -> None:
     assert list(epochs(tmp_path)) == [2]
 
 
+def test_what_a_killed_run_was_writing_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".checkpoint-3.pt.part").touch()
+    make_ready(tmp_path, toy.experiment(), "data")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_same_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_ready(tmp_path / "new", toy.experiment(), "data")
     assert list((tmp_path / "new").iterdir()) == []

@@ -211,7 +211,7 @@ def train_batches(
         cuts: training cuts, best after `filter_cuts`; the same ones in the same order on every rank.
         config: batch size, buckets, augmentation, workers.
         tokenizer: makes the tokens.
-        epoch, seed: another value of either gives another order and other augmentation.
+        epoch, seed: another value of either gives another order and other augmentation; the order is that of their sum.
         start_batch: number of this rank's batches already used; they are skipped without being loaded.
         rank, world_size: every rank gets the same number of batches.
         noise_cuts: noises to mix in; none means no noise.

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +45,7 @@ def read_cuts(manifest: Path) -> CutSet:
     """The cuts of a manifest (.jsonl.gz), read lazily, or of a directory of shards, in the order of the files.
 
     Raises:
-        ValueError: if it is no cut manifest or has no cuts, or as `read_shards`.
+        ValueError: if it is no cut manifest, is damaged or has no cuts, or as `read_shards`.
     """
     if manifest.is_dir():
         return read_shards(manifest)
@@ -55,6 +56,13 @@ def read_cuts(manifest: Path) -> CutSet:
         raise ValueError(f"{manifest}: no cut manifest ({type(error).__name__}: {error})") from error
     if first is None:
         raise ValueError(f"{manifest}: no cuts in this manifest")
+    if manifest.suffix == ".gz":  # a damaged one says so only where it ends, which is long after it is opened
+        try:
+            with gzip.open(manifest) as file:
+                while file.read(2**20):
+                    pass
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{manifest}: damaged ({error}); make it anew") from error
     return cuts
 
 
@@ -91,19 +99,19 @@ def prepare_cuts(
     Raises:
         ValueError: if the manifest is unusable or would be overwritten, or the audio of a cut cannot be read.
     """
-    name = source.name.removesuffix(".jsonl.gz")
+    name = source.name.removesuffix(".gz").removesuffix(".jsonl")
     out = out.resolve()  # the manifest names the features by absolute path
-    target, features, work = out / source.name, out / f"{name}.features", out / f"{name}.parts"
+    manifest, features, work = out / f"{name}.jsonl.gz", out / f"{name}.features", out / f"{name}.parts"
+    target = out / f"{name}.shar" if shar else manifest
     if target.resolve() == source.resolve():
         raise ValueError(f"{source}: would be overwritten; choose another --out")
     settings = {"speed_perturb": speed_perturb, "shuffle": shuffle, "on_the_fly": on_the_fly}
     if shar:
-        target = out / f"{name}.shar"
         settings["shar"] = True
     inputs = json.dumps({"sha256": hashlib.sha256(source.read_bytes()).hexdigest(), **settings})
     inputs_file = out / f"{name}.inputs.json"
     if not inputs_file.is_file() or inputs_file.read_text() != inputs:
-        for path in (out / source.name, out / f"{name}.shar", features, work):
+        for path in (manifest, out / f"{name}.shar", features, work):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         inputs_file.write_text(inputs)

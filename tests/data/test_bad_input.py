@@ -161,6 +161,10 @@ def test_directory_without_the_expected_parts_is_refused(tmp_path: Path) -> None
         (["features", "--cuts", "{}/text.jsonl.gz", "--out", "{}/out"], "text.jsonl.gz: no cut manifest"),
         (["features", "--cuts", "{}/bad.jsonl.gz", "--out", "{}/out"], "x: audio cannot be read"),
         (
+            ["features", "--cuts", "{}/half.jsonl.gz", "--out", "{}/out"],
+            "half.jsonl.gz: damaged (Compressed file ended",
+        ),
+        (
             ["tokens", "--cuts", "{}/bad.jsonl.gz", "--out", "{}/out", "--vocab-size", "500"],
             "largest possible",
         ),
@@ -184,6 +188,8 @@ def test_one_line_for_each_fault(
     cut = {"id": "x", "start": 0.0, "duration": 1.0, "channel": 0, "type": "MonoCut"}
     cut |= {"supervisions": [supervision], "recording": {**recording, "channel_ids": [0]}}
     (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(json.dumps(cut).encode() + b"\n"))
+    lines = b"".join(json.dumps(cut | {"id": str(n)}).encode() + b"\n" for n in range(5000))
+    (tmp_path / "half.jsonl.gz").write_bytes(gzip.compress(lines)[:-100])
     monkeypatch.setattr("sys.argv", ["prepare", *(argument.format(tmp_path) for argument in arguments)])
     with pytest.raises(SystemExit) as caught:
         prepare.main()

@@ -257,6 +257,13 @@ def test_features_resume_and_follow_their_inputs(
     assert len(list((tmp_path / "out").rglob("*.npy"))) == 60
 
 
+def test_a_plain_manifest_becomes_a_compressed_one(manifest: Path, tmp_path: Path) -> None:
+    CutSet.from_file(manifest).subset(first=3).to_file(tmp_path / "plain.jsonl")
+    options = {"speed_perturb": False, "shuffle": False, "on_the_fly": True, "num_jobs": 1}
+    made = prepare_cuts(tmp_path / "plain.jsonl", tmp_path / "out", **options)
+    assert made == tmp_path / "out" / "plain.jsonl.gz" and len(list(CutSet.from_file(made))) == 3
+
+
 def test_first_batches_come_before_the_epoch_is_planned(stored: CutSet, tokenizer: Tokenizer) -> None:
     lazy = train_batches(stored, CONFIG, tokenizer, epoch=1, seed=1)
     assert len(list(islice(lazy, 2))) == 2
