@@ -268,7 +268,7 @@ def test_a_crash_ends_the_program_and_its_workers(corpus: toy.Corpus, tmp_path: 
     code = "import sys, test_train; test_train.train.Trainer._train_batch = lambda *_: test_train.crash()"
     arguments = corpus.arguments(tmp_path / "exp", data={"num_workers": workers})
     command = [sys.executable, "-c", f"{code}; test_train.train.main(sys.argv[1:])", *arguments]
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    paths = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.endswith("RuntimeError: power failure\n")
 
