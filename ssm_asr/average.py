@@ -14,6 +14,7 @@ from ssm_asr import checkpoint
 from ssm_asr.averaging import average_between
 from ssm_asr.config import Experiment, from_dict, load_experiment, to_dict
 from ssm_asr.experiment_dir import epochs
+from ssm_asr.program import run
 
 
 def average(
@@ -93,4 +94,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

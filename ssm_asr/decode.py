@@ -21,6 +21,7 @@ from ssm_asr.data.batches import eval_batches
 from ssm_asr.data.filtering import text_of
 from ssm_asr.data.store import read_cuts
 from ssm_asr.distributed import find_device
+from ssm_asr.program import run
 from ssm_asr.results import rate_text, write_results
 from ssm_asr.search import Search, make_search
 from ssm_asr.search.recognizer import encode_as_streamed, streaming_context
@@ -137,11 +138,14 @@ def marked_texts(cuts: CutSet) -> dict[str, str]:
 
 
 def result_dir(options: argparse.Namespace, what: str, chunk: int, left: int, method: str, beam: int) -> Path:
-    """Where the results of one manifest go: --out, divided if there are several manifests."""
+    """Where the results of one manifest go: --out, divided if there are several manifests. Made before they are."""
     name = f"{what}-chunk{chunk}-left{left}-{method}{beam if method == 'beam' else ''}"
     if options.out is None:
-        return options.checkpoint.parent / name
-    return options.out / name if len(options.cuts) > 1 else options.out
+        out = options.checkpoint.parent / name
+    else:
+        out = options.out / name if len(options.cuts) > 1 else options.out
+    out.mkdir(parents=True, exist_ok=True)
+    return Path(out)
 
 
 def _chunk_and_left(loaded: Loaded, options: argparse.Namespace) -> tuple[int, int]:
@@ -183,6 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    outs = {name: result_dir(options, f"decode-{name}", chunk, left, method, beam) for name in sets}
     for name, cuts in sets.items():
         refs, hyps, seconds = decode_cuts(loaded, cuts, chunk, left, search, options.max_duration_s)
         audio_s = sum(cut.duration for cut in cuts)
@@ -197,13 +202,12 @@ def main(arguments: list[str] | None = None) -> int:
             "audio_s": audio_s,
             "real_time_factor": seconds / audio_s,
             "device": str(next(loaded.model.parameters()).device),
-            "checkpoint": str(options.checkpoint),
+            "checkpoint": str(options.checkpoint.resolve()),
         }
-        out = result_dir(options, f"decode-{name}", chunk, left, method, beam)
-        summary = write_results(out, refs, hyps, scoring_unit(loaded, options.unit), facts, marked_texts(cuts))
-        print(f"{name}: {rate_text(summary)}; details in {out}")
+        summary = write_results(outs[name], refs, hyps, scoring_unit(loaded, options.unit), facts, marked_texts(cuts))
+        print(f"{name}: {rate_text(summary)}; details in {outs[name]}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

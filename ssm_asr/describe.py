@@ -14,6 +14,7 @@ from ssm_asr import units
 from ssm_asr.config import Experiment, load_experiment
 from ssm_asr.encoder.state import state_sizes
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP
+from ssm_asr.program import run
 from ssm_asr.search.recognizer import streaming_context
 from ssm_asr.transducer.model import Transducer
 
@@ -91,6 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         experiment = load_experiment(options.config, options.set)
+        if options.vocab_size < 1:
+            raise ValueError(f"--vocab-size {options.vocab_size}: give 1 or more")
         chunk = experiment.decode.chunk_frames if options.chunk is None else options.chunk
         left = experiment.decode.left_context_frames if options.left is None else options.left
         facts = describe(experiment, options.vocab_size, chunk, left)
@@ -102,4 +105,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -18,6 +18,7 @@ from ssm_asr.checkpoint import load_model
 from ssm_asr.exporting.directory import whole_directory
 from ssm_asr.exporting.formats import CARRIERS, FORMATS, STREAMING, Settings, write_export
 from ssm_asr.exporting.onnx_files import PRECISIONS
+from ssm_asr.program import run
 from ssm_asr.search.recognizer import streaming_context
 
 
@@ -67,4 +68,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

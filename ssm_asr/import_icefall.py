@@ -26,6 +26,7 @@ from ssm_asr import checkpoint
 from ssm_asr.config import Experiment, TokensConfig, to_yaml
 from ssm_asr.data.tokens import Tokenizer
 from ssm_asr.encoder.zipformer import ZipformerConfig
+from ssm_asr.program import run
 from ssm_asr.transducer.model import ModelConfig, Transducer
 
 # Channels that training never masks, by width, in the published sizes S, M and L.
@@ -264,4 +265,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -23,6 +23,8 @@ from ssm_asr.data.filtering import text_of
 from ssm_asr.data.noise import made_noises, musan_noises
 from ssm_asr.data.store import prepare_cuts, read_cuts
 from ssm_asr.data.tokens import KINDS, train_tokenizer
+from ssm_asr.distributed import find_device
+from ssm_asr.program import run
 
 RECORDINGS_SUFFIX = "_recordings.jsonl.gz"
 MAX_LINES_SHOWN = 20
@@ -63,7 +65,7 @@ def features(args: argparse.Namespace) -> None:
         shuffle=args.shuffle,
         on_the_fly=args.on_the_fly,
         num_jobs=args.jobs,
-        device=args.device,
+        device=str(find_device(args.device)),
         shar=args.shar,
     )
     print(f"cuts in {target}")
@@ -167,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ssm_asr import units
+from ssm_asr.program import run
 from ssm_asr.results import SUMMARY, interval_text, read_texts
 
 COLUMNS = ("cuts", "mode", "search", "chunk ms", "left context ms")
@@ -92,4 +93,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from ssm_asr import units
 from ssm_asr.checkpoint import Loaded, load_model
-from ssm_asr.data.features import AudioError, read_audio
+from ssm_asr.data.features import AudioError, cut_samples, read_audio
 from ssm_asr.data.filtering import text_of
 from ssm_asr.decode import decoding_arguments, marked_texts, read_test_sets, result_dir, scoring_unit
 from ssm_asr.describe import FLOAT_BYTES
 from ssm_asr.distributed import find_device
 from ssm_asr.encoder.state import state_sizes
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP
+from ssm_asr.program import run
 from ssm_asr.results import rate_text, write_results
 from ssm_asr.search.recognizer import Stream, StreamingRecognizer
 
@@ -116,7 +117,7 @@ def stream_cuts(recognizer: StreamingRecognizer, cuts: CutSet) -> tuple[dict[str
     hyps: dict[str, str] = {}
     for cut in tqdm(cuts, total=len(cuts), desc="stream", unit="utt"):
         refs[cut.id] = text_of(cut)
-        hyps[cut.id] = recognise(recognizer, cut.load_audio()[0], timing, show=False)
+        hyps[cut.id] = recognise(recognizer, cut_samples(cut), timing, show=False)
     return refs, hyps, timing
 
 
@@ -124,6 +125,8 @@ def _score_cuts(
     loaded: Loaded, recognizer: StreamingRecognizer, sets: dict[str, CutSet], options: argparse.Namespace
 ) -> None:
     state = recognizer.open().state
+    asked = recognizer.chunk, recognizer.left_context, recognizer.method, recognizer.beam
+    outs = {name: result_dir(options, f"stream-{name}", *asked) for name in sets}
     for name, cuts in sets.items():
         if options.limit:
             print(f"{name}: the first {len(cuts)} utterances")
@@ -137,10 +140,9 @@ def _score_cuts(
             "beam": recognizer.beam if recognizer.method == "beam" else None,
             "state_bytes": FLOAT_BYTES * sum(state_sizes(state).values()),
             "device": str(recognizer.device),
-            "checkpoint": str(options.checkpoint),
+            "checkpoint": str(options.checkpoint.resolve()),
         } | timing.facts(recognizer.chunk)
-        asked = recognizer.chunk, recognizer.left_context, recognizer.method, recognizer.beam
-        out = result_dir(options, f"stream-{name}", *asked)
+        out = outs[name]
         summary = write_results(out, refs, hyps, scoring_unit(loaded, options.unit), facts, marked_texts(cuts))
         print(f"{name}: {rate_text(summary)}; details in {out}\n  {timing.text(recognizer.chunk)}")
 
@@ -173,4 +175,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

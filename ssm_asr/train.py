@@ -36,6 +36,7 @@ from ssm_asr.encoder.schedule import to_host
 from ssm_asr.encoder.weight_noise import noisy_weights, variational_noise
 from ssm_asr.experiment_dir import fingerprint, make_ready, resumable
 from ssm_asr.optim import Eden, ScaledAdam
+from ssm_asr.program import run
 from ssm_asr.ssm.parameters import parameter_groups
 from ssm_asr.stopping import StopOnSignal
 from ssm_asr.transducer.model import Losses, Transducer
@@ -475,4 +476,4 @@ def _say_what_next(trainer: Trainer, finished: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -15,6 +15,7 @@ ASIDE = {
     "distributed": {"units"},
     "experiment_dir": {"units", "config", "checkpoint", "data"},
     "optim": {"units", "ssm", "optim_kernels"},
+    "program": {"units", "data"},
     "optim_kernels": {"units"},
     "results": {"units", "scoring"},
     "scoring": {"units"},

@@ -59,6 +59,11 @@ def test_mistakes(run_sh: Path, options: list[str], message: str) -> None:
     assert done.stderr == f"run.sh: error: {message}\n" and done.stdout == ""
 
 
+def test_numbers(run_sh: Path) -> None:
+    assert run(run_sh, "--jobs", "0").stderr == "run.sh: error: --jobs 0: give 1 or more\n"
+    assert run(run_sh, "--gpus", "two").stderr == "run.sh: error: --gpus two: give a number\n"
+
+
 def test_choices(run_sh: Path) -> None:
     options, choices = {
         "librispeech": (["--small", "novels"], "digits, sentences"),
@@ -83,6 +88,7 @@ def test_paths_are_those_of_the_caller(run_sh: Path, tmp_path: Path) -> None:
 
 # Stands for python: logs the command and makes what the stage must leave.
 STUB = """
+if [ "$1" = -c ]; then exit; fi
 echo "$*" >>"$STUB_LOG"
 for (( i = 1; i < $#; i++ )); do
     next=$((i + 1))

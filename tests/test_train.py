@@ -273,6 +273,19 @@ def test_a_crash_ends_the_program_and_its_workers(corpus: toy.Corpus, tmp_path: 
     assert done.returncode == 1 and done.stderr.endswith("RuntimeError: power failure\n")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_missing_features_are_one_line(corpus: toy.Corpus, tmp_path: Path, workers: int) -> None:
+    cuts = toy.write_cuts(tmp_path / "data", "train", 6)
+    gone = sorted((tmp_path / "data").rglob("*.npy"))[-1]
+    gone.unlink()
+    arguments = corpus.arguments(tmp_path / "exp", data={"num_workers": workers})
+    command = [sys.executable, "-m", "ssm_asr.train", *arguments, "--train-cuts", str(cuts)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert last.startswith("cut train") and f"No such file or directory: '{gone}'; if files were moved" in last
+
+
 def test_what_was_changed_counts_when_a_run_goes_on(
     corpus: toy.Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,10 @@
 import importlib
 import itertools
 import json
+import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ import toy
 from lhotse import CutSet
 from lhotse.utils import fastcopy
 
-from ssm_asr import average, checkpoint, decode, describe, report, stream, train
+from ssm_asr import average, checkpoint, decode, describe, program, report, stream, train
 from ssm_asr.averaging import RunningAverage
 from ssm_asr.config import load_experiment, to_yaml
 
@@ -252,6 +255,37 @@ def test_mistakes_of_one_program(
     assert verb.main(["--checkpoint", str(model), "--cuts", str(cuts), *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith(message) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["decode", "stream"])
+def test_files_that_cannot_be_are_one_line_before_any_work(verb: str, model: Path, cuts: Path, tmp_path: Path) -> None:
+    """And so are sounds and features that are gone, of which lhotse would tell a page."""
+    (tmp_path / "file").touch()
+    moved = CutSet.from_file(cuts).to_eager()
+    for cut in moved:
+        cut.features = None
+        cut.recording.sources[0].source = str(tmp_path / "gone.wav")
+    moved.to_file(tmp_path / "moved.jsonl.gz")
+    for options, message in (
+        (["--cuts", str(cuts), "--out", str(tmp_path / "file")], f"{tmp_path}/file: File exists"),
+        (
+            ["--cuts", str(tmp_path / "moved.jsonl.gz")],
+            f"cut test-tones0\\d: Reading audio from '{tmp_path}/gone.wav' failed",
+        ),
+    ):
+        command = [sys.executable, "-m", f"ssm_asr.{verb}", "--checkpoint", str(model), *options]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert re.match(message, last), done.stderr
+
+
+def test_an_interrupt_is_one_line(capsys: Captured) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert program.run(interrupted) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
 
 # --- describe

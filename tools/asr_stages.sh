@@ -67,6 +67,7 @@ asr_parse_options() {
     done
     for option in gpus jobs stream_limit; do
         [[ "${!option}" =~ ^[0-9]+$ ]] || _recipe_fail "--${option/_/-} ${!option}: give a number"
+        [ "$option" = stream_limit ] || [ "${!option}" -gt 0 ] || _recipe_fail "--$option ${!option}: give 1 or more"
     done
 }
 
@@ -231,8 +232,22 @@ _long_form() {
     done
 }
 
+_check_configs() { # before hours of work, not when they are needed
+    local file
+    for file in "$config" ${compare_with:+"$compare_with"}; do
+        python -c 'if True:
+            import sys
+            from ssm_asr import config
+            try:
+                config.load_experiment(sys.argv[1], [text.removeprefix("--set=") for text in sys.argv[2:]])
+            except config.ConfigError as error:
+                sys.exit(str(error))' "$file" "${overrides[@]}"
+    done
+}
+
 # asr_stages: all that follows the manifests in "$data/manifests".
 asr_stages() {
+    _check_configs
     : "${exp_dir:=exp/$name-$(basename "$config" .yaml)}"
     if [ -n "$compare_with" ] && [ "$(_other_exp_dir)" -ef "$exp_dir" -o "$(_other_exp_dir)" = "$exp_dir" ]; then
         _recipe_fail "--compare-with $compare_with: would train in $exp_dir, too; give --exp-dir"

@@ -34,7 +34,7 @@ PARTS = ("encoder", "decoder", "joiner")
 WARM_UP_ROUNDS = 2
 LEAST_ROUNDS = 5
 HEADER = (
-    "| model | precision | left context ms | state MB a stream | streams | audio s a second | resident MB "
+    "| model | precision | left context ms | state MiB a stream | streams | audio s a second | resident MiB "
     "| p50 ms a chunk | p99 | rounds | real-time factor (CPU) |"
 )
 
@@ -42,7 +42,7 @@ HEADER = (
 def export_random(
     experiment: Experiment, chunk: int, left_context: int, precision: str, vocab_size: int, out: Path
 ) -> float:
-    """Exports a model with random weights; returns the MB of a stream's state. Chunk and left context: 20 ms frames."""
+    """Exports a model with random weights; returns the MiB of a stream's state. Chunk, left: 20 ms frames."""
     torch.manual_seed(0)
     model = Transducer(experiment.model, vocab_size).eval()
     encoder = packed_encoder(model, chunk, left_context)

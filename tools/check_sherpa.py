@@ -210,7 +210,16 @@ def check_long(export: Path, reference: StreamingRecognizer, cuts: list, hours: 
         f"one stream of {len(resident)} min: {len(client.tokens)} tokens {'equal' if equal else 'DIFFER'}, "
         f"{client.endpoints} endpoints\n  resident MB by minute: {' '.join(f'{mb:.0f}' for mb in resident)}"
     )
-    return equal and client.endpoints > 0 and grown <= MOST_GROWTH_MB
+    wrong = []
+    if not equal:
+        wrong.append("other tokens")
+    if client.tokens and not client.endpoints:
+        wrong.append("no endpoint")
+    if grown > MOST_GROWTH_MB:
+        wrong.append(f"memory has grown by {grown:.0f} MB")
+    if wrong:
+        print(f"one stream: {', '.join(wrong)}")
+    return not wrong
 
 
 def main(arguments: list[str] | None = None) -> int:

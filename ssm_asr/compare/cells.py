@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 from ssm_asr import config, units
 from ssm_asr.checkpoint import Loaded, load_model
+from ssm_asr.data.features import cut_samples
 from ssm_asr.data.filtering import text_of
+from ssm_asr.data.parallel import ignore_interrupt
 from ssm_asr.decode import read_test_cuts, read_test_sets, scoring_unit
 from ssm_asr.describe import describe
 from ssm_asr.distributed import find_device
@@ -153,7 +155,7 @@ def run(cells: list[Cell], out: Path, jobs: int) -> None:
             for cell in missing:
                 work(cell, advance=bar.update)
         else:
-            with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+            with multiprocessing.get_context("spawn").Pool(jobs, initializer=ignore_interrupt) as pool:
                 for utterances in pool.imap_unordered(work, missing):
                     bar.update(utterances)
 
@@ -171,7 +173,7 @@ def decode_cell(cell: Cell, out: Path, commit: str, advance: Callable[[], Any] =
     hyps: dict[str, str] = {}
     for cut in _cuts(cell.test_set.path).subset(first=cell.test_set.utterances):
         refs[cut.id] = text_of(cut)
-        hyps[cut.id] = recognise(recognizer, cut.load_audio()[0], timing, show=False)
+        hyps[cut.id] = recognise(recognizer, cut_samples(cut), timing, show=False)
         advance()
     sizes = describe(cell.model.experiment, cell.model.vocab_size, cell.chunk, cell.left)
     facts = {

@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 import ssm_asr.data.shar  # noqa: F401  workers read features by the reader that it registers
 from ssm_asr.data.augment import add_noise, draw_groups, join_utterances, spec_augment
 from ssm_asr.data.config import DataConfig
-from ssm_asr.data.features import make_fbank
+from ssm_asr.data.features import make_fbank, reading
 from ssm_asr.data.filtering import text_of
 from ssm_asr.data.tokens import Tokenizer
 from ssm_asr.units import ENCODER_FRAME_MS, FRAME_SHIFT_MS, LOG_MEL_SILENCE, feature_frames
@@ -91,10 +91,15 @@ class _Job(NamedTuple):
 
 
 def load_features(cut: Cut) -> torch.Tensor:
-    """features_TF of a cut: the stored ones, else computed from its audio."""
-    if cut.has_features:
-        return torch.from_numpy(np.ascontiguousarray(cut.load_features(), dtype=np.float32))
-    return torch.from_numpy(cut.compute_features(extractor=_fbank()))
+    """features_TF of a cut: the stored ones, else computed from its audio.
+
+    Raises:
+        CutError: if they cannot be read.
+    """
+    with reading(cut):
+        if cut.has_features:
+            return torch.from_numpy(np.ascontiguousarray(cut.load_features(), dtype=np.float32))
+        return torch.from_numpy(cut.compute_features(extractor=_fbank()))
 
 
 @lru_cache(maxsize=1)

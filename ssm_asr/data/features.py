@@ -5,6 +5,8 @@ Shapes: S samples, T feature frames (10 ms), F mel bins.
 
 import logging
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import gcd
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy as np
 import soundfile
 import torch
 from lhotse import Fbank, FbankConfig
+from lhotse.cut import Cut
 from lhotse.features import FeatureExtractor
 from lhotse.features.kaldifeat import (
     KaldifeatFbank,
@@ -37,6 +40,35 @@ class AudioError(ValueError):
         super().__init__(f"{path}: {reason}" + (f": {detail}" if detail else ""))
         self.reason = reason
         self.detail = detail
+
+
+class CutError(ValueError):
+    """A cut whose audio or features cannot be read; the message is one line."""
+
+
+@contextmanager
+def reading(cut: Cut) -> Iterator[None]:
+    """Within it, what goes wrong is said in one line, not in lhotse's hundred.
+
+    Raises:
+        CutError: instead of any other exception.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).partition("\n")[0].removesuffix(" Details:") or type(error).__name__
+        raise CutError(f"cut {cut.id}: {reason}; if files were moved, prepare the corpus anew") from None
+
+
+def cut_samples(cut: Cut) -> np.ndarray:
+    """Samples (S,) of a cut's first channel.
+
+    Raises:
+        CutError: if they cannot be read.
+    """
+    with reading(cut):
+        samples_1S: np.ndarray = cut.load_audio()
+    return samples_1S[0]
 
 
 def make_fbank(device: str = "cpu") -> FeatureExtractor:

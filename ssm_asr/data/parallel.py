@@ -1,6 +1,7 @@
 """The same work on many items, in several processes, with a progress bar."""
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -8,6 +9,11 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def ignore_interrupt() -> None:
+    """Leaves Ctrl-C, which reaches all processes of a terminal, to the one that started this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def parallel_map(
@@ -28,7 +34,7 @@ def parallel_map(
                 bar.update()
             return
         chunk = max(1, min(32, len(items) // (8 * num_jobs)))
-        with multiprocessing.get_context("spawn").Pool(min(num_jobs, len(items))) as pool:
+        with multiprocessing.get_context("spawn").Pool(min(num_jobs, len(items)), initializer=ignore_interrupt) as pool:
             for result in pool.imap(function, items, chunk):
                 yield result
                 bar.update()
