@@ -218,6 +218,7 @@ def test_help_and_bad_options(recipe: Recipe) -> None:
         (["word"], "unexpected argument 'word' (see --help)"),
         (["--word"], "--word needs a value (see --help)"),
         (["--stage", "two"], "--stage two: give a number up to 2"),
+        (["--stop-stage", "3"], "--stop-stage 3: give a number up to 2"),
     ):
         ran, out = recipe.run(*args, status=2)
         assert ran == []

@@ -324,6 +324,8 @@ def main() -> None:
 
     config = ZipformerConfig(**SIZES[options.size], **VARIANTS[options.variant])
     wanted = options.sides.split(",")
+    if not set(wanted) <= {"peer", "plain", "graphs"}:
+        parser.error(f"--sides {options.sides}: give some of peer, plain and graphs, with commas between them")
     folder = options.peer
     if "peer" in wanted:
         spec = None if folder else importlib.util.find_spec("zipformer")

@@ -7,6 +7,7 @@ that is never reset. Prints a Markdown table, a row a model and length; a model 
 
 import argparse
 import random
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,8 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     cuts = read_cuts(options.cuts).to_eager()
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.joins):
+        parser.error(f"--joins {options.joins}: give numbers from 1 on, with commas between them")
     counts = [int(text) for text in options.joins.split(",")]
     pauses = [(count, pause) for count in counts for pause in (0.0, options.silence_s) if count > 2 or not pause]
     rows = []

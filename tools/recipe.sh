@@ -86,7 +86,8 @@ parse_options() {
         shift 2
     done
     for name in stage stop_stage; do
-        [[ "${!name}" =~ ^[0-9]+$ ]] || _recipe_fail "--${name//_/-} ${!name}: give a number up to $_num_stages"
+        [[ "${!name}" =~ ^[0-9]+$ ]] && [ "${!name}" -le "$_num_stages" ] ||
+            _recipe_fail "--${name//_/-} ${!name}: give a number up to $_num_stages"
     done
 }
 

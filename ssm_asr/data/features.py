@@ -4,6 +4,7 @@ Shapes: S samples, T feature frames (10 ms), F mel bins.
 """
 
 import logging
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -183,6 +184,8 @@ def load_samples(path: Path | str) -> tuple[np.ndarray, int]:
             sample_rate_hz, num_expected = audio.samplerate, audio.frames
             samples_SC = audio.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
+        if not os.access(path, os.R_OK):
+            raise AudioError(path, "permission denied") from error
         raise AudioError(path, "truncated or no audio", error.error_string) from error
     if len(samples_SC) < num_expected or _riff_is_cut(path):
         raise AudioError(path, "truncated audio", "the header announces more than the file holds")
