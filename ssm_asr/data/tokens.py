@@ -227,5 +227,5 @@ def _train_sentencepiece(texts: list[str], kind: str, vocab_size: int | None) ->
             bound = f"the smallest possible for these {len(texts)} texts is {smallest[1]}"
         else:
             bound = message
-        raise ValueError(f"vocabulary size {vocab_size} for kind {kind}: {bound}; set tokens.vocab_size") from error
+        raise ValueError(f"vocabulary size {vocab_size} (tokens.vocab_size) for kind {kind}: {bound}") from error
     return model.getvalue()
