@@ -138,14 +138,12 @@ def marked_texts(cuts: CutSet) -> dict[str, str]:
 
 
 def result_dir(options: argparse.Namespace, what: str, chunk: int, left: int, method: str, beam: int) -> Path:
-    """Where the results of one manifest go: --out, divided if there are several manifests. Made before they are."""
-    name = f"{what}-chunk{chunk}-left{left}-{method}{beam if method == 'beam' else ''}"
-    if options.out is None:
-        out = options.checkpoint.parent / name
-    else:
-        out = options.out / name if len(options.cuts) > 1 else options.out
+    """Makes the directory for the results of one manifest: --out, divided if there are several manifests."""
+    out: Path = options.out or options.checkpoint.parent
+    if options.out is None or len(options.cuts) > 1:
+        out /= f"{what}-chunk{chunk}-left{left}-{method}{beam if method == 'beam' else ''}"
     out.mkdir(parents=True, exist_ok=True)
-    return Path(out)
+    return out
 
 
 def _chunk_and_left(loaded: Loaded, options: argparse.Namespace) -> tuple[int, int]:
@@ -161,9 +159,7 @@ def _chunk_and_left(loaded: Loaded, options: argparse.Namespace) -> tuple[int, i
                 f"--left {options.left}: whole utterances are decoded, which see all there is; leave it out"
             )
         return -1, -1
-    if left < -1:
-        raise ValueError(f"left context of {left} frames: give 0 or more (frames of 20 ms), or -1 for all there is")
-    visible = streaming_context(encoder, chunk, max(0, left))
+    visible = streaming_context(encoder, chunk, 0 if left == -1 else left)
     return chunk, -1 if left == -1 else visible
 
 

@@ -441,12 +441,12 @@ def _make_trainer(options: argparse.Namespace, place: distributed.Place) -> Trai
     cuts, report = filter_cuts(read_cuts(options.train_cuts).to_eager(), tokenizer, experiment.data)
     valid_cuts = read_cuts(options.valid_cuts).to_eager()
     noise_cuts = read_cuts(options.noise_cuts).to_eager() if options.noise_cuts else None
+    trainer = Trainer(experiment, tokenizer, options.exp_dir, cuts, valid_cuts, noise_cuts, place)
     if place.rank == 0:
         print(f"utterances to train on: {report.summary()}")
-        make_ready(options.exp_dir, experiment, fingerprint(cuts, tokenizer, noise_cuts))
+        make_ready(options.exp_dir, experiment, trainer.data)
         (options.exp_dir / "config.yaml").write_text(to_yaml(experiment), encoding="utf-8")
     distributed.wait(place)
-    trainer = Trainer(experiment, tokenizer, options.exp_dir, cuts, valid_cuts, noise_cuts, place)
     if options.init_from and resumable(options.exp_dir):
         if place.rank == 0:
             print(f"{options.init_from}: not used again, since training goes on from a checkpoint of its own")

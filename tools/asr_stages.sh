@@ -118,15 +118,16 @@ _config_files() { # a configuration and those that it is based on
     done
 }
 
-_anew() { # DIR COMMAND...: nothing that the command made before stays beside what it makes now
+# asr_anew DIR COMMAND...: nothing that the command made there before stays beside what it makes now.
+asr_anew() {
     rm -rf "$1"
     "${@:2}"
 }
 
 _prepare_cuts() { # sets $tests, the names of the test sets
     local features options cuts part
-    run_stage 2 check --inputs "$data/manifests" --outputs "$data/cuts" -- _anew "$data/cuts" \
-        python -m ssm_asr.prepare check --manifests "$data/manifests" --out "$data/cuts" --jobs "$jobs"
+    run_stage 2 check --inputs "$data/manifests" --outputs "$data/cuts" -- \
+        asr_anew "$data/cuts" python -m ssm_asr.prepare check --manifests "$data/manifests" --out "$data/cuts" --jobs "$jobs"
     features=(python -m ssm_asr.prepare features --out "$data/features" --jobs "$jobs")
     if "$on_the_fly"; then
         features+=(--on-the-fly)
@@ -249,7 +250,7 @@ _check_configs() { # before hours of work, not when they are needed
 asr_stages() {
     _check_configs
     : "${exp_dir:=exp/$name-$(basename "$config" .yaml)}"
-    if [ -n "$compare_with" ] && [ "$(_other_exp_dir)" -ef "$exp_dir" -o "$(_other_exp_dir)" = "$exp_dir" ]; then
+    if [ -n "$compare_with" ] && [ "$(realpath -m "$(_other_exp_dir)")" = "$(realpath -m "$exp_dir")" ]; then
         _recipe_fail "--compare-with $compare_with: would train in $exp_dir, too; give --exp-dir"
     fi
     _prepare_cuts

@@ -37,7 +37,7 @@ if [ "$transcript_mode" != disfluent ]; then
     name+="-$transcript_mode"
 fi
 data="data/$name"
-run_stage 2 manifests --inputs "$corpus" local/{manifests,sdb,talks,transcripts}.py --outputs "$data/manifests" -- _anew "$data/manifests" \
-    python local/manifests.py --corpus "$corpus" --out "$data/manifests" --transcripts "$data/transcripts" \
+run_stage 2 manifests --inputs "$corpus" local/{manifests,sdb,talks,transcripts}.py --outputs "$data/manifests" -- \
+    asr_anew "$data/manifests" python local/manifests.py --corpus "$corpus" --out "$data/manifests" --transcripts "$data/transcripts" \
     --transcript-mode "$transcript_mode" --jobs "$jobs"
 asr_stages

@@ -33,6 +33,6 @@ else
         python local/make_corpus.py "${make_options[@]}" --out "$corpus"
 fi
 data="data/$name"
-run_stage 2 manifests --inputs "$corpus" --outputs "$data/manifests" -- _anew "$data/manifests" \
-    python local/manifests.py --corpus "$corpus" --out "$data/manifests"
+run_stage 2 manifests --inputs "$corpus" --outputs "$data/manifests" -- \
+    asr_anew "$data/manifests" python local/manifests.py --corpus "$corpus" --out "$data/manifests"
 asr_stages

@@ -171,7 +171,7 @@ def decode_cell(cell: Cell, out: Path, commit: str, advance: Callable[[], Any] =
     timing = Timing()
     refs: dict[str, str] = {}
     hyps: dict[str, str] = {}
-    for cut in _cuts(cell.test_set.path).subset(first=cell.test_set.utterances):
+    for cut in _cuts(cell.test_set.path, cell.test_set.utterances):
         refs[cut.id] = text_of(cut)
         hyps[cut.id] = recognise(recognizer, cut_samples(cut), timing, show=False)
         advance()
@@ -239,5 +239,5 @@ def _loaded(checkpoint: Path, device: str) -> Loaded:
 
 
 @lru_cache(maxsize=1)
-def _cuts(path: Path) -> CutSet:
-    return read_test_cuts(path)
+def _cuts(path: Path, utterances: int) -> CutSet:
+    return read_test_cuts(path, from_audio=True, limit=utterances)

@@ -47,6 +47,11 @@ class CutError(ValueError):
     """A cut whose audio or features cannot be read; the message is one line."""
 
 
+def reason_of(error: Exception) -> str:
+    """What lhotse says first; a page on the cut and its callers may follow."""
+    return str(error).strip().partition("\n")[0].removesuffix(" Details:") or type(error).__name__
+
+
 @contextmanager
 def reading(cut: Cut) -> Iterator[None]:
     """Within it, what goes wrong is said in one line, not in lhotse's hundred.
@@ -57,8 +62,7 @@ def reading(cut: Cut) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).partition("\n")[0].removesuffix(" Details:") or type(error).__name__
-        raise CutError(f"cut {cut.id}: {reason}; if files were moved, prepare the corpus anew") from None
+        raise CutError(f"cut {cut.id}: {reason_of(error)}; if files were moved, prepare the corpus anew") from None
 
 
 def cut_samples(cut: Cut) -> np.ndarray:

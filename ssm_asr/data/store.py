@@ -10,7 +10,6 @@ import json
 import os
 import random
 import shutil
-import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from lhotse.features import FeatureExtractor
 from lhotse.features.io import FeaturesWriter, NumpyFilesWriter
 from lhotse.utils import fastcopy
 
-from ssm_asr.data.features import make_fbank
+from ssm_asr.data.features import make_fbank, reason_of
 from ssm_asr.data.parallel import parallel_map
 from ssm_asr.data.shar import MemoryWriter, read_shards, write_shard
 
@@ -42,28 +41,23 @@ class _Part(NamedTuple):
 
 
 def read_cuts(manifest: Path) -> CutSet:
-    """The cuts of a manifest (.jsonl.gz), read lazily, or of a directory of shards, in the order of the files.
+    """The cuts of a manifest (.jsonl.gz), or of a directory of shards, read lazily, in the order of the files.
 
     Raises:
         ValueError: if it is no cut manifest, is damaged or has no cuts, or as `read_shards`.
     """
     if manifest.is_dir():
         return read_shards(manifest)
-    cuts = CutSet.from_jsonl_lazy(manifest)
+    cuts: list[Cut] = []
     try:
-        first = next(iter(cuts), None)
+        cuts.extend(iter(CutSet.from_jsonl_lazy(manifest)))  # the set itself would be asked for its length first
     except Exception as error:  # whatever lhotse, json and gzip make of a foreign file
-        raise ValueError(f"{manifest}: no cut manifest ({type(error).__name__}: {error})") from error
-    if first is None:
-        raise ValueError(f"{manifest}: no cuts in this manifest")
-    if manifest.suffix == ".gz":  # a damaged one says so only where it ends, which is long after it is opened
-        try:
-            with gzip.open(manifest) as file:
-                while file.read(2**20):
-                    pass
-        except (OSError, EOFError, zlib.error) as error:
+        if cuts:
             raise ValueError(f"{manifest}: damaged ({error}); make it anew") from error
-    return cuts
+        raise ValueError(f"{manifest}: no cut manifest ({type(error).__name__}: {error})") from error
+    if not cuts:
+        raise ValueError(f"{manifest}: no cuts in this manifest")
+    return CutSet.from_cuts(cuts)
 
 
 def prepare_cuts(
@@ -167,9 +161,8 @@ def _with_features(cut: Cut, storage: FeaturesWriter, device: str) -> Cut:
     try:
         samples_1S = cut.load_audio()
     except Exception as error:  # lhotse raises many kinds, depending on its backend
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         remedy = "leave it out with python -m ssm_asr.prepare check"
-        raise ValueError(f"{cut.id}: audio cannot be read ({lines[-1]}); {remedy}") from error
+        raise ValueError(f"{cut.id}: audio cannot be read ({reason_of(error)}); {remedy}") from error
     stored = _fbank(device).extract_from_samples_and_store(
         samples_1S, storage, cut.sampling_rate, offset=cut.start, channel=cut.channel
     )

@@ -55,7 +55,7 @@ class ConformerConfig:
     left_context_frames: tuple[int, ...] = (64, 128, 256, -1)
 
     def __post_init__(self) -> None:
-        states_fit = self.ssm_states > 0 and (self.ssm_param != "lin" or self.ssm_states % 2 == 0)
+        states_fit = self.ssm_param != "lin" or self.ssm_states % 2 == 0
         check_sizes(self)
         check_contexts(self.chunk_frames, self.left_context_frames, self.chunk_multiple)
         for name, good, remedy in (

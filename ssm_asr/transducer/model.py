@@ -41,8 +41,9 @@ class ModelConfig:
     delay_penalty: float = 0.0
 
     def __post_init__(self) -> None:
+        grouped = self.predictor_dim > 0 and self.predictor_dim % PREDICTOR_GROUP == 0
         for name, good, remedy in (
-            ("predictor_dim", self.predictor_dim > 0 and self.predictor_dim % PREDICTOR_GROUP == 0, "a multiple of 4"),
+            ("predictor_dim", grouped, f"a multiple of {PREDICTOR_GROUP}"),
             ("joiner_dim", self.joiner_dim > 0, "1 or more"),
             ("context_size", self.context_size > 0, "1 or more"),
         ):
