@@ -30,6 +30,6 @@ setup(
         # To make the small corpora; pyopenjtalk-plus imports sudachipy and pydantic without asking for them.
         "corpus": ["hibari-tts", "onnxruntime", "pyopenjtalk-plus", "sudachipy", "sudachidict-core", "pydantic"],
         "export": ["onnx", "onnxruntime", "sherpa-onnx"],
-        "dev": ["mypy", "pytest", "ruff", "types-PyYAML", "types-tqdm"],
+        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML", "types-tqdm"],
     },
 )

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Checks style and types and runs the tests. Arguments go to pytest: bash tools/test.sh -k optim
+# Checks style and types and runs the tests, on as many cores as there are, 8 at most. Arguments go to pytest, as in
+#   bash tools/test.sh -k optim -n 0
+# which runs those tests in one process.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,4 +21,4 @@ ruff format --check .
 echo "test: mypy"
 mypy
 echo "test: pytest"
-python -m pytest "$@"
+python -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"
