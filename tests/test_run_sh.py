@@ -86,9 +86,9 @@ def test_paths_are_those_of_the_caller(run_sh: Path, tmp_path: Path) -> None:
     assert done.stderr == f"run.sh: error: --corpus {run_sh.parent}/Corpus: no such directory\n"
 
 
-# Stands for python: logs the command and makes what the stage must leave.
+# Stands for python: logs the command and makes what the stage must leave; of a configuration, what it is made from.
 STUB = """
-if [ "$1" = -c ]; then exit; fi
+case "$*" in *ssm_asr.describe*) cat "$4"; echo "# $*"; exit ;; esac
 echo "$*" >>"$STUB_LOG"
 for (( i = 1; i < $#; i++ )); do
     next=$((i + 1))
@@ -170,11 +170,11 @@ def test_stages_in_order(stubbed: Path) -> None:
     assert not [line for line in commands if "--speed-perturb" in line]
 
 
-def test_a_change_of_the_base_of_a_configuration_trains_anew(stubbed: Path) -> None:
+def test_a_change_of_the_whole_configuration_trains_anew(stubbed: Path) -> None:
     options = ["--config", "conf/sammo_tiny.yaml", "--stop-stage", "9"]
     stages(stubbed, *options)
-    base = stubbed.parents[1] / "librispeech" / "conf" / "zipformer_tiny.yaml"
-    base.write_text(base.read_text() + "# changed\n")
+    config = stubbed.parent / "conf" / "sammo_tiny.yaml"
+    config.write_text(config.read_text() + "# changed\n")
     # What these make is the same again.
     assert programs(stages(stubbed, *options)) == ["ssm_asr.prepare tokens", "ssm_asr.train", "ssm_asr.average"]
 
@@ -184,8 +184,11 @@ def test_comparison(stubbed: Path) -> None:
     commands = stages(stubbed, *options, "--set", "train.seed=7")
     compared = commands[-2]
     trained = [line for line in commands if "ssm_asr.train" in line]
-    assert len(trained) == 2 and all("--set=train.seed=7" in line for line in trained)
     name = "small-digits" if stubbed.parent.name == "librispeech" else "small"
+    configs = [f"data/{name}/configs/{model}.yaml" for model in ("sammo_tiny", "conformer_tiny")]
+    for command, config in zip(trained, configs, strict=True):
+        assert f" --config {config} " in command
+        assert "--set=train.seed=7 --yaml" in (stubbed.parent / config).read_text()
     models = [f"exp/{name}-{model}/averaged.pt" for model in ("sammo_tiny", "conformer_tiny")]
     assert f"--checkpoints {' '.join(models)} --chunks " in compared
     cuts = [f"data/{name}/features/cuts_{part}.jsonl.gz" for part in ("test-a", "test-b")]
@@ -193,12 +196,26 @@ def test_comparison(stubbed: Path) -> None:
     assert compared.endswith(f" --out exp/{name}-sammo_tiny/compare")
 
 
+def test_comparisons_that_would_share_a_place(stubbed: Path) -> None:
+    other = stubbed.parent / "conf" / "other" / "sammo_tiny.yaml"
+    other.parent.mkdir()
+    other.touch()
+    name = "small-digits" if stubbed.parent.name == "librispeech" else "small"
+    conformer, place = stubbed.parent / "conf" / "conformer_tiny.yaml", f"{stubbed.parent}/exp/{name}-conformer_tiny"
+    for refused, reason in (
+        ([str(other)], f"{other}: has the name of what it is compared with; give a file of another name"),
+        ([str(conformer), "--exp-dir", place], f"{conformer}: would train in {place}, too; give another --exp-dir"),
+    ):
+        done = run(stubbed, "--config", "conf/sammo_tiny.yaml", "--compare-with", *refused)
+        assert (done.returncode, done.stderr) == (2, f"run.sh: error: --compare-with {reason}\n")
+
+
 def test_real_corpus(stubbed: Path, tmp_path: Path) -> None:
     (tmp_path / "Real").mkdir()
     commands = stages(stubbed, "--corpus", str(tmp_path / "Real"), "--on-the-fly")
     assert programs(commands) == [*DATA[1:], *FEATURES, *TOKENS_AND_NOISE, *MODEL, *TESTS, *EXPORT, "ssm_asr.report"]
     config = {"librispeech": "zipformer_m", "csj": "sammo_m"}[stubbed.parent.name]
-    assert f"--config conf/{config}.yaml" in next(line for line in commands if "ssm_asr.train" in line)
+    assert f"/configs/{config}.yaml " in next(line for line in commands if "ssm_asr.train" in line)
     perturbed = [line for line in commands if "--speed-perturb" in line]
     assert len(perturbed) == 1 and "cuts_train" in perturbed[0] and "--on-the-fly" in perturbed[0]
     assert "made" not in commands[-1] and "--at-most" not in commands[-1]
@@ -215,7 +232,9 @@ def test_long_form(stubbed: Path) -> None:
 def test_ci(stubbed: Path) -> None:
     commands = stages(stubbed, "--ci")
     assert "--minutes" in commands[0] and commands[-1].endswith("--at-most 50")
-    assert "(synthetic)" in commands[-1] and "--set=train.num_epochs=" in "".join(commands)
+    assert "(synthetic)" in commands[-1]
+    (config,) = (stubbed.parent / "data").glob("*/configs/*_tiny.yaml")
+    assert "--set=train.num_epochs=" in config.read_text()
 
 
 @pytest.mark.parametrize("stubbed", ["csj"], indirect=True)

@@ -305,6 +305,16 @@ def test_describe_for_a_reader(capsys: Captured) -> None:
     assert "65,549,011" in out and out.endswith("no streaming: encoder.causal is false\n")
 
 
+@pytest.mark.parametrize("name", ["sammo_m_n32", "ssmformer_tiny"])  # each over the configuration of another encoder
+def test_the_whole_configuration_is_the_same_one(name: str, tmp_path: Path, capsys: Captured) -> None:
+    options = ["--config", str(CONF / f"{name}.yaml"), "--set", "train.seed=7"]
+    assert describe.main([*options, "--yaml"]) == 0
+    whole = tmp_path / "whole.yaml"
+    whole.write_text(capsys.readouterr().out)
+    assert "base:" not in whole.read_text() and "\ndecode:" in whole.read_text()
+    assert load_experiment(whole) == load_experiment(options[1], options[3:])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

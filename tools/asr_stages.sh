@@ -103,19 +103,13 @@ asr_set_up() {
     fi
 }
 
-_config_files() { # a configuration and those that it is based on
-    local file="$1" base
-    local -A seen=()
-    while [ -z "${seen["$(realpath -m "$file")"]:-}" ]; do # a file that is its own base is refused by those who read it
-        echo "$file"
-        seen["$(realpath -m "$file")"]=1
-        base="$(sed -nE 's/^base:[[:space:]]*["'\'']?([^"'\''#]*[^"'\''#[:space:]]).*/\1/p' "$file")"
-        case "$base" in
-            "") break ;;
-            /*) file="$base" ;;
-            *) file="$(dirname "$file")/$base" ;;
-        esac
-    done
+_whole_config() { # CONFIG: a file of the same name with every field, as --set changes it; what the stages read
+    local whole
+    whole="$data/configs/$(basename "$1")"
+    mkdir -p "$data/configs"
+    python -m ssm_asr.describe --config "$1" "${overrides[@]}" --yaml >"$whole.new"
+    mv "$whole.new" "$whole"
+    echo "$whole"
 }
 
 # asr_anew DIR COMMAND...: nothing that the command made there before stays beside what it makes now.
@@ -146,12 +140,10 @@ _prepare_cuts() { # sets $tests, the names of the test sets
 }
 
 _make_tokens() { # STAGE CONFIG
-    local tokens files
+    local tokens
     tokens="$data/tokens-$(basename "$2" .yaml)"
-    mapfile -t files < <(_config_files "$2")
-    run_stage "$1" tokens --inputs "$data/cuts/cuts_train.jsonl.gz" "${files[@]}" --outputs "$tokens/tokens.txt" -- \
-        python -m ssm_asr.prepare tokens --config "$2" "${overrides[@]}" \
-        --cuts "$data/cuts/cuts_train.jsonl.gz" --out "$tokens"
+    run_stage "$1" tokens --inputs "$data/cuts/cuts_train.jsonl.gz" "$2" --outputs "$tokens/tokens.txt" -- \
+        python -m ssm_asr.prepare tokens --config "$2" --cuts "$data/cuts/cuts_train.jsonl.gz" --out "$tokens"
 }
 
 _make_noise() {
@@ -164,18 +156,17 @@ _make_noise() {
 }
 
 _train_and_average() { # TRAIN_STAGE AVERAGE_STAGE CONFIG EXP_DIR
-    local tokens inputs files train=(python -m ssm_asr.train)
+    local tokens inputs train=(python -m ssm_asr.train)
     if [ "$gpus" -gt 1 ]; then
         train=(torchrun --standalone --nproc-per-node "$gpus" -m ssm_asr.train)
     fi
     tokens="$data/tokens-$(basename "$3" .yaml)"
     inputs=("$data"/features/cuts_{train,dev}.jsonl.gz "$tokens/tokens.txt" "$data/noise/cuts_noise.jsonl.gz")
-    mapfile -t files < <(_config_files "$3")
-    run_stage "$1" train --inputs "${files[@]}" "${inputs[@]}" --outputs "$4/trained.json" -- \
-        "${train[@]}" --config "$3" "${overrides[@]}" --exp-dir "$4" --tokens "$tokens" \
+    run_stage "$1" train --inputs "$3" "${inputs[@]}" --outputs "$4/trained.json" -- \
+        "${train[@]}" --config "$3" --exp-dir "$4" --tokens "$tokens" \
         --train-cuts "${inputs[0]}" --valid-cuts "${inputs[1]}" --noise-cuts "${inputs[3]}"
-    run_stage "$2" average --inputs "${files[@]}" "$4/trained.json" --outputs "$4/averaged.pt" -- \
-        python -m ssm_asr.average --exp-dir "$4" --out "$4/averaged.pt" --config "$3" "${overrides[@]}"
+    run_stage "$2" average --inputs "$3" "$4/trained.json" --outputs "$4/averaged.pt" -- \
+        python -m ssm_asr.average --exp-dir "$4" --out "$4/averaged.pt" --config "$3"
 }
 
 _decode_and_stream() {
@@ -233,25 +224,18 @@ _long_form() {
     done
 }
 
-_check_configs() { # before hours of work, not when they are needed
-    local file
-    for file in "$config" ${compare_with:+"$compare_with"}; do
-        python -c 'if True:
-            import sys
-            from ssm_asr import config
-            try:
-                config.load_experiment(sys.argv[1], [text.removeprefix("--set=") for text in sys.argv[2:]])
-            except config.ConfigError as error:
-                sys.exit(str(error))' "$file" "${overrides[@]}"
-    done
-}
-
 # asr_stages: all that follows the manifests in "$data/manifests".
 asr_stages() {
-    _check_configs
     : "${exp_dir:=exp/$name-$(basename "$config" .yaml)}"
-    if [ -n "$compare_with" ] && [ "$(realpath -m "$(_other_exp_dir)")" = "$(realpath -m "$exp_dir")" ]; then
-        _recipe_fail "--compare-with $compare_with: would train in $exp_dir, too; give --exp-dir"
+    if [ "$(basename "$compare_with")" = "$(basename "$config")" ]; then
+        _recipe_fail "--compare-with $compare_with: has the name of what it is compared with; give a file of another name"
+    elif [ -n "$compare_with" ] && [ "$(realpath -m "$(_other_exp_dir)")" = "$(realpath -m "$exp_dir")" ]; then
+        _recipe_fail "--compare-with $compare_with: would train in $exp_dir, too; give another --exp-dir"
+    fi
+    # Both now: what is wrong with one should not come out after hours of work with the other.
+    config="$(_whole_config "$config")"
+    if [ -n "$compare_with" ]; then
+        compare_with="$(_whole_config "$compare_with")"
     fi
     _prepare_cuts
     _make_tokens 4 "$config"
