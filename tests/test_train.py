@@ -352,18 +352,25 @@ def test_many_bad_batches_in_a_row_end_the_run(corpus: toy.Corpus, tmp_path: Pat
     assert len((tmp_path / "exp" / "bad_batches.jsonl").read_text().splitlines()) == 20
 
 
-def test_gradients_that_are_never_finite_end_the_run(corpus: toy.Corpus, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [
+        ("float32", "none of the last 20 batches had a fin"),
+        ("fp16", "losses multiplied by 1e-05, too; use train.prec"),
+    ],
+)
+def test_gradients_that_are_never_finite_end_the_run(
+    corpus: toy.Corpus, tmp_path: Path, precision: str, message: str
+) -> None:
     make = train.Trainer.__init__
 
     def spoilt(self: train.Trainer, *args: Any) -> None:
         make(self, *args)
         self.model.joiner.output_linear.weight.register_hook(lambda grad: grad * torch.nan)
 
-    arguments = corpus.arguments(tmp_path / "exp", train={"num_epochs": 20, "validate_every": 1000})
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(SystemExit, match="none of the last 20 batches had a fin"),
-    ):
+    settings = {"num_epochs": 20, "validate_every": 1000, "precision": precision}
+    arguments = corpus.arguments(tmp_path / "exp", train=settings)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match=message):
         patch.setattr(train.Trainer, "__init__", spoilt)
         train.main(arguments)
 
