@@ -88,7 +88,10 @@ def test_paths_are_those_of_the_caller(run_sh: Path, tmp_path: Path) -> None:
 
 # Stands for python: logs the command and makes what the stage must leave; of a configuration, what it is made from.
 STUB = """
-case "$*" in *ssm_asr.describe*) cat "$4"; echo "# $*"; exit ;; esac
+case "$*" in
+    *ssm_asr.describe*wrong*) exit 2 ;;
+    *ssm_asr.describe*) cat "$4"; echo "# $*"; exit ;;
+esac
 echo "$*" >>"$STUB_LOG"
 for (( i = 1; i < $#; i++ )); do
     next=$((i + 1))
@@ -194,6 +197,15 @@ def test_comparison(stubbed: Path) -> None:
     cuts = [f"data/{name}/features/cuts_{part}.jsonl.gz" for part in ("test-a", "test-b")]
     assert f"--cuts {' '.join(cuts)} --limit 500 " in compared
     assert compared.endswith(f" --out exp/{name}-sammo_tiny/compare")
+
+
+def test_configurations_are_read_before_any_work(stubbed: Path) -> None:
+    other = stubbed.parent / "conf" / "wrong.yaml"
+    other.touch()
+    for options in (["--set", "wrong=1"], ["--compare-with", str(other)]):
+        done = run(stubbed, *options)
+        assert (done.returncode, done.stdout) == (2, "")
+    assert not (stubbed.parents[2] / "log").exists()
 
 
 def test_comparisons_that_would_share_a_place(stubbed: Path) -> None:

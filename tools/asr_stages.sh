@@ -7,7 +7,7 @@
 #   asr_set_up
 #
 # has the corpus in $corpus ("" if it is to be made) and an environment to work in; it then sets $name (of the data) and
-# $config, runs stages 1 (data) and 2 (manifests, into "$data/manifests"), and calls asr_stages.
+# $config, calls asr_configs, runs stages 1 (data) and 2 (manifests, into "$data/manifests"), and calls asr_stages.
 # Of a run.sh, $here must be the directory. See recipe.sh for options and stages.
 
 root="$(cd "$here/../.." && pwd)"
@@ -110,6 +110,21 @@ _whole_config() { # CONFIG: a file of the same name with every field, as --set c
     python -m ssm_asr.describe --config "$1" "${overrides[@]}" --yaml >"$whole.new"
     mv "$whole.new" "$whole"
     echo "$whole"
+}
+
+# asr_configs: what the stages read in place of the configurations. What is wrong with one comes out before any work.
+asr_configs() {
+    data="data/$name"
+    : "${exp_dir:=exp/$name-$(basename "$config" .yaml)}"
+    if [ "$(basename "$compare_with")" = "$(basename "$config")" ]; then
+        _recipe_fail "--compare-with $compare_with: has the name of what it is compared with; give a file of another name"
+    elif [ -n "$compare_with" ] && [ "$(realpath -m "$(_other_exp_dir)")" = "$(realpath -m "$exp_dir")" ]; then
+        _recipe_fail "--compare-with $compare_with: would train in $exp_dir, too; give another --exp-dir"
+    fi
+    config="$(_whole_config "$config")"
+    if [ -n "$compare_with" ]; then
+        compare_with="$(_whole_config "$compare_with")"
+    fi
 }
 
 # asr_anew DIR COMMAND...: nothing that the command made there before stays beside what it makes now.
@@ -226,17 +241,6 @@ _long_form() {
 
 # asr_stages: all that follows the manifests in "$data/manifests".
 asr_stages() {
-    : "${exp_dir:=exp/$name-$(basename "$config" .yaml)}"
-    if [ "$(basename "$compare_with")" = "$(basename "$config")" ]; then
-        _recipe_fail "--compare-with $compare_with: has the name of what it is compared with; give a file of another name"
-    elif [ -n "$compare_with" ] && [ "$(realpath -m "$(_other_exp_dir)")" = "$(realpath -m "$exp_dir")" ]; then
-        _recipe_fail "--compare-with $compare_with: would train in $exp_dir, too; give another --exp-dir"
-    fi
-    # Both now: what is wrong with one should not come out after hours of work with the other.
-    config="$(_whole_config "$config")"
-    if [ -n "$compare_with" ]; then
-        compare_with="$(_whole_config "$compare_with")"
-    fi
     _prepare_cuts
     _make_tokens 4 "$config"
     _make_noise

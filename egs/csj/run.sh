@@ -29,14 +29,18 @@ else
     else
         : "${compare_with:=conf/zipformer_tiny.yaml}"
     fi
-    corpus="data/$name/corpus"
-    run_stage 1 data --inputs local/make_corpus.py local/{grammar,talks}.py --outputs "$corpus/CSJ" -- \
-        python local/make_corpus.py "${make_options[@]}" --out "$corpus" --jobs "$jobs"
 fi
+made="data/$name/corpus" # the same for all modes
 if [ "$transcript_mode" != disfluent ]; then
     name+="-$transcript_mode"
 fi
-data="data/$name"
+asr_configs
+
+if [ -z "$corpus" ]; then
+    corpus="$made"
+    run_stage 1 data --inputs local/make_corpus.py local/{grammar,talks}.py --outputs "$corpus/CSJ" -- \
+        python local/make_corpus.py "${make_options[@]}" --out "$corpus" --jobs "$jobs"
+fi
 run_stage 2 manifests --inputs "$corpus" local/{manifests,sdb,talks,transcripts}.py --outputs "$data/manifests" -- \
     asr_anew "$data/manifests" python local/manifests.py --corpus "$corpus" --out "$data/manifests" --transcripts "$data/transcripts" \
     --transcript-mode "$transcript_mode" --jobs "$jobs"

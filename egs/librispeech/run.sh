@@ -28,11 +28,14 @@ else
         make_options+=(--minutes 15)
         overrides=(--set=train.num_epochs=12 "${overrides[@]}")
     fi
-    corpus="data/$name/corpus"
+fi
+asr_configs
+
+if [ -z "$corpus" ]; then
+    corpus="$data/corpus"
     run_stage 1 data --inputs local/make_corpus.py local/texts.py --outputs "$corpus/LibriSpeech" -- \
         python local/make_corpus.py "${make_options[@]}" --out "$corpus"
 fi
-data="data/$name"
 run_stage 2 manifests --inputs "$corpus" --outputs "$data/manifests" -- \
     asr_anew "$data/manifests" python local/manifests.py --corpus "$corpus" --out "$data/manifests"
 asr_stages
