@@ -62,6 +62,27 @@ def test_chunk_beside_the_peer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "not the peer's encoder" in capsys.readouterr().err
 
 
+def test_training_beside_the_peer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if importlib.util.find_spec("zipformer") is None:
+        pytest.skip("the PyPI package zipformer is not installed")
+    module = tool("bench_train")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(module, "FIXED", [(1, 2.0)])
+    monkeypatch.setattr(module, "MIX", [(1, 1.5), (1, 2.0)])
+    arguments = ["--device", "cpu", "--batch-scale", 1, "--vocab-size", 30, "--repeats", 1]
+    run(module, monkeypatch, *arguments)
+    printed = capsys.readouterr().out
+    differences = re.search(r"peer against plain .*: outputs differ by (\S+), gradients by (\S+)\n", printed)
+    assert differences and 0 < float(differences[1]) < 1e-5 and 0 < float(differences[2]) < 0.01
+    rows = [row.split() for row in printed.splitlines() if row.startswith(("fixed", "mix")) and ":" not in row]
+    wanted = [[s, k, side] for s in ("fixed", "mix") for k in module.KINDS for side in ("peer", "plain")]
+    assert [row[:3] for row in rows] == [row for row in wanted if row[1:] != ["loss", "peer"]]
+    assert all(float(figure) > 0 for row in rows for figure in row[3:])
+    with pytest.raises(SystemExit):
+        run(module, monkeypatch, "--device", "cpu", "--precision", "bf16")
+    assert "the peer takes float32 alone" in capsys.readouterr().err
+
+
 def test_loss_step_has_finite_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     module = tool("bench_loss")
     for joiner_dim in (0, 16):

@@ -44,6 +44,11 @@ VARIANTS: dict[str, dict[str, Any]] = {"zipformer": {}, "sammo": {"long_range": 
 FIXED = [(40, 15.0)] * 4
 MIX = [(150, 4.0), (85, 7.0), (54, 11.0), (46, 13.0), (40, 15.0), (40, 15.0), (37, 16.0), (37, 16.0)]
 KINDS = ("encoder_step", "loss", "training_step", "evaluation")
+# What is timed unless said. A CPU takes the peer in float32 alone, and one utterance a batch.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": {"size": "m", "precision": "bf16", "sides": "peer,plain,graphs", "batch_scale": 1.0},
+    "cpu": {"size": "tiny", "precision": "float32", "sides": "peer,plain", "batch_scale": 0.02},
+}
 BATCH_COUNT = 10000.0  # where the schedules stand
 CHUNK = 32
 
@@ -308,19 +313,24 @@ def print_table(rows: list[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--size", default="m", choices=SIZES)
+    parser.add_argument("--device", default="cuda", choices=DEFAULTS, help="(default: cuda)")
+    parser.add_argument("--size", choices=SIZES, help="(default: m; on a CPU tiny)")
     parser.add_argument("--variant", default="zipformer", choices=VARIANTS, help="the peer is a zipformer")
-    parser.add_argument("--precision", default="bf16", choices=("float32", "bf16", "fp16"))
+    parser.add_argument("--precision", choices=("float32", "bf16", "fp16"), help="(default: bf16; on a CPU float32)")
     parser.add_argument("--vocab-size", type=int, default=500)
-    parser.add_argument("--sides", default="peer,plain,graphs", help="which to time (default: all)")
+    parser.add_argument("--sides", help="of peer, plain and graphs, which to time (default: all; on a CPU not graphs)")
     parser.add_argument("--peer", type=Path, help="folder of the package zipformer (default: where it is installed)")
-    parser.add_argument("--batch-scale", type=float, default=1.0, help="share of the 600 s a batch (default: 1)")
+    parser.add_argument("--batch-scale", type=float, help="share of the 600 s a batch (default: 1; on a CPU 0.02)")
     parser.add_argument("--repeats", type=int, default=5, help="the median counts (default: 5)")
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"what to time, of {', '.join(KINDS)} (default: all)")
     parser.add_argument("--shapes", default="fixed,mix", help="fixed and mix, or one of them (default: both)")
     parser.add_argument("--kernels", type=Path, help="write here where the GPU's time goes, kernel by kernel")
     options = parser.parse_args()
+    for name, value in DEFAULTS[options.device].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.device == "cpu" and options.precision != "float32" and "peer" in options.sides.split(","):
+        parser.error(f"--precision {options.precision}: on a CPU the peer takes float32 alone; leave it out of --sides")
 
     config = ZipformerConfig(**SIZES[options.size], **VARIANTS[options.variant])
     wanted = options.sides.split(",")
