@@ -91,6 +91,22 @@ def test_loss_step_has_finite_gradients(monkeypatch: pytest.MonkeyPatch) -> None
     assert module.importable_peer() is None
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("bench_distributed", [], "one process has none to be compared with; start it by torchrun, as above"),
+        ("bench_distributed", ["--device", "gpu"], "device 'gpu': give auto, cpu or cuda"),
+        ("bench_train", ["--peer", "/none"], "--peer /none: no such folder; pip install --no-deps zipformer"),
+    ],
+)
+def test_mistakes(
+    name: str, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(tool(name), monkeypatch, *arguments)
+    assert f"{name}: error: {message}" in capsys.readouterr().err
+
+
 def test_two_processes() -> None:
     options = ["--device", "cpu", "--config", TINY / "zipformer_tiny.yaml", "--precision", "float32", "--repeats", 1]
     options += ["--seconds", 1, "--utterances", 2]

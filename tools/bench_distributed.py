@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ssm_asr import distributed, units
 from ssm_asr.config import Experiment, load_experiment
@@ -119,7 +120,8 @@ def train(step: Step, together: bool, options: argparse.Namespace) -> Run:
     place = step.place
     step.model.eval()  # no regularisers
     start, gradient = step.weights(), torch.empty(0)
-    for number in range(options.steps):
+    what = "together" if together else "one process"
+    for number in tqdm(range(options.steps), f"train, {what}", leave=False, disable=place.rank > 0 or None):
         own = [make_batch(number * place.world_size + rank, options) for rank in range(place.world_size)]
         joined = Data(*(torch.cat(parts) for parts in zip(*own, strict=True)))
         if number == 0:
@@ -140,13 +142,13 @@ def difference(one: Tensor, other: Tensor) -> float:
     return float((other - one).norm() / one.norm())
 
 
-def time_ms(run: Callable[[Data], None], batch: Data, device: torch.device, repeats: int) -> float:
+def time_ms(run: Callable[[Data], None], batch: Data, place: distributed.Place, repeats: int) -> float:
     """Median time of a step; the three before are for captures."""
     times_ms = []
-    for _ in range(repeats + 3):
+    for _ in tqdm(range(repeats + 3), "time", leave=False, disable=place.rank > 0 or None):
         start = time.perf_counter()
         run(batch)
-        if device.type == "cuda":
+        if place.device.type == "cuda":
             torch.cuda.synchronize()
         times_ms.append((time.perf_counter() - start) * 1000)
     return statistics.median(times_ms[3:])
@@ -163,12 +165,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of the runs that are compared (default: 20)")
     parser.add_argument("--repeats", type=int, default=10, help="the median counts (default: 10)")
     options = parser.parse_args()
-    place = distributed.join(options.device)
+    try:
+        place = distributed.join(options.device)
+    except ValueError as error:
+        parser.error(str(error))
+    if place.world_size == 1:
+        parser.error("one process has none to be compared with; start it by torchrun, as above")
     experiment = load_experiment(options.config) if options.config else Experiment()
     one, all_ = (train(Step(experiment, place, options), together, options) for together in (False, True))
-    error = difference(one.gradient, all_.gradient)
-    if not error < TOLERANCES[options.precision]:
-        raise SystemExit(f"the gradients differ by {error:.1e} of their norm: nothing is timed")
+    apart = difference(one.gradient, all_.gradient)
+    if not apart < TOLERANCES[options.precision]:
+        raise SystemExit(f"the gradients differ by {apart:.1e} of their norm: nothing is timed")
 
     step = Step(experiment, place, options)
     step.model.train()
@@ -176,16 +183,16 @@ def main() -> None:
     one_ms = 0.0
     for rank in range(place.world_size):
         if rank == place.rank:
-            one_ms = time_ms(step.alone, batch, place.device, options.repeats)
+            one_ms = time_ms(step.alone, batch, place, options.repeats)
         distributed.wait(place)
     distributed.share_weights(step.model, place)
-    all_ms = time_ms(step.together, batch, place.device, options.repeats)
+    all_ms = time_ms(step.together, batch, place, options.repeats)
     if place.rank == 0:
         name = torch.cuda.get_device_name() if place.device.type == "cuda" else "CPU"
         print(
             f"{name}, torch {torch.__version__}, {options.precision}, {options.utterances} × {options.seconds:g} s each"
         )
-        print(f"gradients of {place.world_size} processes differ from those of one by {error:.1e} of their norm")
+        print(f"gradients of {place.world_size} processes differ from those of one by {apart:.1e} of their norm")
         print(f"after {options.steps} steps the weights have gone ways that differ by", end=" ")
         print(f"{difference(one.way, all_.way):.1e} of their length; loss {one.loss:.4f} and {all_.loss:.4f}")
         print(f"one process {one_ms:.1f} ms a step, {place.world_size} together {all_ms:.1f} ms", end="; ")

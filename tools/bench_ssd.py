@@ -126,6 +126,8 @@ def main() -> None:
     parser.add_argument("--peer-states", type=int, nargs="+", default=[16, 128], help="N to time the peer at")
     parser.add_argument("--batch-size", type=int, default=40, help="utterances of 15 s (default: 40)")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("PyTorch sees no GPU here")
     sides: dict[str, Operation] = {"kernels": ssd, "chunked": ssd_chunked}
     if options.peer:
         sides["mamba_ssm"] = peer_operation(options.peer)

@@ -313,7 +313,7 @@ def print_table(rows: list[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", choices=DEFAULTS, help="(default: cuda)")
+    parser.add_argument("--device", choices=DEFAULTS, help="(default: cuda where there is a GPU)")
     parser.add_argument("--size", choices=SIZES, help="(default: m; on a CPU tiny)")
     parser.add_argument("--variant", default="zipformer", choices=VARIANTS, help="the peer is a zipformer")
     parser.add_argument("--precision", choices=("float32", "bf16", "fp16"), help="(default: bf16; on a CPU float32)")
@@ -326,6 +326,9 @@ def main() -> None:
     parser.add_argument("--shapes", default="fixed,mix", help="fixed and mix, or one of them (default: both)")
     parser.add_argument("--kernels", type=Path, help="write here where the GPU's time goes, kernel by kernel")
     options = parser.parse_args()
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU here; give --device cpu")
     for name, value in DEFAULTS[options.device].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -341,7 +344,8 @@ def main() -> None:
         spec = None if folder else importlib.util.find_spec("zipformer")
         folder = folder or (spec and spec.origin and Path(spec.origin).parent)
         if not folder or not Path(folder).is_dir():
-            raise SystemExit(f"--peer {folder}: give the folder of the package zipformer, or leave peer out of --sides")
+            what = f"--peer {folder}: no such folder" if folder else "the package zipformer is not installed"
+            parser.error(f"{what}; pip install --no-deps zipformer==0.1.3, or leave peer out of --sides")
     fixed, mix = (make_batches(s, options.device, options.vocab_size, options.batch_scale) for s in (FIXED, MIX))
     shapes = {name: batches for name, batches in (("fixed", fixed), ("mix", mix)) if name in options.shapes}
 

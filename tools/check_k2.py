@@ -10,10 +10,14 @@ import sys
 from collections import defaultdict
 from typing import Any
 
-import k2
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+try:
+    import k2
+except ImportError:
+    sys.exit("check_k2.py: k2 is not installed here; tools/check_k2.sh makes an environment that has it")
 
 from ssm_asr.transducer import pruned_loss
 
