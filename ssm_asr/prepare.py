@@ -24,7 +24,7 @@ from ssm_asr.data.noise import made_noises, musan_noises
 from ssm_asr.data.store import prepare_cuts, read_cuts
 from ssm_asr.data.tokens import KINDS, train_tokenizer
 from ssm_asr.distributed import find_device
-from ssm_asr.program import run
+from ssm_asr.program import positive, run
 
 RECORDINGS_SUFFIX = "_recordings.jsonl.gz"
 MAX_LINES_SHOWN = 20
@@ -116,7 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="directory with NAME_recordings.jsonl.gz and NAME_supervisions.jsonl.gz",
     )
     verb.add_argument("--out", type=Path, required=True, help="gets cuts_NAME.jsonl.gz")
-    verb.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+    verb.add_argument("--jobs", type=positive, default=2, help="processes (default: 2)")
 
     verb = verbs.add_parser("features", help="compute and store features; resumes where it was stopped")
     verb.set_defaults(run=features)
@@ -132,7 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="write NAME.shar/ instead, lhotse Shar: few large files, for disks that a cluster shares. Give that "
         "directory for cuts anywhere; training reads it in any order, and resumes as exactly as from a manifest",
     )
-    verb.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+    verb.add_argument("--jobs", type=positive, default=2, help="processes (default: 2)")
     verb.add_argument("--device", default="cpu", help="cpu, or cuda: by kaldifeat if installed (default: cpu)")
 
     verb = verbs.add_parser("tokens", help="make a tokenizer from training transcripts")
@@ -142,7 +142,7 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--config", type=Path, help="YAML file of the experiment, whose 'tokens' says which")
     verb.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="change one field of it")
     verb.add_argument("--kind", choices=KINDS, help="instead of the configuration's (default: bpe)")
-    verb.add_argument("--vocab-size", type=int, help="likewise, for bpe and unigram (default: 500)")
+    verb.add_argument("--vocab-size", type=positive, help="likewise, for bpe and unigram (default: 500)")
 
     verb = verbs.add_parser("noise", help="MUSAN, or made noises, as cuts to mix into training speech")
     verb.set_defaults(run=noise)
@@ -150,7 +150,7 @@ def make_parser() -> argparse.ArgumentParser:
     source.add_argument("--musan", type=Path, help="MUSAN directory with music/, speech/ and noise/")
     source.add_argument("--cuts", type=Path, help="training cuts, to make coloured noise and babble from")
     verb.add_argument("--out", type=Path, required=True, help="gets cuts_noise.jsonl.gz, made noises in noise/")
-    verb.add_argument("--count", type=int, default=60, help="made noises of 10 s (default: 60)")
+    verb.add_argument("--count", type=positive, default=60, help="made noises of 10 s (default: 60)")
     verb.add_argument("--seed", type=int, default=1, help="of made noises (default: 1)")
     return parser
 

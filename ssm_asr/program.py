@@ -1,9 +1,17 @@
-"""How a program ends: what was wrong with files, or an interrupt, in one line instead of a traceback."""
+"""What programs share: counts as arguments, and how they end, in one line where a file is wrong or on Ctrl-C."""
 
+import argparse
 import sys
 from collections.abc import Callable
 
 from ssm_asr.data.features import CutError
+
+
+def positive(text: str) -> int:
+    """A type of arguments: whole numbers from 1 on."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number, 1 or more")
+    return int(text)
 
 
 def run(main: Callable[[], int | None]) -> int:

@@ -57,3 +57,18 @@ def test_joined_audio_holds_every_utterance_once(
 def test_the_order_is_always_the_same(long_form: ModuleType, cuts: CutSet) -> None:
     first, second = ([name_text for *_, name_text in long_form.joined(cuts, 3, 0.0)] for _ in range(2))
     assert first == second != [text for *_, text in long_form.joined(CutSet.from_cuts(reversed(list(cuts))), 3, 0.0)]
+
+
+def test_what_cannot_be_is_one_line(
+    long_form: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = str(tmp_path / "none")
+    CutSet.from_cuts([MonoCut("1", 0.0, 1.0, 0)]).to_file(tmp_path / "cuts.jsonl.gz")
+    for cuts, message in (
+        (missing, f"{missing}: no cut manifest"),
+        (str(tmp_path / "cuts.jsonl.gz"), f"{missing}: no such checkpoint"),
+    ):
+        monkeypatch.setattr("sys.argv", ["long_form.py", "--checkpoint", missing, "--cuts", cuts])
+        assert long_form.main() == 2
+        error = capsys.readouterr().err
+        assert error.startswith(message) and error.count("\n") == 1

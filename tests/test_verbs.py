@@ -17,7 +17,7 @@ import toy
 from lhotse import CutSet
 from lhotse.utils import fastcopy
 
-from ssm_asr import average, checkpoint, decode, describe, program, report, stream, train
+from ssm_asr import average, checkpoint, decode, describe, prepare, program, report, stream, train
 from ssm_asr.averaging import RunningAverage
 from ssm_asr.config import load_experiment, to_yaml
 
@@ -274,6 +274,16 @@ def test_an_interrupt_is_one_line(capsys: Captured) -> None:
 
     assert program.run(interrupted) == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+@pytest.mark.parametrize("text", ["0", "-2", "two", "1.5", ""])
+@pytest.mark.parametrize("verb", ["check", "features", "noise"])
+def test_counts_are_numbers_from_one_on(verb: str, text: str, capsys: Captured) -> None:
+    files = {"check": ["--manifests", "data"], "features": ["--cuts", "cuts"], "noise": ["--cuts", "cuts"]}[verb]
+    option = "--count" if verb == "noise" else "--jobs"
+    with pytest.raises(SystemExit):
+        prepare.make_parser().parse_args([verb, *files, "--out", "out", option, text])
+    assert capsys.readouterr().err.endswith(f"argument {option}: {text}: give a whole number, 1 or more\n")
 
 
 # --- describe

@@ -31,6 +31,7 @@ from ssm_asr import units
 from ssm_asr.config import ConfigError, load_experiment
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP
 from ssm_asr.encoder.zipformer import ZipformerConfig
+from ssm_asr.program import positive, run
 from ssm_asr.transducer.model import ModelConfig, Transducer
 
 VOCAB_SIZE = 500
@@ -160,10 +161,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", required=True, type=Path, help="YAML files of experiments")
     parser.add_argument(
-        "--chunk-frames", nargs="+", type=int, default=[16, 32, 64], help="of 20 ms (default: 16 32 64)"
+        "--chunk-frames", nargs="+", type=positive, default=[16, 32, 64], help="of 20 ms (default: 16 32 64)"
     )
     parser.add_argument("--left-context", type=int, default=128, help="likewise (default: 128)")
-    parser.add_argument("--rounds", type=int, default=30, help="chunks timed of each side (default: 30)")
+    parser.add_argument("--rounds", type=positive, default=30, help="chunks timed of each side (default: 30)")
     parser.add_argument("--no-peer", action="store_true", help="without the package zipformer")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -189,4 +190,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -40,6 +40,7 @@ from ssm_asr.data.config import DataConfig
 from ssm_asr.data.filtering import filter_cuts
 from ssm_asr.data.store import prepare_cuts, read_cuts
 from ssm_asr.data.tokens import Tokenizer, train_tokenizer
+from ssm_asr.program import positive, run
 from ssm_asr.units import FRAME_SHIFT_MS, SAMPLE_RATE_HZ
 
 CUTS_TO_WEIGH = 1000
@@ -173,20 +174,12 @@ def report(name: str, source: Source, options: argparse.Namespace) -> None:
     print(f"  to resume: {passing_ms(source):.2f} ms a batch passed over")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cuts", nargs="+", type=Path, help="manifests or directories of shards (default: made)")
-    parser.add_argument("--tokens", type=Path, help="directory that 'prepare tokens' wrote, for --cuts")
-    parser.add_argument("--noise-cuts", type=Path, help="cuts of noise to mix in (default: none)")
-    parser.add_argument("--config", type=Path, help="YAML file of the experiment (default: batches of 100 s)")
-    parser.add_argument("--workers", nargs="*", type=int, default=[1, 2], help="how many to try (default: 1 2)")
-    parser.add_argument("--batches", type=int, default=20, help="batches to time (default: 20)")
-    parser.add_argument("--utterances", type=int, default=200, help="to make (default: 200)")
-    parser.add_argument("--needed", type=float, default=10000.0, help="seconds of audio a second (default: 10000)")
-    options = parser.parse_args()
-    if options.cuts and not options.tokens:
-        parser.error("--cuts needs --tokens")
-    torch.set_num_threads(1)
+def measure(options: argparse.Namespace) -> None:
+    """Reports on the cuts that were given, or on made ones.
+
+    Raises:
+        ValueError: if the configuration, tokens or cuts cannot be used.
+    """
     config = load_experiment(options.config).data if options.config else DataConfig(max_duration_s=100.0)
     noise_cuts = read_cuts(options.noise_cuts).to_eager() if options.noise_cuts else None
     print(f"torch {torch.__version__}, batches of {config.max_duration_s:g} s")
@@ -194,15 +187,37 @@ def main() -> int:
         tokenizer = Tokenizer.load(options.tokens)
         for path in options.cuts:
             report(str(path), Source(path, tokenizer, config, noise_cuts), options)
-        return 0
+        return
     with tempfile.TemporaryDirectory() as directory:
         corpus, tokenizer = made_corpus(Path(directory), options.utterances), train_tokenizer(WORDS, "word")
         for name, form in FORMS.items():
             out = Path(directory, name)
             path = prepare_cuts(corpus, out, speed_perturb=False, shuffle=True, num_jobs=1, **form)
             report(name, Source(path, tokenizer, config, noise_cuts), options)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cuts", nargs="+", type=Path, help="manifests or directories of shards (default: made)")
+    parser.add_argument("--tokens", type=Path, help="directory that 'prepare tokens' wrote, for --cuts")
+    parser.add_argument("--noise-cuts", type=Path, help="cuts of noise to mix in (default: none)")
+    parser.add_argument("--config", type=Path, help="YAML file of the experiment (default: batches of 100 s)")
+    parser.add_argument("--workers", nargs="*", type=positive, default=[1, 2], help="how many to try (default: 1 2)")
+    parser.add_argument("--batches", type=positive, default=20, help="batches to time (default: 20)")
+    parser.add_argument("--utterances", type=positive, default=200, help="to make (default: 200)")
+    parser.add_argument("--needed", type=float, default=10000.0, help="seconds of audio a second (default: 10000)")
+    options = parser.parse_args()
+    if options.cuts and not options.tokens:
+        parser.error("--cuts needs --tokens")
+    torch.set_num_threads(1)
+    try:
+        measure(options)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -10,6 +10,7 @@ short training run of all processes is compared with that of a single one, whose
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from ssm_asr.config import Experiment, load_experiment
 from ssm_asr.data.batches import shape_frames, shape_tokens
 from ssm_asr.encoder.schedule import set_batch_count
 from ssm_asr.optim import ScaledAdam
+from ssm_asr.program import positive, run
 from ssm_asr.train import PRECISIONS
 from ssm_asr.transducer.model import Transducer
 
@@ -159,11 +161,11 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="configuration of the experiment (default: Zipformer M)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--precision", default="bf16", choices=PRECISIONS, help="default: bf16")
-    parser.add_argument("--utterances", type=int, default=40, help="in the batch of a process (default: 40)")
+    parser.add_argument("--utterances", type=positive, default=40, help="in the batch of a process (default: 40)")
     parser.add_argument("--seconds", type=float, default=15.0, help="of the longest utterance (default: 15)")
-    parser.add_argument("--vocab-size", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=20, help="of the runs that are compared (default: 20)")
-    parser.add_argument("--repeats", type=int, default=10, help="the median counts (default: 10)")
+    parser.add_argument("--vocab-size", type=positive, default=500)
+    parser.add_argument("--steps", type=positive, default=20, help="of the runs that are compared (default: 20)")
+    parser.add_argument("--repeats", type=positive, default=10, help="the median counts (default: 10)")
     options = parser.parse_args()
     try:
         place = distributed.join(options.device)
@@ -201,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

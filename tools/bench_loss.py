@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ssm_asr.program import positive, run
 from ssm_asr.transducer import pruned_loss
 
 PEERS = ("k2", "fast_rnnt")
@@ -176,7 +177,7 @@ def make_step(case: Case, library: str) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="steps timed of each side (default: 5)")
+    parser.add_argument("--repeats", type=positive, default=5, help="steps timed of each side (default: 5)")
     parser.add_argument("--joiner-dim", type=int, default=512, help="of the joiner (default: 512)")
     parser.add_argument("--flush-denormal", action="store_true", help="let the CPU take denormal numbers for zero")
     options = parser.parse_args()
@@ -194,4 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

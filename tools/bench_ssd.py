@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_asr.program import positive, run
 from ssm_asr.ssm.mamba2 import ssd, ssd_chunked, ssd_recurrent
 
 HEADS = 16
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("--sides", default="kernels,chunked,mamba_ssm", help="which to time (default: all)")
     parser.add_argument("--states", type=int, nargs="+", default=[16, 32, 64, 128], help="N to time (default: all)")
     parser.add_argument("--peer-states", type=int, nargs="+", default=[16, 128], help="N to time the peer at")
-    parser.add_argument("--batch-size", type=int, default=40, help="utterances of 15 s (default: 40)")
+    parser.add_argument("--batch-size", type=positive, default=40, help="utterances of 15 s (default: 40)")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here")
@@ -158,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -25,6 +25,7 @@ from ssm_asr import units
 from ssm_asr.config import Experiment, load_experiment
 from ssm_asr.exporting.onnx_files import PRECISIONS, convert, file_name, write_onnx
 from ssm_asr.exporting.parts import decoder, joiner, packed_encoder
+from ssm_asr.program import positive, run
 from ssm_asr.search.recognizer import streaming_context
 from ssm_asr.transducer.model import Transducer
 
@@ -114,6 +115,11 @@ def number_list(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def positive_list(text: str) -> list[int]:
+    """The same from 1 on."""
+    return [positive(part) for part in text.split(",")]
+
+
 def left_contexts(experiment: Experiment, chunk: int, asked: list[int]) -> list[int]:
     """Those to measure: none but 0 for a model that was trained without."""
     encoder = experiment.model.encoder
@@ -128,10 +134,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--left", type=number_list, default="64,128,256", help="left contexts in frames of 20 ms (default: 64,128,256)"
     )
-    parser.add_argument("--streams", type=number_list, default="1,8,32,128", help="at once (default: 1,8,32,128)")
+    parser.add_argument("--streams", type=positive_list, default="1,8,32,128", help="at once (default: 1,8,32,128)")
     parser.add_argument("--chunk", type=int, default=16, help="frames of 20 ms (default: 16, which is 320 ms)")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="default: fp32")
-    parser.add_argument("--vocab-size", type=int, default=500, help="tokens (default: 500)")
+    parser.add_argument("--vocab-size", type=positive, default=500, help="tokens (default: 500)")
     parser.add_argument("--seconds", type=float, default=15.0, help="time for each row (default: 15)")
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)  # the process that measures one row
     options = parser.parse_args(arguments)
@@ -170,4 +176,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

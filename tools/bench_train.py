@@ -31,6 +31,7 @@ from ssm_asr.data.batches import shape_frames, shape_tokens
 from ssm_asr.encoder.schedule import set_batch_count
 from ssm_asr.encoder.zipformer import ZipformerConfig
 from ssm_asr.optim import ScaledAdam
+from ssm_asr.program import positive, run
 from ssm_asr.transducer.model import ModelConfig, Transducer
 
 TINY: dict[str, Any] = dict(
@@ -317,11 +318,11 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, help="(default: m; on a CPU tiny)")
     parser.add_argument("--variant", default="zipformer", choices=VARIANTS, help="the peer is a zipformer")
     parser.add_argument("--precision", choices=("float32", "bf16", "fp16"), help="(default: bf16; on a CPU float32)")
-    parser.add_argument("--vocab-size", type=int, default=500)
+    parser.add_argument("--vocab-size", type=positive, default=500)
     parser.add_argument("--sides", help="of peer, plain and graphs, which to time (default: all; on a CPU not graphs)")
     parser.add_argument("--peer", type=Path, help="folder of the package zipformer (default: where it is installed)")
     parser.add_argument("--batch-scale", type=float, help="share of the 600 s a batch (default: 1; on a CPU 0.02)")
-    parser.add_argument("--repeats", type=int, default=5, help="the median counts (default: 5)")
+    parser.add_argument("--repeats", type=positive, default=5, help="the median counts (default: 5)")
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"what to time, of {', '.join(KINDS)} (default: all)")
     parser.add_argument("--shapes", default="fixed,mix", help="fixed and mix, or one of them (default: both)")
     parser.add_argument("--kernels", type=Path, help="write here where the GPU's time goes, kernel by kernel")
@@ -375,4 +376,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -19,6 +19,7 @@ try:
 except ImportError:
     sys.exit("check_k2.py: k2 is not installed here; tools/check_k2.sh makes an environment that has it")
 
+from ssm_asr.program import positive, run
 from ssm_asr.transducer import pruned_loss
 
 RNNT_TYPES = ("regular", "modified", "constrained")
@@ -138,7 +139,7 @@ def compare(batch: Batch, rnnt_type: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=20, help="of each type (default: 20)")
+    parser.add_argument("--batches", type=positive, default=20, help="of each type (default: 20)")
     args = parser.parse_args()
 
     worst: dict[Row, float] = defaultdict(float)
@@ -163,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

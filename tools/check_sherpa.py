@@ -26,6 +26,7 @@ from ssm_asr.config import load_experiment
 from ssm_asr.data.filtering import text_of
 from ssm_asr.decode import read_test_cuts, scoring_unit
 from ssm_asr.exporting.onnx_files import PRECISIONS, file_name
+from ssm_asr.program import positive, run
 from ssm_asr.scoring import paired_bootstrap, score
 from ssm_asr.search.recognizer import StreamingRecognizer
 
@@ -231,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="files to check (default: fp32)"
     )
-    parser.add_argument("--streams", type=int, default=8, help="streams at once (default: 8)")
+    parser.add_argument("--streams", type=positive, default=8, help="streams at once (default: 8)")
     parser.add_argument("--limit", type=int, default=0, help="first so many utterances; 0 is all (default: 0)")
     parser.add_argument(
         "--hours", type=float, default=0.0, help="length of the long stream; 0 has each utterance once (default: 0)"
@@ -259,4 +260,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

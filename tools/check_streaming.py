@@ -16,6 +16,7 @@ from ssm_asr.checkpoint import load_model
 from ssm_asr.data.batches import load_features
 from ssm_asr.data.store import read_cuts
 from ssm_asr.distributed import find_device
+from ssm_asr.program import run
 from ssm_asr.search.recognizer import encode_as_streamed, encode_by_chunks, streaming_context
 from ssm_asr.transducer.model import Transducer
 
@@ -84,4 +85,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

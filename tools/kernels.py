@@ -36,6 +36,7 @@ from ssm_asr.compare import figures
 from ssm_asr.compare.tables import Table, markdown
 from ssm_asr.encoder.conformer import ConformerConfig, ConvolutionModule
 from ssm_asr.encoder.mixer import ConvMixer, DropInMixer, Mixer
+from ssm_asr.program import run
 from ssm_asr.results import SUMMARY, rate_text
 from ssm_asr.ssm.analysis import (
     Array,
@@ -368,4 +369,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -18,10 +18,11 @@ from lhotse import CutSet
 from tqdm import tqdm
 
 from ssm_asr import units
-from ssm_asr.checkpoint import CheckpointError, load_model
+from ssm_asr.checkpoint import load_model
 from ssm_asr.data.filtering import text_of
 from ssm_asr.data.store import read_cuts
 from ssm_asr.decode import scoring_unit
+from ssm_asr.program import run
 from ssm_asr.scoring import Score, bootstrap_interval, score
 from ssm_asr.search.recognizer import StreamingRecognizer
 from ssm_asr.stream import Timing, recognise
@@ -71,28 +72,28 @@ def main() -> int:
     parser.add_argument("--left", type=int, help="left context, frames of 20 ms (default: the checkpoint's)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    cuts = read_cuts(options.cuts).to_eager()
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.joins):
         parser.error(f"--joins {options.joins}: give numbers from 1 on, with commas between them")
     counts = [int(text) for text in options.joins.split(",")]
     pauses = [(count, pause) for count in counts for pause in (0.0, options.silence_s) if count > 2 or not pause]
     rows = []
-    for path in options.checkpoint:
-        try:
+    try:
+        cuts = read_cuts(options.cuts).to_eager()
+        for path in options.checkpoint:
             loaded = load_model(path)
-        except CheckpointError as error:
-            print(error, file=sys.stderr)
-            return 2
-        recognizer = StreamingRecognizer(loaded, options.chunk, options.left)
-        unit, name = scoring_unit(loaded, None), f"{path.parent.name}/{path.stem}"
-        for count, pause in tqdm(pauses, desc=name, unit="length"):
-            result, length_s = measure(recognizer, cuts, count, pause, unit)
-            low, high = bootstrap_interval(result.errors_U, result.totals_U)
-            rows.append(
-                f"| {name} | {count} | {length_s:.0f} | {pause:g} "
-                f"| {100 * result.rate:.2f} [{100 * low:.2f}, {100 * high:.2f}] "
-                f"| {result.substitutions} / {result.deletions} / {result.insertions} |"
-            )
+            recognizer = StreamingRecognizer(loaded, options.chunk, options.left)
+            unit, name = scoring_unit(loaded, None), f"{path.parent.name}/{path.stem}"
+            for count, pause in tqdm(pauses, desc=name, unit="length"):
+                result, length_s = measure(recognizer, cuts, count, pause, unit)
+                low, high = bootstrap_interval(result.errors_U, result.totals_U)
+                rows.append(
+                    f"| {name} | {count} | {length_s:.0f} | {pause:g} "
+                    f"| {100 * result.rate:.2f} [{100 * low:.2f}, {100 * high:.2f}] "
+                    f"| {result.substitutions} / {result.deletions} / {result.insertions} |"
+                )
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     print("| model | joined | mean length s | pauses s | error rate % [95 %] | sub / del / ins |")
     print("|" + "---|" * 6)
     print("\n".join(rows))
@@ -100,4 +101,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

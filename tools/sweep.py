@@ -44,7 +44,7 @@ from matplotlib.ticker import EngFormatter, NullLocator
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ssm_asr import average, decode, train
+from ssm_asr import average, decode, program, train
 from ssm_asr.compare import figures
 from ssm_asr.compare.cells import current_commit
 from ssm_asr.compare.tables import Table, markdown
@@ -192,9 +192,9 @@ def work(run: Run) -> None:
     with open(run.directory / "log.txt", "ab") as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
-    for program, arguments in run.commands:
-        print(f"$ python -m ssm_asr.{program} {shlex.join(arguments)}", flush=True)
-        code = PROGRAMS[program](arguments)
+    for verb, arguments in run.commands:
+        print(f"$ python -m ssm_asr.{verb} {shlex.join(arguments)}", flush=True)
+        code = PROGRAMS[verb](arguments)
         if code:
             sys.exit(code)
 
@@ -443,4 +443,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program.run(main))

@@ -27,6 +27,7 @@ from transcripts import MODES, transcribe
 from ssm_asr.data.features import AudioError, load_samples
 from ssm_asr.data.parallel import parallel_map
 from ssm_asr.data.report import Report
+from ssm_asr.program import run
 
 JOIN_UP_TO_S, JOIN_GAP_S = 10.0, 1.0
 MAX_LINES_SHOWN = 20
@@ -229,4 +230,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

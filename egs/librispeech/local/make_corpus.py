@@ -27,6 +27,7 @@ from scipy.signal import resample_poly
 from tqdm import tqdm
 
 from ssm_asr.data.made import is_made, making
+from ssm_asr.program import run
 from ssm_asr.units import SAMPLE_RATE_HZ
 
 DIRECTORIES = {"train": "train-clean-5", "dev": "dev-clean-2", "test": "test-clean"}
@@ -211,4 +212,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    make_corpus(parse_args())
+    sys.exit(run(lambda: make_corpus(parse_args())))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ssm_asr.data.features import AudioError, load_samples
 from ssm_asr.data.report import Report
+from ssm_asr.program import run
 
 PARTS = sorted((*LIBRISPEECH, *MINI_LIBRISPEECH))
 
@@ -131,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))
