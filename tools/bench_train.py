@@ -343,7 +343,7 @@ def main() -> None:
     folder = options.peer
     if "peer" in wanted:
         spec = None if folder else importlib.util.find_spec("zipformer")
-        folder = folder or (spec and spec.origin and Path(spec.origin).parent)
+        folder = folder or next((Path(path) for path in (spec and spec.submodule_search_locations) or ()), None)
         if not folder or not Path(folder).is_dir():
             what = f"--peer {folder}: no such folder" if folder else "the package zipformer is not installed"
             parser.error(f"{what}; pip install --no-deps zipformer==0.1.3, or leave peer out of --sides")
