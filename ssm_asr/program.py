@@ -1,6 +1,7 @@
 """What programs share: counts as arguments, and how they end, in one line where a file is wrong or on Ctrl-C."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 
@@ -9,9 +10,22 @@ from ssm_asr.data.features import CutError
 
 def positive(text: str) -> int:
     """A type of arguments: whole numbers from 1 on."""
-    if not text.isdecimal() or int(text) == 0:
+    if not re.fullmatch(r"[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"{text}: give a whole number, 1 or more")
     return int(text)
+
+
+def positives(text: str) -> list[int]:
+    """The same with commas between them."""
+    return [positive(part) for part in text.split(",")]
+
+
+def numbers(text: str) -> list[int]:
+    """Any whole numbers with commas between them."""
+    return [int(part) for part in text.split(",")]
+
+
+numbers.__name__ = "list of numbers"  # in the message of argparse
 
 
 def run(main: Callable[[], int | None]) -> int:

@@ -44,7 +44,7 @@ from ssm_asr.transducer.model import Losses, Transducer
 REFERENCE_BATCH_S = 600.0
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_BAD_BATCHES = 20  # in a row, after which training has diverged
-LEAST_LOSS_SCALE = 1e-5  # of fp16; each step without a finite gradient halves it
+LEAST_LOSS_SCALE = 1e-5  # of fp16
 
 
 class Trainer:
@@ -261,19 +261,22 @@ class Trainer:
         values["optim/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         values |= {f"optim/{name}": value for name, value in self.optimizer.statistics().items()}
         values |= {f"count/{name}": self.progress[name] for name in ("skipped_utterances", "bad_batches")}
-        self._look_at_gradients(int(values.get("optim/nonfinite_steps", 0)))
         if self.scaler.is_enabled():
             values["optim/loss_scale"] = self.scaler.get_scale()
-            if values["optim/loss_scale"] < LEAST_LOSS_SCALE:
-                raise SystemExit(
-                    f"{self.exp_dir}: gradients overflow fp16, of losses multiplied by {LEAST_LOSS_SCALE:g}, too; "
-                    "use train.precision=bf16, or lower optim.base_lr"
-                )
+        self._look_at_gradients(int(values.get("optim/nonfinite_steps", 0)), values.get("optim/loss_scale", 1.0))
         bar.set_postfix_str(f"epoch {self.progress['epoch']}, loss {values['train/loss']:.3f}")
         self._write(values)
 
-    def _look_at_gradients(self, skipped: int) -> None:
-        """Gives up when no step has been made for long, for want of a finite gradient; `skipped` of all steps."""
+    def _look_at_gradients(self, skipped: int, loss_scale: float) -> None:
+        """Gives up when no step has been made for long, for want of a finite gradient; `skipped` of all steps.
+
+        In fp16 such steps do not come to the optimiser, which counts them, but halve the scale of the losses.
+        """
+        if loss_scale < LEAST_LOSS_SCALE:
+            raise SystemExit(
+                f"{self.exp_dir}: gradients overflow fp16, of losses multiplied by {LEAST_LOSS_SCALE:g}, too; "
+                "use train.precision=bf16, or lower optim.base_lr"
+            )
         batch, (steps, since) = self.progress["batch"], self.last_steps
         if batch - skipped > steps:
             self.last_steps = batch - skipped, batch

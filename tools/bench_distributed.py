@@ -144,12 +144,12 @@ def difference(one: Tensor, other: Tensor) -> float:
     return float((other - one).norm() / one.norm())
 
 
-def time_ms(run: Callable[[Data], None], batch: Data, place: distributed.Place, repeats: int) -> float:
+def time_ms(step: Callable[[Data], None], batch: Data, place: distributed.Place, repeats: int) -> float:
     """Median time of a step; the three before are for captures."""
     times_ms = []
     for _ in tqdm(range(repeats + 3), "time", leave=False, disable=place.rank > 0 or None):
         start = time.perf_counter()
-        run(batch)
+        step(batch)
         if place.device.type == "cuda":
             torch.cuda.synchronize()
         times_ms.append((time.perf_counter() - start) * 1000)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_asr.distributed import find_device
 from ssm_asr.program import positive, run
 from ssm_asr.ssm.mamba2 import ssd, ssd_chunked, ssd_recurrent
 
@@ -127,8 +128,10 @@ def main() -> None:
     parser.add_argument("--peer-states", type=int, nargs="+", default=[16, 128], help="N to time the peer at")
     parser.add_argument("--batch-size", type=positive, default=40, help="utterances of 15 s (default: 40)")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("PyTorch sees no GPU here")
+    try:
+        find_device("cuda")
+    except ValueError as missing:
+        parser.error(str(missing))
     sides: dict[str, Operation] = {"kernels": ssd, "chunked": ssd_chunked}
     if options.peer:
         sides["mamba_ssm"] = peer_operation(options.peer)

@@ -25,7 +25,7 @@ from ssm_asr import units
 from ssm_asr.config import Experiment, load_experiment
 from ssm_asr.exporting.onnx_files import PRECISIONS, convert, file_name, write_onnx
 from ssm_asr.exporting.parts import decoder, joiner, packed_encoder
-from ssm_asr.program import positive, run
+from ssm_asr.program import numbers, positive, positives, run
 from ssm_asr.search.recognizer import streaming_context
 from ssm_asr.transducer.model import Transducer
 
@@ -110,16 +110,6 @@ def measure(directory: Path, options: argparse.Namespace, precision: str, chunk:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def number_list(text: str) -> list[int]:
-    """Numbers with commas between them."""
-    return [int(part) for part in text.split(",")]
-
-
-def positive_list(text: str) -> list[int]:
-    """The same from 1 on."""
-    return [positive(part) for part in text.split(",")]
-
-
 def left_contexts(experiment: Experiment, chunk: int, asked: list[int]) -> list[int]:
     """Those to measure: none but 0 for a model that was trained without."""
     encoder = experiment.model.encoder
@@ -132,9 +122,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", type=Path, default=CONFIGS, help="default: sammo_m and zipformer_m")
     parser.add_argument(
-        "--left", type=number_list, default="64,128,256", help="left contexts in frames of 20 ms (default: 64,128,256)"
+        "--left", type=numbers, default="64,128,256", help="left contexts in frames of 20 ms (default: 64,128,256)"
     )
-    parser.add_argument("--streams", type=positive_list, default="1,8,32,128", help="at once (default: 1,8,32,128)")
+    parser.add_argument("--streams", type=positives, default="1,8,32,128", help="at once (default: 1,8,32,128)")
     parser.add_argument("--chunk", type=int, default=16, help="frames of 20 ms (default: 16, which is 320 ms)")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="default: fp32")
     parser.add_argument("--vocab-size", type=positive, default=500, help="tokens (default: 500)")

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ssm_asr import units
 from ssm_asr.data.batches import shape_frames, shape_tokens
+from ssm_asr.distributed import find_device
 from ssm_asr.encoder.schedule import set_batch_count
 from ssm_asr.encoder.zipformer import ZipformerConfig
 from ssm_asr.optim import ScaledAdam
@@ -45,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {"zipformer": {}, "sammo": {"long_range": 
 FIXED = [(40, 15.0)] * 4
 MIX = [(150, 4.0), (85, 7.0), (54, 11.0), (46, 13.0), (40, 15.0), (40, 15.0), (37, 16.0), (37, 16.0)]
 KINDS = ("encoder_step", "loss", "training_step", "evaluation")
-# What is timed unless said. A CPU takes the peer in float32 alone, and one utterance a batch.
+# What is timed unless said. A CPU takes the peer in float32 alone.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"size": "m", "precision": "bf16", "sides": "peer,plain,graphs", "batch_scale": 1.0},
     "cpu": {"size": "tiny", "precision": "float32", "sides": "peer,plain", "batch_scale": 0.02},
@@ -314,7 +315,7 @@ def print_table(rows: list[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=DEFAULTS, help="(default: cuda where there is a GPU)")
+    parser.add_argument("--device", default="auto", choices=("auto", *DEFAULTS), help="(default: auto)")
     parser.add_argument("--size", choices=SIZES, help="(default: m; on a CPU tiny)")
     parser.add_argument("--variant", default="zipformer", choices=VARIANTS, help="the peer is a zipformer")
     parser.add_argument("--precision", choices=("float32", "bf16", "fp16"), help="(default: bf16; on a CPU float32)")
@@ -327,9 +328,10 @@ def main() -> None:
     parser.add_argument("--shapes", default="fixed,mix", help="fixed and mix, or one of them (default: both)")
     parser.add_argument("--kernels", type=Path, help="write here where the GPU's time goes, kernel by kernel")
     options = parser.parse_args()
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no GPU here; give --device cpu")
+    try:
+        options.device = find_device(options.device).type
+    except ValueError as error:
+        parser.error(str(error))
     for name, value in DEFAULTS[options.device].items():
         if getattr(options, name) is None:
             setattr(options, name, value)

@@ -16,7 +16,7 @@ from ssm_asr.checkpoint import load_model
 from ssm_asr.data.batches import load_features
 from ssm_asr.data.store import read_cuts
 from ssm_asr.distributed import find_device
-from ssm_asr.program import run
+from ssm_asr.program import numbers, run
 from ssm_asr.search.recognizer import encode_as_streamed, encode_by_chunks, streaming_context
 from ssm_asr.transducer.model import Transducer
 
@@ -44,18 +44,13 @@ def worst_difference(
     return worst, largest
 
 
-def chunk_list(text: str) -> list[int]:
-    """Numbers with commas between them."""
-    return [int(part) for part in text.split(",")]
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint of a causal model")
     parser.add_argument("--cuts", required=True, type=Path, help="lhotse cuts")
     parser.add_argument(
-        "--chunks", type=chunk_list, default="8,16,32,64,128", help="in frames of 20 ms (default: 8,16,32,64,128)"
+        "--chunks", type=numbers, default="8,16,32,64,128", help="in frames of 20 ms (default: 8,16,32,64,128)"
     )
     parser.add_argument("--left", type=int, default=64, help="left context in frames of 20 ms (default: 64)")
     parser.add_argument("--limit", type=int, default=20, help="first so many utterances; 0 is all (default: 20)")

@@ -7,7 +7,6 @@ that is never reset. Prints a Markdown table, a row a model and length; a model 
 
 import argparse
 import random
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from ssm_asr.checkpoint import load_model
 from ssm_asr.data.filtering import text_of
 from ssm_asr.data.store import read_cuts
 from ssm_asr.decode import scoring_unit
-from ssm_asr.program import run
+from ssm_asr.program import positives, run
 from ssm_asr.scoring import Score, bootstrap_interval, score
 from ssm_asr.search.recognizer import StreamingRecognizer
 from ssm_asr.stream import Timing, recognise
@@ -66,16 +65,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, nargs="+", type=Path, help="checkpoints to compare")
     parser.add_argument("--cuts", required=True, type=Path, help="lhotse cuts with audio and transcripts")
-    parser.add_argument("--joins", default="1,2,5,10,30", help="utterances joined (default: 1,2,5,10,30)")
+    parser.add_argument(
+        "--joins", type=positives, default="1,2,5,10,30", help="utterances joined (default: 1,2,5,10,30)"
+    )
     parser.add_argument("--silence-s", type=float, default=10.0, help="pause at every second joint (default: 10)")
     parser.add_argument("--chunk", type=int, help="frames of 20 ms (default: the checkpoint's)")
     parser.add_argument("--left", type=int, help="left context, frames of 20 ms (default: the checkpoint's)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.joins):
-        parser.error(f"--joins {options.joins}: give numbers from 1 on, with commas between them")
-    counts = [int(text) for text in options.joins.split(",")]
-    pauses = [(count, pause) for count in counts for pause in (0.0, options.silence_s) if count > 2 or not pause]
+    pauses = [(count, pause) for count in options.joins for pause in (0.0, options.silence_s) if count > 2 or not pause]
     rows = []
     try:
         cuts = read_cuts(options.cuts).to_eager()

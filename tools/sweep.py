@@ -395,7 +395,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--noise-cuts", type=Path, help="lhotse cuts of noise to mix in (default: none)")
     parser.add_argument("--tokens", required=True, type=Path, help="directory that 'prepare tokens' wrote")
     parser.add_argument("--out", required=True, type=Path, help="directory for the experiment directories and tables")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each (default: 1)")
+    parser.add_argument("--jobs", type=program.positive, default=1, help="runs at a time, one thread each (default: 1)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda, which runs share (default: auto)")
     parser.add_argument("--table-only", action="store_true", help="train nothing, tabulate what is there")
     return parser.parse_args(arguments)

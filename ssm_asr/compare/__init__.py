@@ -21,6 +21,7 @@ from ssm_asr.compare import cells, figures, page, tables
 from ssm_asr.compare.cells import Model, Row
 from ssm_asr.compare.significance import compare_models
 from ssm_asr.distributed import find_device
+from ssm_asr.program import numbers
 
 CAPTIONS = (
     "Error rate against chunk width. Bars are 95 % bootstrap intervals over utterances; what belongs to one chunk "
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         models = cells.load_models(options.checkpoints, options.names, options.unit)
         sets = cells.load_test_sets(options.cuts, options.limit)
-        planned = cells.plan(models, sets, options.chunks, options.left, device)
+        planned = cells.plan(models, sets, sorted(set(options.chunks)), sorted(set(options.left)), device)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -104,13 +105,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, type=Path, help="directory for the results")
     parser.add_argument(
         "--chunks",
-        type=_numbers,
+        type=numbers,
         default="160,320,640,1280,2560",
         help="chunk widths in ms (default: 160,320,640,1280,2560)",
     )
     parser.add_argument(
         "--left",
-        type=_numbers,
+        type=numbers,
         default="64,128,256",
         help="left contexts in frames of 20 ms, for models trained with one (default: 64,128,256)",
     )
@@ -120,11 +121,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="cells decoded at the same time (default: 1)")
     parser.add_argument("--note", default="", help="a line to put on top of the report, such as what the speech is")
     return parser
-
-
-def _numbers(text: str) -> list[int]:
-    """Numbers with commas between them, in order and each once."""
-    return sorted({int(part) for part in text.split(",")})
-
-
-_numbers.__name__ = "list of numbers"  # in the message of argparse
