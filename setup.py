@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 setup(
     name="ssm-asr",
-    version="0.1.0",
+    version="0.2.0",
     description="Streaming speech-recognition recipes: Zipformer and state-space encoders, pruned RNN-T",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -18,7 +18,6 @@ from typing import Any
 import yaml
 
 from ssm_asr.data.config import DataConfig
-from ssm_asr.encoder.weight_noise import WeightNoiseConfig
 from ssm_asr.transducer.model import ModelConfig
 
 
@@ -63,6 +62,25 @@ class OptimConfig:
     warmup_batches: int = 500
     clipping_scale: float = 2.0
     ssm_lr_scale: float = 0.1  # of the few parameters that set the dynamics of state-space models
+
+
+@dataclass
+class WeightNoiseConfig:
+    """How much noise, from when on, and on which weights. Common: 0.075 on the predictor, once training is stable."""
+
+    deviation: float = 0.0  # of the noise, the same for all weights; 0: off
+    from_batch: int = 0  # batches trained before it begins
+    # Whose weights: the parts of the model, or any beginnings of parameter names. The predictor is named "decoder".
+    parts: tuple[str, ...] = ("decoder",)
+
+    def __post_init__(self) -> None:
+        for name, value in (("deviation", self.deviation), ("from_batch", self.from_batch)):
+            if value < 0:
+                raise ValueError(f"train.weight_noise.{name} is {value}; give 0 or more")
+
+    def deviation_at(self, batch: int) -> float:
+        """That of the next batch, after so many."""
+        return self.deviation if batch >= self.from_batch else 0.0
 
 
 @dataclass

@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 from ssm_asr.config import load_experiment
 from ssm_asr.data.batches import shape_frames, shape_tokens
 from ssm_asr.encoder.schedule import Draws, set_batch_count
-from ssm_asr.ssm import kernels
+from ssm_asr.ops import dispatch
 from ssm_asr.transducer.model import Transducer
 
 VOCAB_SIZE = 64
@@ -45,7 +45,7 @@ def main() -> None:
         asked.add((f"{self.__module__}.{self.__name__}", *(f"{n}: {x}" for n, x in {**kinds, **values}.items())))
 
     JITFunction.run = record
-    kernels.usable = lambda x: True
+    dispatch.usable = lambda x: True
     torch.manual_seed(0)
     experiment = load_experiment(config)
     model = Transducer(experiment.model, VOCAB_SIZE)

@@ -1,4 +1,4 @@
-"""Imports go one way: units -> ssm -> encoder -> transducer -> config -> checkpoint -> search -> exporting -> verbs."""
+"""Imports of ssm_asr go one way: units -> ops -> ssm -> encoder -> transducer -> config -> ... -> programs."""
 
 import ast
 from pathlib import Path
@@ -7,22 +7,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Each may import those before it; what stands aside may be imported from config on.
-SPINE = ("units", "ssm", "encoder", "transducer", "config", "checkpoint", "search", "exporting")
+# Each may import those before it.
+SPINE = ("units", "ops", "ssm", "encoder", "transducer", "config", "checkpoint", "search", "api")
+# Beside the spine: what each may import beside itself.
 ASIDE = {
-    "averaging": {"units"},
     "data": {"units"},
-    "distributed": {"units"},
-    "experiment_dir": {"units", "config", "checkpoint", "data"},
-    "optim": {"units", "ssm", "optim_kernels"},
-    "program": {"units", "data"},
-    "optim_kernels": {"units"},
-    "results": {"units", "scoring"},
-    "scoring": {"units"},
-    "stopping": {"units"},
+    "training": {*SPINE[: SPINE.index("search")], "data"},
+    "exporting": {*SPINE, "data"},
+    "evaluation": {*SPINE, "data", "exporting"},
 }
-# Programs, the only modules that parse arguments, with what `program` has for them all.
-VERBS = {"average", "compare", "decode", "describe", "export", "import_icefall", "prepare", "report", "stream", "train"}
+PROGRAMS = "cli"  # parse arguments, and may import everything
+# `python -m ssm_asr.VERB`: these import the programs and nothing else.
+SHIMS = {"__main__", "average", "compare", "decode", "describe", "export", "import_icefall", "prepare", "report"}
+SHIMS |= {"stream", "train"}
+OUTSIDE = ("egs", "tools", "benchmarks", "research", "recipes_lib", "tests")
 
 SOURCES = sorted((ROOT / "ssm_asr").rglob("*.py"))
 
@@ -34,14 +32,16 @@ def part_of(path: Path) -> str:
 
 def allowed(part: str) -> set[str]:
     """The parts of ssm_asr that a part may import, itself included."""
-    if part in VERBS:
-        return {*SPINE, *ASIDE, *VERBS}
+    if part == PROGRAMS:
+        return {*SPINE, *ASIDE, PROGRAMS}
+    if part in SHIMS:
+        return {PROGRAMS}
     if part in ASIDE:
         return {part, *ASIDE[part]}
     if part == "__init__":
-        return set()
+        return {"api"}
     before = {*SPINE[: SPINE.index(part) + 1]}
-    return before | ASIDE.keys() if "config" in before else before
+    return {*before, "data"} if "config" in before else before
 
 
 def imports(source: str) -> list[str]:
@@ -57,14 +57,14 @@ def imports(source: str) -> list[str]:
 
 
 def wrong_imports(part: str, source: str) -> list[str]:
-    """The imports of a part of ssm_asr that go up or aside, or parse arguments where only verbs may."""
+    """The imports of a part of ssm_asr that go up or aside, or that only some parts may have."""
     wrong = []
     for name in imports(source):
         package, _, rest = name.partition(".")
         if package == "ssm_asr":
             if rest.split(".")[0] not in allowed(part):
                 wrong.append(name)
-        elif package in ("egs", "tools") or (package == "argparse" and part not in {*VERBS, "program"}):
+        elif package in OUTSIDE or (package == "argparse" and part != PROGRAMS):
             wrong.append(name)
     return wrong
 
@@ -72,15 +72,35 @@ def wrong_imports(part: str, source: str) -> list[str]:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path: Path) -> None:
     part = part_of(path)
-    assert part in {"__init__", *SPINE, *ASIDE, *VERBS}, f"{part} is new: give it a place in {Path(__file__).name}"
+    assert part in {"__init__", PROGRAMS, *SPINE, *ASIDE, *SHIMS}, f"{part} is new: give it a place in this test"
     assert wrong_imports(part, path.read_text()) == []
 
 
-@pytest.mark.parametrize("folder", ["egs", "tools", "tests"])
+@pytest.mark.parametrize("path", sorted((ROOT / "ssm_asr" / "cli").glob("*.py")), ids=lambda path: path.name)
+def test_programs_do_not_import_one_another(path: Path) -> None:
+    shared = {"arguments", "program"}
+    for name in imports(path.read_text()):
+        if name.startswith("ssm_asr.cli."):
+            assert name.split(".")[2] in shared, name
+
+
+@pytest.mark.parametrize("folder", OUTSIDE)
 def test_nothing_imports_recipes_or_tools(folder: str) -> None:
     for path in (ROOT / folder).rglob("*.py"):
         for name in imports(path.read_text()):
-            assert name.split(".")[0] not in ("egs", "tools"), f"{path}: {name}"
+            package = name.split(".")[0]
+            assert package not in OUTSIDE or package == folder, f"{path}: {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_triton_is_in_the_kernels_alone(path: Path) -> None:
+    """And the kernels are known to the operations alone, which choose."""
+    is_op = path.parent.name == "ops"
+    for name in imports(path.read_text()):
+        if name.split(".")[0] == "triton":
+            assert is_op and path.stem.endswith("_kernel"), f"{path}: {name}"
+        if name.startswith("ssm_asr.ops.") and name.split(".")[2].endswith("_kernel"):
+            assert is_op, f"{path}: {name}"
 
 
 @pytest.mark.parametrize(
@@ -90,9 +110,10 @@ def test_nothing_imports_recipes_or_tools(folder: str) -> None:
         ("encoder", "import ssm_asr.data.features", ["ssm_asr.data.features"]),
         ("config", "from ssm_asr.data.features import Fbank", []),
         ("data", "from ssm_asr.data.tokens import A\nfrom ssm_asr.config import B", ["ssm_asr.config.B"]),
-        ("optim", "def f():\n    from ssm_asr.scoring import score", ["ssm_asr.scoring.score"]),
-        ("search", "import argparse, ssm_asr.decode", ["argparse", "ssm_asr.decode"]),
-        ("train", "import argparse\nfrom ssm_asr import optim\nfrom tools import x", ["tools.x"]),
+        ("ops", "def f():\n    from ssm_asr.encoder.state import leaves", ["ssm_asr.encoder.state.leaves"]),
+        ("search", "import argparse, ssm_asr.cli.decode", ["argparse", "ssm_asr.cli.decode"]),
+        ("cli", "import argparse\nfrom ssm_asr.training import optim\nfrom tools import x", ["tools.x"]),
+        ("train", "from ssm_asr.cli import start\nfrom ssm_asr.training import optim", ["ssm_asr.training.optim"]),
     ],
 )
 def test_wrong_imports_are_found(part: str, source: str, wrong: list[str]) -> None:

@@ -19,7 +19,7 @@ try:
 except ImportError:
     sys.exit("check_k2.py: k2 is not installed here; tools/check_k2.sh makes an environment that has it")
 
-from ssm_asr.program import positive, run
+from ssm_asr.cli.program import positive, run
 from ssm_asr.transducer import pruned_loss
 
 RNNT_TYPES = ("regular", "modified", "constrained")

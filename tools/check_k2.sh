@@ -10,7 +10,7 @@ Usage: tools/check_k2.sh [--venv DIR] [--bench]
 Fails where a function of the transducer loss differs from k2's. The environment takes 3.5 GB and some minutes.
 
   --venv DIR  make the environment in DIR, or use the one that is there (default: a temporary folder, removed)
-  --bench     also time both, with tools/bench_loss.py
+  --bench     also time both, with benchmarks/bench_loss.py
 
 PYTHON names the Python 3.11 to use (default: python3.11).
 USAGE
@@ -58,5 +58,5 @@ fi
 export PYTHONPATH="$root"
 "$venv/bin/python" "$root/tools/check_k2.py"
 if "$bench"; then
-    "$venv/bin/python" "$root/tools/bench_loss.py"
+    "$venv/bin/python" "$root/benchmarks/bench_loss.py"
 fi

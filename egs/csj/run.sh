@@ -2,7 +2,7 @@
 # CSJ, the Corpus of Spontaneous Japanese, from audio to character error rate; `bash run.sh --help` lists the options.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-source "$here/../../tools/asr_stages.sh"
+source "$here/../../recipes_lib/asr_stages.sh"
 
 asr_recipe "Prepares CSJ, trains a streaming transducer, and reports its character error rate." \
     "CSJ in the layout of its USB edition, with MORPH/ and WAV/; it is only read" \

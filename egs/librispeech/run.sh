@@ -2,7 +2,7 @@
 # LibriSpeech from audio to word error rate; `bash run.sh --help` lists the options.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-source "$here/../../tools/asr_stages.sh"
+source "$here/../../recipes_lib/asr_stages.sh"
 
 asr_recipe "Prepares LibriSpeech, trains a streaming transducer, and reports its word error rate." \
     "LibriSpeech or mini LibriSpeech, whichever parts are there" \

@@ -13,16 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ssm_asr.encoder.modules import Linear, scaled_linear
-from ssm_asr.encoder.regularize import (
-    Balancer,
-    Dropout,
-    Schedule,
-    Scheduled,
-    Whiten,
-    at_least_float32,
-    never,
-    penalize_large,
-)
+from ssm_asr.encoder.regularize import Balancer, Dropout, Schedule, Scheduled, Whiten, never, penalize_large
+from ssm_asr.ops.precision import at_least_float32
 
 MASKED_SCORE = -1000.0
 LARGE_SCORE, LARGE_SCORE_PENALTY = 25.0, 1e-4
@@ -183,7 +175,7 @@ class AttentionWeights(Scheduled):
             key_BKQ = torch.cat([keys_BLQ, key_BKQ], dim=1)
         skip, penalize = self.chance(self.pos_skip_rate), self.chance(0.1)
         if context.span_2BT is not None:
-            from ssm_asr.encoder.kernels.attention import attention_weights  # only where Triton is installed
+            from ssm_asr.ops.attention_kernel import attention_weights  # only where Triton is installed
 
             pos_key_HPX = self.linear_pos(pos_PE).reshape(-1, self.heads, self.pos_head_dim).transpose(0, 1)
             skip, penalize = (
@@ -245,7 +237,7 @@ class SelfAttention(nn.Module):
         B, T, _ = x_BTD.shape
         value_BKV = self.in_proj(x_BTD)
         if span_2BT is not None:
-            from ssm_asr.encoder.kernels.weighted_sums import weighted_sums  # only where Triton is installed
+            from ssm_asr.ops.weighted_sums_kernel import weighted_sums  # only where Triton is installed
 
             mixed = weighted_sums(weights_BHTK.to(value_BKV.dtype), value_BKV, span_2BT)
             return self.whiten(self.out_proj(mixed)), value_BKV
@@ -277,7 +269,7 @@ class NonlinAttention(Scheduled):
         x = self.whiten_x(x)
         settings = self.balance_gate.settings(gate)
         if settings is not None and gated_BLN is None:
-            from ssm_asr.encoder.kernels.gates import gated, mixed  # only where Triton is installed
+            from ssm_asr.ops.gates_kernel import gated, mixed  # only where Triton is installed
 
             gated_BKN = gated((x, gate), "tanh", None, settings, self.balance_gate.grad_scale)
             mixed_BTN = mixed(weights_BTK.to(gated_BKN.dtype), gated_BKN, self.chance(self.constant_rate))

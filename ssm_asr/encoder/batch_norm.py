@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ssm_asr.encoder.regularize import at_least_float32
+from ssm_asr.ops.precision import at_least_float32
 
 
 class MaskedBatchNorm(nn.Module):

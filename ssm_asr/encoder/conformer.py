@@ -26,7 +26,7 @@ from ssm_asr.encoder.attention import (
 from ssm_asr.encoder.batch_norm import MaskedBatchNorm
 from ssm_asr.encoder.checks import check_contexts, check_sizes
 from ssm_asr.encoder.mixer import MIXERS, make_mixer
-from ssm_asr.encoder.regularize import at_least_float32
+from ssm_asr.ops.precision import at_least_float32
 from ssm_asr.ssm.s4d import PARAMETERISATIONS
 
 # From 50 Hz, the rate of the front end, to 25 Hz.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ssm_asr.encoder.modules import Linear, SwooshR, scaled_linear
 from ssm_asr.encoder.regularize import Balancer, Schedule, Whiten
-from ssm_asr.ssm import kernels
-from ssm_asr.ssm.depthwise import depthwise
+from ssm_asr.ops import dispatch
+from ssm_asr.ops.depthwise import depthwise
 
 
 class ChunkCausalConv(nn.Module):
@@ -34,7 +34,7 @@ class ChunkCausalConv(nn.Module):
         """(B, D, T) -> (B, D, T); chunk is in frames, -1 for the whole sequence."""
         B, D, T = x_BDT.shape
         chunk = T if chunk < 0 else chunk
-        if kernels.usable(x_BDT):
+        if dispatch.usable(x_BDT):
             return self._by_kernel(x_BDT.transpose(1, 2), chunk).transpose(1, 2)
         causal_BDT = self.causal_conv(nn.functional.pad(x_BDT, (self.cached, 0)))
         n = -(-T // chunk)
@@ -50,7 +50,7 @@ class ChunkCausalConv(nn.Module):
         return out_BDC, x_padded[..., x_padded.shape[2] - self.cached :]
 
     def _by_kernel(self, x_BTD: Tensor, chunk: int) -> Tensor:
-        from ssm_asr.encoder.kernels.depthwise import chunk_causal_conv  # only where Triton is installed
+        from ssm_asr.ops.depthwise_kernel import chunk_causal_conv  # only where Triton is installed
 
         causal, inside = self.causal_conv, self.chunkwise_conv
         assert causal.bias is not None and inside.bias is not None
@@ -110,7 +110,7 @@ class ConvolutionModule(nn.Module):
         x_BTD, gate_BTD = both_BTE.chunk(2, dim=-1)
         settings = self.balance_gate.settings(gate_BTD)
         if settings is not None:
-            from ssm_asr.encoder.kernels.gates import gated  # only where Triton is installed
+            from ssm_asr.ops.gates_kernel import gated  # only where Triton is installed
 
             return gated(both_BTE, "sigmoid", padding_mask_BT, settings, self.balance_gate.grad_scale).transpose(1, 2)
         gated_BDT = (x_BTD * self.balance_gate(gate_BTD).sigmoid()).transpose(1, 2)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_asr.encoder.regularize import Balancer, Dropout, LimitParameter, Schedule, Value, Whiten
-from ssm_asr.ssm import kernels
+from ssm_asr.ops import dispatch
 
 
 def _swoosh(x: Tensor, shift: float, offset: float) -> Tensor:
@@ -46,8 +46,8 @@ class Swoosh(nn.Module):
             x = balancer(x)
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
             x = nn.functional.softplus(x - self.shift) - 0.08 * x - self.offset
-        elif kernels.usable(x):
-            from ssm_asr.encoder.kernels.elementwise import swoosh  # only where Triton is installed
+        elif dispatch.usable(x):
+            from ssm_asr.ops.swoosh_kernel import swoosh  # only where Triton is installed
 
             channel_dim, grad_scale = (1 if x.ndim == 4 and not x.is_contiguous() else -1), 0.0  # images: channels last
             if balancer is not None:
@@ -86,7 +86,7 @@ class _AddBias(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from ssm_asr.encoder.kernels.sums import column_sums  # only where Triton is installed
+        from ssm_asr.ops.sums_kernel import column_sums  # only where Triton is installed
 
         return grads[0], column_sums(grads[0], ctx.dtype)
 
@@ -97,7 +97,7 @@ def biased(layer: Callable[[Tensor | None], Tensor], x: Tensor, bias: Tensor | N
     Args:
         x: what the layer is applied to.
     """
-    if bias is None or not bias.requires_grad or not torch.is_grad_enabled() or not kernels.usable(x):
+    if bias is None or not bias.requires_grad or not torch.is_grad_enabled() or not dispatch.usable(x):
         return layer(bias)
     y: Tensor = _AddBias.apply(layer(bias.detach()), bias)
     return y
@@ -142,8 +142,8 @@ class BiasNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         settings = self.limit.settings(self.log_scale)
         log_scale = self.limit(self.log_scale) if settings is None else self.log_scale
-        if kernels.usable(x):
-            from ssm_asr.encoder.kernels.bias_norm import bias_norm  # only where Triton is installed
+        if dispatch.usable(x):
+            from ssm_asr.ops.bias_norm_kernel import bias_norm  # only where Triton is installed
 
             return bias_norm(x, self.bias, log_scale, settings)
         # x is float16 or bfloat16 under autocast, the bias never: the mean square is taken in the bias's precision.
@@ -166,11 +166,11 @@ class Bypass(nn.Module):
 
     def forward(self, orig_BTD: Tensor, new_BSD: Tensor, keep_B11: Tensor | None = None) -> Tensor:
         """(B, T, D) from S = T / factor frames, rounded up. Sequences for which `keep` is False skip the module."""
-        by_kernel = kernels.usable(orig_BTD) and orig_BTD.dtype == new_BSD.dtype
+        by_kernel = dispatch.usable(orig_BTD) and orig_BTD.dtype == new_BSD.dtype
         settings = self.limit.settings(self.bypass_scale) if by_kernel else None
         scale = self.limit(self.bypass_scale) if settings is None else self.bypass_scale
         if by_kernel:
-            from ssm_asr.encoder.kernels.layer import bypass  # only where Triton is installed
+            from ssm_asr.ops.residual_kernel import bypass  # only where Triton is installed
 
             return bypass(orig_BTD, new_BSD, scale, keep_B11, settings, self.factor)
         new_BTD = upsample(new_BSD, self.factor, orig_BTD.shape[1])
@@ -180,8 +180,8 @@ class Bypass(nn.Module):
 
 def add_masked(x_BTD: Tensor | None, y_BTD: Tensor, mask_B1D: Tensor | None) -> Tensor:
     """x + y·mask, the mask (B, 1, D) or (B, 1, 1); without x or without a mask the rest of it."""
-    if mask_B1D is not None and kernels.usable(y_BTD) and (x_BTD is None or x_BTD.dtype == y_BTD.dtype):
-        from ssm_asr.encoder.kernels import layer  # only where Triton is installed
+    if mask_B1D is not None and dispatch.usable(y_BTD) and (x_BTD is None or x_BTD.dtype == y_BTD.dtype):
+        from ssm_asr.ops import residual_kernel as layer  # only where Triton is installed
 
         return layer.add_masked(x_BTD, y_BTD, mask_B1D)
     y_BTD = y_BTD if mask_B1D is None else y_BTD * mask_B1D
@@ -190,8 +190,8 @@ def add_masked(x_BTD: Tensor | None, y_BTD: Tensor, mask_B1D: Tensor | None) -> 
 
 def fork(x: Tensor, branches: int) -> tuple[Tensor, ...]:
     """x for each of at most 5 users; on a GPU their gradients are added up at once."""
-    if kernels.usable(x) and x.requires_grad:
-        from ssm_asr.encoder.kernels import layer  # only where Triton is installed
+    if dispatch.usable(x) and x.requires_grad:
+        from ssm_asr.ops import residual_kernel as layer  # only where Triton is installed
 
         return layer.fork(x, branches)
     return (x,) * branches
@@ -226,8 +226,8 @@ class Downsample(nn.Module):
         self.bias = nn.Parameter(torch.zeros(factor))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        if kernels.usable(x_BTD) and self.factor & (self.factor - 1) == 0:
-            from ssm_asr.encoder.kernels.downsample import downsample  # only where Triton is installed
+        if dispatch.usable(x_BTD) and self.factor & (self.factor - 1) == 0:
+            from ssm_asr.ops.downsample_kernel import downsample  # only where Triton is installed
 
             return downsample(x_BTD, self.bias)
         missing = -x_BTD.shape[1] % self.factor

@@ -26,12 +26,8 @@ from ssm_asr.encoder.schedule import (
     present,
 )
 from ssm_asr.encoder.schedule import set_batch_count as set_batch_count  # for those who train
-from ssm_asr.ssm import kernels
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32 if it is in half precision, else as it is."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+from ssm_asr.ops import dispatch
+from ssm_asr.ops.precision import at_least_float32
 
 
 class _BalancerFunction(torch.autograd.Function):
@@ -84,7 +80,7 @@ class _BalancerKernel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from ssm_asr.encoder.kernels.elementwise import balance  # only where Triton is installed
+        from ssm_asr.ops.swoosh_kernel import balance  # only where Triton is installed
 
         (x,) = ctx.saved_tensors
         return balance(x, grads[0], ctx.settings, ctx.grad_scale, ctx.channel_dim), None, None, None
@@ -137,7 +133,7 @@ class Balancer(Scheduled):
 
     def settings(self, x: Tensor) -> Tensor | None:
         """The numbers for a kernel that balances x's gradient in the place of `forward`; None if none can."""
-        if self.draws is None or not self.training or not x.requires_grad or not kernels.usable(x):
+        if self.draws is None or not self.training or not x.requires_grad or not dispatch.usable(x):
             return None
         bounds = [(p, _mean_limit) for p in self.positive] + [(a, _rms_limit) for a in self.abs]
         return self.draws.numbers(self, (decision, self.prob, float), *((present, *bound) for bound in bounds))
@@ -199,7 +195,7 @@ class _WhitenKernel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from ssm_asr.encoder.kernels.whitening import whiten  # only where Triton is installed
+        from ssm_asr.ops.whitening_kernel import whiten  # only where Triton is installed
 
         (x,) = ctx.saved_tensors
         module: Whiten = ctx.module
@@ -233,7 +229,7 @@ class Whiten(Scheduled):
     def forward(self, x: Tensor) -> Tensor:
         if not x.requires_grad:
             return x
-        if self.draws is not None and self.training and kernels.usable(x):
+        if self.draws is not None and self.training and dispatch.usable(x):
             settings = self.draws.numbers(
                 self, (decision, self.prob, float), (decision, 0.1, float), (present, self.limit, float)
             )
@@ -315,7 +311,7 @@ class LimitParameter(Scheduled):
 
     def settings(self, parameter: Tensor) -> Tensor | None:
         """The numbers for a kernel that limits the gradient in the place of `forward`; None if none can."""
-        if self.draws is None or not self.training or not kernels.usable(parameter):
+        if self.draws is None or not self.training or not dispatch.usable(parameter):
             return None
         bounds = ((present, self.low, float), (present, self.high, float))
         return self.draws.numbers(self, (decision, self.prob, float), *bounds)
@@ -339,7 +335,7 @@ class Dropout(Scheduled):
 
     def numbers(self, x_BTD: Tensor) -> tuple[Tensor, Tensor] | None:
         """Uniform random numbers (B, 1, D) and the rate below which they drop, for a kernel; None if none can."""
-        if not self.training or self.shared_dim != 1 or x_BTD.ndim != 3 or not kernels.usable(x_BTD):
+        if not self.training or self.shared_dim != 1 or x_BTD.ndim != 3 or not dispatch.usable(x_BTD):
             return None
         rate = self.now(self.rate)
         return (self._uniform(x_BTD), rate) if isinstance(rate, Tensor) else None

@@ -11,26 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device; the host does not wait for what the device still has to do, as it would with x.to(device)."""
-    if device.type == "cuda" and not x.is_cuda:
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
-
-
-def to_host(x: Tensor) -> Callable[[], list[float]]:
-    """Begins to copy x; what it returns waits for that and gives the numbers, whatever the device has to do since."""
-    copy = x.detach().to("cpu", non_blocking=True, copy=True)
-    copied = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
-
-    def numbers() -> list[float]:
-        if copied is not None:
-            copied.synchronize()
-        values: list[float] = copy.tolist()
-        return values
-
-    return numbers
+from ssm_asr.ops.devices import to_device
 
 
 class Schedule:

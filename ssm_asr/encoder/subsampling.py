@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ssm_asr import units
 from ssm_asr.encoder.modules import BiasNorm, Linear, SwooshL, SwooshR, biased, linear, scale_parameters_
 from ssm_asr.encoder.regularize import Balancer, Dropout, ScaleGradient, Schedule, Scheduled, Value, Whiten, never
-from ssm_asr.ssm import kernels
+from ssm_asr.ops import dispatch
+from ssm_asr.ops.precision import autocast_dtype
 
 # Every encoder frame sees 3 frames of the ConvNeXt input to either side.
 LOOK_AHEAD = 3
@@ -21,15 +22,9 @@ LOOK_AHEAD = 3
 CHUNK_OVERLAP = 13
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The type that a convolution takes x in: that of autocast, where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def pointwise(conv: nn.Conv2d, x_BCTW: Tensor) -> Tensor:
     """A convolution with a kernel of one; on a GPU as a matrix product, which adds the bias without another pass."""
-    if not kernels.usable(x_BCTW):
+    if not dispatch.usable(x_BCTW):
         out_BCTW: Tensor = conv(x_BCTW)
         return out_BCTW
     x_BTWC = x_BCTW.permute(0, 2, 3, 1)
@@ -64,9 +59,9 @@ class ConvNeXt(Scheduled):
     def forward(self, x_BCTW: Tensor) -> Tensor:
         """(B, C, T, W) -> (B, C, T, W), zero-padded in time."""
         conv = self.depthwise_conv
-        if not kernels.usable(x_BCTW):
+        if not dispatch.usable(x_BCTW):
             return self._finish(x_BCTW, conv(x_BCTW))
-        from ssm_asr.encoder.kernels.depthwise2d import depthwise_conv  # only where Triton is installed
+        from ssm_asr.ops.depthwise2d_kernel import depthwise_conv  # only where Triton is installed
 
         assert conv.bias is not None
         return self._finish(x_BCTW, depthwise_conv(x_BCTW.to(autocast_dtype(x_BCTW)), conv.weight, conv.bias))
@@ -140,10 +135,10 @@ class ConvSubsampling(nn.Module):
 
     def _convolve(self, x_B1TF: Tensor) -> Tensor:
         """`self.conv`; on a GPU the balancers take part in the activations' kernels."""
-        if not kernels.usable(x_B1TF):
+        if not dispatch.usable(x_B1TF):
             out_BCTW: Tensor = self.conv(x_B1TF)
             return out_BCTW
-        from ssm_asr.encoder.kernels.first_conv import first_conv  # only where Triton is installed
+        from ssm_asr.ops.first_conv_kernel import first_conv  # only where Triton is installed
 
         conv1, scale, balance1, swoosh1, *rest = cast(list[Any], list(self.conv))
         if x_B1TF.requires_grad:
@@ -156,7 +151,7 @@ class ConvSubsampling(nn.Module):
         return x
 
     def _finish(self, x_BCTW: Tensor) -> Tensor:
-        if kernels.usable(x_BCTW):  # the weights in the order of channels-last memory, rather than x in theirs
+        if dispatch.usable(x_BCTW):  # the weights in the order of channels-last memory, rather than x in theirs
             weight = self.out.weight.unflatten(1, (self.channels, -1)).transpose(1, 2).flatten(1)
             x_BTD = linear(x_BCTW.permute(0, 2, 3, 1).flatten(2), weight, self.out.bias)
         else:

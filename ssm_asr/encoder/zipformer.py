@@ -30,7 +30,7 @@ from ssm_asr.encoder.checks import check_contexts, check_sizes
 from ssm_asr.encoder.convolution import ConvolutionModule
 from ssm_asr.encoder.modules import BiasNorm, Bypass, Downsample, FeedForward, add_masked, fork, set_channels
 from ssm_asr.encoder.regularize import Balancer, Schedule, Scheduled, Whiten, sequence_masks
-from ssm_asr.ssm import kernels
+from ssm_asr.ops import dispatch
 from ssm_asr.ssm.mamba2 import Mamba2
 
 DROPOUT = Schedule((0, 0.3), (20000, 0.1))
@@ -368,7 +368,7 @@ class Zipformer(Scheduled):
         """
         T, device = x_BTD.shape[1], x_BTD.device
         chunk_seen = chunk if self.config.causal else -1
-        span_2BT = visible_span(lens_B, T, chunk_seen, left_context) if kernels.usable(x_BTD) else None
+        span_2BT = visible_span(lens_B, T, chunk_seen, left_context) if dispatch.usable(x_BTD) else None
         context = Context(
             chunk_mask(T, chunk_seen, left_context, device) if span_2BT is None else None,
             torch.arange(T, device=device) >= lens_B[:, None],

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssm_asr.ssm import kernels
-from ssm_asr.ssm.depthwise import depthwise
+from ssm_asr.ops import dispatch
+from ssm_asr.ops.depthwise import depthwise
 
 # Longer blocks cost more inside, shorter ones between. On a CPU, for N = 16 to 128, forward and backward with blocks of
 # 16 and 32 frames take the same time within 20 %, with 64 frames 1.5 times as long, with 128 twice.
@@ -54,9 +54,9 @@ def ssd(
     inputs = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN)
     if x_BTHP.shape[1] <= RECURRENT_FRAMES:
         return ssd_recurrent(*inputs)
-    if kernels.usable(x_BTHP) and x_BTHP.dtype == torch.float32:
-        from ssm_asr.ssm.kernels.ssd import ssd_kernel  # only where Triton is installed
-        from ssm_asr.ssm.kernels.ssd_wide import ssd_wide
+    if dispatch.usable(x_BTHP) and x_BTHP.dtype == torch.float32:
+        from ssm_asr.ops.ssd_kernel import ssd_kernel  # only where Triton is installed
+        from ssm_asr.ops.ssd_wide_kernel import ssd_wide
 
         return (ssd_wide if B_BTGN.shape[3] >= WIDE_STATES else ssd_kernel)(*inputs, least_log_decay=LEAST_LOG_DECAY)
     return ssd_chunked(*inputs)
@@ -164,8 +164,8 @@ class GatedRMSNorm(nn.Module):
     def forward(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
         """(B, T, I), (B, T, I) -> (B, T, I), by a kernel in the type of z."""
         B, T, _ = y_BTI.shape
-        if kernels.usable(y_BTI) and y_BTI.dtype == torch.float32:
-            from ssm_asr.ssm.kernels.block import gated_norm  # only where Triton is installed
+        if dispatch.usable(y_BTI) and y_BTI.dtype == torch.float32:
+            from ssm_asr.ops.mamba_block_kernel import gated_norm  # only where Triton is installed
 
             return gated_norm(y_BTI, z_BTI, self.weight, self.groups, self.eps)
         gated = (y_BTI * functional.silu(z_BTI)).reshape(B, T, self.groups, -1)
@@ -243,8 +243,8 @@ class Mamba2(nn.Module):
         if u_BTD.shape[1] == 0:
             return u_BTD, state
         z_BTI, xBC_BTC, dt_BTH = self.in_proj(u_BTD).split([self.d_inner, self.conv_channels, self.nheads], dim=-1)
-        if fresh and kernels.usable(u_BTD) and state.ssm_BHPN.dtype == torch.float32:
-            from ssm_asr.ssm.kernels.block import convolve  # only where Triton is installed
+        if fresh and dispatch.usable(u_BTD) and state.ssm_BHPN.dtype == torch.float32:
+            from ssm_asr.ops.mamba_block_kernel import convolve  # only where Triton is installed
 
             assert self.conv1d.bias is not None
             conv_BCK = self._last_frames(xBC_BTC, padding_mask_BT).to(state.conv_BCK.dtype)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from ssm_asr import units
 from ssm_asr.encoder.attention import visible_left_context
 from ssm_asr.encoder.conformer import Conformer, ConformerConfig
-from ssm_asr.encoder.graphs import Graphs
 from ssm_asr.encoder.modules import scaled_linear
-from ssm_asr.encoder.schedule import to_device
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP, ConvSubsampling
 from ssm_asr.encoder.zipformer import DROPOUT, Zipformer, ZipformerConfig
+from ssm_asr.ops.devices import to_device
+from ssm_asr.training.graphs import Graphs
 from ssm_asr.transducer.predictor import PREDICTOR_GROUP, Joiner, Predictor
 from ssm_asr.transducer.pruned_loss import LatticeLosses, Lattices, available_backend, vocabulary_projection
 

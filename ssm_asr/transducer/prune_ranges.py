@@ -6,7 +6,7 @@ Shapes: B utterances, T frames, S symbols, U = S+1 rows of cells, R kept cells o
 import torch
 from torch import Tensor
 
-from ssm_asr.transducer.lattice import checked_boundary
+from ssm_asr.ops.lattice import checked_boundary
 
 
 def get_rnnt_prune_ranges(px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_range: int) -> Tensor:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssm_asr.encoder.modules import linear
-from ssm_asr.encoder.regularize import at_least_float32
-from ssm_asr.encoder.schedule import to_device
-from ssm_asr.ssm import kernels
-from ssm_asr.transducer.lattice import check_boundary
-from ssm_asr.transducer.log_probs import JoinerTerms
+from ssm_asr.ops import dispatch
+from ssm_asr.ops.devices import to_device
+from ssm_asr.ops.joiner_terms import JoinerTerms
+from ssm_asr.ops.lattice import check_boundary
+from ssm_asr.ops.precision import at_least_float32
 from ssm_asr.transducer.prune_ranges import window_length, window_starts
 from ssm_asr.transducer.rnnt_loss import (
     do_rnnt_pruning,
@@ -68,8 +68,8 @@ def vocabulary_projection(layer: nn.Linear, x: Tensor) -> Tensor:
     """layer(x), for the simple loss; on a GPU for fast products with further tokens, whose logits are -inf."""
     weight_VD: Tensor = layer.weight
     bias_V: Tensor = layer.bias
-    padding = -len(weight_VD) % kernels.MEMORY_LINE
-    if padding and kernels.usable(x) and _k2() is None:
+    padding = -len(weight_VD) % dispatch.MEMORY_LINE
+    if padding and dispatch.usable(x) and _k2() is None:
         weight_VD = functional.pad(weight_VD, (0, 0, 0, padding))
         bias_V = functional.pad(bias_V, (0, padding), value=-torch.inf)
     return linear(x, weight_VD, bias_V)

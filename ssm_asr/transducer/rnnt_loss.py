@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ssm_asr.encoder.regularize import at_least_float32
-from ssm_asr.ssm import kernels
-from ssm_asr.transducer.lattice import LatticeScore, checked_boundary, lattice_score
-from ssm_asr.transducer.log_probs import LogitTerms, SumJointTerms
+from ssm_asr.ops import dispatch
+from ssm_asr.ops.joiner_terms import LogitTerms, SumJointTerms
+from ssm_asr.ops.lattice import LatticeScore, checked_boundary, lattice_score
+from ssm_asr.ops.precision import at_least_float32
 from ssm_asr.transducer.prune_ranges import do_rnnt_pruning, get_rnnt_prune_ranges
 
 __all__ = [
@@ -168,8 +168,8 @@ def smoothed_terms(
 ) -> tuple[Tensor, Tensor]:
     """(symbol, blank) log-probabilities (B, T, U) of the simple joint, at least in float32; the last has no symbol."""
     half = {am_BTV.dtype, lm_BUV.dtype} <= {torch.float16, torch.bfloat16}
-    if half and am_scale == 0.0 and kernels.usable(am_BTV):
-        from ssm_asr.transducer.sum_joint_kernels import SmoothedTerms  # only where Triton is installed
+    if half and am_scale == 0.0 and dispatch.usable(am_BTV):
+        from ssm_asr.ops.sum_joint_kernel import SmoothedTerms  # only where Triton is installed
 
         return SmoothedTerms.apply(am_BTV, lm_BUV, symbols_BS, blank, lm_scale)
     lm_BUV, am_BTV = at_least_float32(lm_BUV), at_least_float32(am_BTV)

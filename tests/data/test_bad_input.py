@@ -13,7 +13,7 @@ import soundfile
 from lhotse import CutSet, Recording, SupervisionSegment
 from tones import tone
 
-from ssm_asr import prepare
+from ssm_asr.cli import prepare
 from ssm_asr.data.checks import check_corpus
 
 ROOT = Path(__file__).parent.parent.parent

@@ -6,7 +6,7 @@ import pytest
 from csj_corpus import Corpus, line, plain, run
 from lhotse import CutSet, RecordingSet, SupervisionSegment, SupervisionSet
 
-from ssm_asr.prepare import check, make_parser
+from ssm_asr.cli.prepare import check, make_parser
 
 TRAIN, DEV, EVAL1 = "A01F9001", "A01M0264", "A01M0110"
 

@@ -9,7 +9,7 @@ from kernel_device import DEVICE
 from ssm_asr.encoder.schedule import Draws, set_batch_count
 from ssm_asr.encoder.subsampling import ConvSubsampling
 from ssm_asr.encoder.zipformer import Zipformer, ZipformerConfig
-from ssm_asr.ssm import kernels
+from ssm_asr.ops import dispatch
 
 SMALL = dict(
     layers=(1, 1), downsampling=(1, 2), dim=(64, 64), unmasked_dim=(64, 64), feedforward_dim=(32, 32), heads=(2, 2),
@@ -27,7 +27,7 @@ def test_the_whole_encoder(long_range, monkeypatch):
     """A training pass with all kernels, its decisions drawn outside, is about as near to float64 as the plain one."""
     results = []
     for use, dtype in ((False, torch.float64), (False, torch.float32), (True, torch.float32)):
-        monkeypatch.setattr(kernels, "usable", lambda x, use=use: use)
+        monkeypatch.setattr(dispatch, "usable", lambda x, use=use: use)
         torch.manual_seed(0)
         config = ZipformerConfig(**SMALL, long_range=long_range)
         model = torch.nn.ModuleList([ConvSubsampling(64, (2, 2, 4), 0.1), Zipformer(config)]).to(DEVICE, dtype)

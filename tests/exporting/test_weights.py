@@ -8,8 +8,8 @@ import torch
 import toy
 from peer_zipformer import peer_encode, peer_model_by_options, peer_stream
 
-from ssm_asr import export, import_icefall
 from ssm_asr.checkpoint import load_model
+from ssm_asr.cli import export, import_icefall
 from ssm_asr.config import from_dict, load_experiment
 from ssm_asr.data.tokens import Tokenizer
 from ssm_asr.exporting.weights import export_weights, icefall_options

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssm_asr.transducer import log_probs, pruned_loss
+from ssm_asr.ops import joiner_terms as log_probs
+from ssm_asr.ops.lattice import lattice_score
+from ssm_asr.transducer import pruned_loss
 from ssm_asr.transducer import rnnt_loss as rnnt
-from ssm_asr.transducer.lattice import lattice_score
 from ssm_asr.transducer.prune_ranges import limit_rise, suffix_minimum
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rnnt"

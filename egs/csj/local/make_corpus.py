@@ -29,9 +29,9 @@ import talks
 from pyopenjtalk.types import NJDFeature
 from scipy.signal import resample_poly
 
+from ssm_asr.cli.program import run
 from ssm_asr.data.made import is_made, making
 from ssm_asr.data.parallel import parallel_map
-from ssm_asr.program import run
 from ssm_asr.units import SAMPLE_RATE_HZ
 
 PROGRAM = ("grammar", "make_corpus", "talks")  # what decides on the corpus, beside the options

@@ -24,10 +24,10 @@ from lhotse.recipes.csj import concat_csj_supervisions, prepare_manifests
 from sdb import Line, read_sdb
 from transcripts import MODES, transcribe
 
+from ssm_asr.cli.program import run
 from ssm_asr.data.features import AudioError, load_samples
 from ssm_asr.data.parallel import parallel_map
 from ssm_asr.data.report import Report
-from ssm_asr.program import run
 
 JOIN_UP_TO_S, JOIN_GAP_S = 10.0, 1.0
 MAX_LINES_SHOWN = 20

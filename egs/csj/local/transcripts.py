@@ -6,7 +6,7 @@
 - symbol: # for every filler and @ for every fragment or particle.
 
 A text with disfluencies also exists marked, with parentheses around each of them, "(えー)京都で(しゃ)写真を", so that
-what was recognised can be scored by what was meant: `ssm_asr.scoring.score_fluent`.
+what was recognised can be scored by what was meant: `ssm_asr.evaluation.scoring.score_fluent`.
 """
 
 from itertools import groupby
@@ -14,7 +14,7 @@ from itertools import groupby
 from lhotse.recipes.csj import DECISIONS, CSJSDBParser
 
 from ssm_asr.data.japanese import normalise
-from ssm_asr.scoring import all_said, only_meant
+from ssm_asr.evaluation.scoring import all_said, only_meant
 
 MODES = ("disfluent", "fluent", "number", "symbol")
 SYMBOLS = {"F": "#", "D": "@", "D2": "@"}

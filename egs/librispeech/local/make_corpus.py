@@ -26,8 +26,8 @@ from hibari import Hibari, dsp
 from scipy.signal import resample_poly
 from tqdm import tqdm
 
+from ssm_asr.cli.program import run
 from ssm_asr.data.made import is_made, making
-from ssm_asr.program import run
 from ssm_asr.units import SAMPLE_RATE_HZ
 
 DIRECTORIES = {"train": "train-clean-5", "dev": "dev-clean-2", "test": "test-clean"}

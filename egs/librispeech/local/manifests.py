@@ -16,9 +16,9 @@ from lhotse import Recording, RecordingSet, SupervisionSegment, SupervisionSet
 from lhotse.recipes.librispeech import LIBRISPEECH, MINI_LIBRISPEECH, parse_utterance
 from tqdm import tqdm
 
+from ssm_asr.cli.program import run
 from ssm_asr.data.features import AudioError, load_samples
 from ssm_asr.data.report import Report
-from ssm_asr.program import run
 
 PARTS = sorted((*LIBRISPEECH, *MINI_LIBRISPEECH))
 

@@ -1,0 +1,48 @@
+"""The programs: `ssm-asr VERB`, or `python -m ssm_asr VERB`, or for most `python -m ssm_asr.VERB`.
+
+Each is a module of this package with a function `main`, and only starts what the libraries do.
+"""
+
+import importlib
+import sys
+from typing import NoReturn
+
+VERBS = {
+    "prepare": "check a corpus, compute features, make tokens and noises",
+    "train": "train a transducer, or go on with it",
+    "average": "average the weights over the last epochs",
+    "decode": "recognise cuts whole, masked to chunks, and score them",
+    "stream": "recognise audio files or cuts chunk by chunk, with lag and real-time factor",
+    "report": "tabulate what decode and stream found",
+    "compare": "compare models over chunk widths and state bytes, with figures and one page",
+    "describe": "parameters, streaming state, rates and look-ahead of a configuration",
+    "export": "write ONNX for sherpa-onnx, TorchScript, or plain weights",
+    "check-export": "run an export in stock sherpa-onnx and compare its tokens with the model's",
+    "check-streaming": "measure how far streaming is from the masked pass",
+    "long-form": "measure the error rate against the length of the audio",
+    "import-icefall": "take over published Zipformer weights",
+}
+
+
+def start(verb: str) -> NoReturn:
+    """Runs a program with the arguments of this process, and ends the process with its exit status."""
+    from ssm_asr.cli.program import run
+
+    sys.argv[0] = f"ssm-asr {verb}"  # what argparse calls it
+    sys.exit(run(importlib.import_module(f"ssm_asr.cli.{verb.replace('-', '_')}").main))
+
+
+def main() -> NoReturn:
+    """The command `ssm-asr`."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in VERBS:
+        del sys.argv[1]
+        start(verb)
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:{width}}  {text}" for name, text in VERBS.items())
+    usage = f"usage: ssm-asr VERB [options]\n\n{verbs}\n\n`ssm-asr VERB --help` lists the options of one."
+    if verb in ("-h", "--help"):
+        print(usage)
+        sys.exit(0)
+    print(f"ssm-asr: no verb {verb!r}\n{usage}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,168 @@
+"""Prepare a corpus for training: check it, compute features, make tokens, make noises.
+
+Works on lhotse manifests, whatever corpus they come from. In the order of a recipe:
+
+    ssm-asr prepare check --manifests MANIFESTS --out CUTS
+    ssm-asr prepare features --cuts CUTS/cuts_train.jsonl.gz --out DATA --speed-perturb --shuffle
+    ssm-asr prepare tokens --cuts CUTS/cuts_train.jsonl.gz --out DATA/tokens --vocab-size 500
+    ssm-asr prepare noise --cuts CUTS/cuts_train.jsonl.gz --out NOISE
+
+Every output is complete or absent, and nothing is left out of a corpus without a line that says what and why.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from lhotse import CutSet, RecordingSet, SupervisionSet
+
+from ssm_asr.cli.program import positive
+from ssm_asr.config import TokensConfig, load_experiment
+from ssm_asr.data.checks import check_corpus
+from ssm_asr.data.filtering import text_of
+from ssm_asr.data.noise import made_noises, musan_noises
+from ssm_asr.data.store import prepare_cuts, read_cuts
+from ssm_asr.data.tokens import KINDS, train_tokenizer
+from ssm_asr.ops.devices import find_device
+
+RECORDINGS_SUFFIX = "_recordings.jsonl.gz"
+MAX_LINES_SHOWN = 20
+
+
+def check(args: argparse.Namespace) -> None:
+    """Read all audio and transcripts; write OUT/cuts_NAME.jsonl.gz and a list of what was left out."""
+    sources = sorted(args.manifests.glob(f"*{RECORDINGS_SUFFIX}"))
+    if not sources:
+        raise ValueError(
+            f"{args.manifests}: no manifests here, expected NAME{RECORDINGS_SUFFIX} and NAME_supervisions.jsonl.gz"
+        )
+    args.out.mkdir(parents=True, exist_ok=True)
+    for source in sources:
+        name = source.name.removesuffix(RECORDINGS_SUFFIX)
+        cuts, report = check_corpus(
+            RecordingSet.from_file(source),
+            SupervisionSet.from_file(source.with_name(f"{name}_supervisions.jsonl.gz")),
+            num_jobs=args.jobs,
+            title=f"checking {name}",
+        )
+        for line, _ in zip(report.lines(), range(MAX_LINES_SHOWN), strict=False):
+            print(f"  {line}")
+        left_out = args.out / f"cuts_{name}.left_out.tsv"
+        report.write(left_out)
+        print(f"{name}: {report.summary()}" + (f"; all in {left_out}" if report.left_out else ""))
+        if not report.num_kept:
+            raise ValueError(f"{source}: nothing usable is left; see {left_out}")
+        write_cuts(cuts, args.out / f"cuts_{name}.jsonl.gz")
+
+
+def features(args: argparse.Namespace) -> None:
+    """Compute and store features of a cut manifest."""
+    target = prepare_cuts(
+        args.cuts,
+        args.out,
+        speed_perturb=args.speed_perturb,
+        shuffle=args.shuffle,
+        on_the_fly=args.on_the_fly,
+        num_jobs=args.jobs,
+        device=str(find_device(args.device)),
+        shar=args.shar,
+    )
+    print(f"cuts in {target}")
+
+
+def tokens(args: argparse.Namespace) -> None:
+    """Train a tokenizer on the transcripts of training cuts."""
+    texts = (text_of(cut) for cut in read_cuts(args.cuts))
+    wanted = load_experiment(args.config, args.set).tokens if args.config else TokensConfig()
+    kind = args.kind or wanted.kind
+    size = args.vocab_size or (wanted.vocab_size if kind in ("bpe", "unigram") else None)
+    tokenizer = train_tokenizer(texts, kind, size)
+    tokenizer.save(args.out)
+    print(f"{tokenizer.vocab_size} {kind} tokens in {args.out}")
+
+
+def noise(args: argparse.Namespace) -> None:
+    """Write OUT/cuts_noise.jsonl.gz: MUSAN, or made noises."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.musan is not None:
+        cuts = musan_noises(args.musan)
+    else:
+        cuts = made_noises(args.out, read_cuts(args.cuts), count=args.count, seed=args.seed)
+    target = args.out / "cuts_noise.jsonl.gz"
+    write_cuts(cuts, target)
+    print(f"{len(cuts)} noises in {target}")
+
+
+def write_cuts(cuts: CutSet, target: Path) -> None:
+    """Write a manifest that appears only when complete."""
+    unfinished = target.with_name(f"unfinished-{target.name}")
+    cuts.to_file(unfinished)
+    os.replace(unfinished, target)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="ssm-asr prepare", description=__doc__, formatter_class=plain)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+
+    verb = verbs.add_parser("check", help="find unusable audio and transcripts, write cuts of the rest")
+    verb.set_defaults(run=check)
+    verb.add_argument(
+        "--manifests",
+        type=Path,
+        required=True,
+        help="directory with NAME_recordings.jsonl.gz and NAME_supervisions.jsonl.gz",
+    )
+    verb.add_argument("--out", type=Path, required=True, help="gets cuts_NAME.jsonl.gz")
+    verb.add_argument("--jobs", type=positive, default=2, help="processes (default: 2)")
+
+    verb = verbs.add_parser("features", help="compute and store features; resumes where it was stopped")
+    verb.set_defaults(run=features)
+    verb.add_argument("--cuts", type=Path, required=True, help="cut manifest NAME.jsonl.gz")
+    verb.add_argument("--out", type=Path, required=True, help="gets NAME.jsonl.gz and NAME.features/, or NAME.shar/")
+    verb.add_argument("--speed-perturb", action="store_true", help="add copies at 0.9 and 1.1 times the speed")
+    verb.add_argument("--shuffle", action="store_true", help="mix the order of the cuts (for training cuts)")
+    storage = verb.add_mutually_exclusive_group()
+    storage.add_argument("--on-the-fly", action="store_true", help="store no features, compute them in training")
+    storage.add_argument(
+        "--shar",
+        action="store_true",
+        help="write NAME.shar/ instead, lhotse Shar: few large files, for disks that a cluster shares. Give that "
+        "directory for cuts anywhere; training reads it in any order, and resumes as exactly as from a manifest",
+    )
+    verb.add_argument("--jobs", type=positive, default=2, help="processes (default: 2)")
+    verb.add_argument("--device", default="cpu", help="cpu, or cuda: by kaldifeat if installed (default: cpu)")
+
+    verb = verbs.add_parser("tokens", help="make a tokenizer from training transcripts")
+    verb.set_defaults(run=tokens)
+    verb.add_argument("--cuts", type=Path, required=True, help="training cuts")
+    verb.add_argument("--out", type=Path, required=True, help="gets tokens.txt and KIND.model")
+    verb.add_argument("--config", type=Path, help="YAML file of the experiment, whose 'tokens' says which")
+    verb.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="change one field of it")
+    verb.add_argument("--kind", choices=KINDS, help="instead of the configuration's (default: bpe)")
+    verb.add_argument("--vocab-size", type=positive, help="likewise, for bpe and unigram (default: 500)")
+
+    verb = verbs.add_parser("noise", help="MUSAN, or made noises, as cuts to mix into training speech")
+    verb.set_defaults(run=noise)
+    source = verb.add_mutually_exclusive_group(required=True)
+    source.add_argument("--musan", type=Path, help="MUSAN directory with music/, speech/ and noise/")
+    source.add_argument("--cuts", type=Path, help="training cuts, to make coloured noise and babble from")
+    verb.add_argument("--out", type=Path, required=True, help="gets cuts_noise.jsonl.gz, made noises in noise/")
+    verb.add_argument("--count", type=positive, default=60, help="made noises of 10 s (default: 60)")
+    verb.add_argument("--seed", type=int, default=1, help="of made noises (default: 1)")
+    return parser
+
+
+def main() -> None:
+    """Run one verb; a fault of the input is one line on stderr and exit status 1."""
+    args = make_parser().parse_args()
+    for name in ("cuts", "manifests"):
+        path = getattr(args, name, None)
+        if path is not None and not path.exists():
+            sys.exit(f"{path}: no such file or directory")
+    try:
+        args.run(args)
+    except ValueError as error:
+        sys.exit(str(error))

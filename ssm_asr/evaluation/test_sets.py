@@ -1,0 +1,75 @@
+"""Test sets: the cuts that are recognised and scored, and what they are scored in."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from lhotse import CutSet
+
+from ssm_asr import units
+from ssm_asr.checkpoint import Loaded
+from ssm_asr.data.filtering import text_of
+from ssm_asr.data.store import read_cuts
+
+
+def scoring_unit(loaded: Loaded, asked: str | None) -> str:
+    """Words, or characters for character tokens, unless the user says."""
+    return asked or ("char" if loaded.tokenizer.kind == "char" else "word")
+
+
+def cuts_name(path: Path) -> str:
+    """A short name of a manifest: cuts_test-clean.jsonl.gz -> test-clean."""
+    return re.sub(r"(\.jsonl(\.gz)?|\.shar)$", "", path.name).removeprefix("cuts_")
+
+
+def read_test_cuts(path: Path, *, from_audio: bool = False, limit: int = 0) -> CutSet:
+    """The cuts of a manifest, or the first so many of them, to be recognised and scored.
+
+    Args:
+        from_audio: whether their audio is to be recognised, not stored features.
+        limit: 0 takes all.
+
+    Raises:
+        ValueError: if they cannot be read, have no transcripts or no audio, are not of audio at 16 kHz, or two have one
+            id.
+    """
+    if limit < 0:
+        raise ValueError(f"--limit {limit}: give a number of utterances, 0 for all")
+    cuts = read_cuts(path).to_eager()
+    if limit:
+        cuts = cuts.subset(first=min(limit, len(cuts)))
+    rates_hz = {cut.sampling_rate for cut in cuts}
+    if rates_hz != {units.SAMPLE_RATE_HZ}:
+        raise ValueError(f"{path}: audio at {sorted(rates_hz)} Hz, not {units.SAMPLE_RATE_HZ}; resample the cuts")
+    repeated, count = Counter(cut.id for cut in cuts).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{path}: {count} cuts have the id {repeated!r}; results go by id, so give each its own")
+    silent = next((cut.id for cut in cuts if not cut.has_recording), None)
+    if from_audio and silent is not None:
+        raise ValueError(
+            f"{path}: cut {silent!r} comes without audio; give the manifest with recordings, or use decode"
+        )
+    if not any(text_of(cut) for cut in cuts):
+        raise ValueError(f"{path}: no cut has a transcript, so nothing can be scored; stream --wav needs none")
+    return cuts
+
+
+def read_test_sets(paths: list[Path], *, from_audio: bool = False, limit: int = 0) -> dict[str, CutSet]:
+    """The cuts of several manifests by their short names.
+
+    Raises:
+        ValueError: as `read_test_cuts`, or if two have one name.
+    """
+    sets: dict[str, CutSet] = {}
+    for path in paths:
+        name = cuts_name(path)
+        if name in sets:
+            raise ValueError(f"{path}: another manifest is called {name!r} as well, and so are its results; rename one")
+        sets[name] = read_test_cuts(path, from_audio=from_audio, limit=limit)
+    return sets
+
+
+def marked_texts(cuts: CutSet) -> dict[str, str]:
+    """Transcripts with their disfluencies in parentheses, by cut id, of the cuts that carry one: custom["marked"]."""
+    segments = {cut.id: cut.supervisions[0].custom or {} for cut in cuts if len(cut.supervisions) == 1}
+    return {i: custom["marked"] for i, custom in segments.items() if "marked" in custom}

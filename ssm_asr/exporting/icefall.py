@@ -1,0 +1,179 @@
+"""Published Zipformer weights: read without running code, and the configuration inferred from their shapes."""
+
+import pickle
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path, PosixPath
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ssm_asr.config import Experiment, TokensConfig
+from ssm_asr.data.tokens import Tokenizer
+from ssm_asr.encoder.zipformer import ZipformerConfig
+from ssm_asr.transducer.model import ModelConfig, Transducer
+
+# Channels that training never masks, by width, in the published sizes S, M and L.
+UNMASKED_DIM = {256: 192, 384: 256, 512: 256, 768: 320}
+LAYER = re.compile(r"encoder\.encoders\.(\d+)\.(?:encoder\.)?layers\.(\d+)\.")
+SAME_IN_ALL_STACKS = ("query_head_dim", "value_head_dim", "pos_dim", "causal")
+MOST_NAMED = 5  # weights in a message
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict of a file, in float32 on the CPU.
+
+    Raises:
+        ValueError: if there is none, or the file holds more than tensors and plain values.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give the pretrained.pt or .safetensors of a published model")
+    content: Any
+    try:
+        if path.suffix == ".safetensors":
+            content = safetensors.torch.load_file(path)
+        else:
+            # Training checkpoints hold the name of their directory; to make a path of it touches no file.
+            # What torch warns of is refused, and reported below.
+            with torch.serialization.safe_globals([PosixPath]), warnings.catch_warnings(action="ignore"):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        reason = "damaged, or holds more than tensors and plain values, which may be code"
+        raise ValueError(f"{path}: refused: {reason}; save the state dict alone where it was made") from None
+    except Exception as error:  # torch and safetensors raise many kinds
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: no weights that can be read ({reason}); give a state dict") from None
+    weights = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise ValueError(f"{path}: holds no state dict, neither plain nor under 'model'; give one of a Zipformer")
+    return {name: value.float() for name, value in weights.items()}
+
+
+def infer_config(weights: dict[str, Tensor], pos_head_dim: int) -> ModelConfig:
+    """The configuration of the model that has these weights.
+
+    What only training reads (unmasked_dim, chunks, left contexts, losses) is not in the weights, and is as in the
+    published recipes. Where unmasked_dim is not published for a width, no channel is masked.
+
+    Args:
+        pos_head_dim: width of a head's position query. The weights of all heads are side by side in one matrix, so
+            that this width must be known to count the heads.
+
+    Raises:
+        KeyError: naming a weight that every Zipformer transducer has.
+        ValueError: if the heads are not of this width, or differ between stacks.
+    """
+    layers = {0: 0}
+    for match in filter(None, map(LAYER.match, weights)):
+        stack, layer = map(int, match.groups())
+        layers[stack] = max(layers.get(stack, 0), layer + 1)
+    stacks = [_infer_stack(weights, stack, pos_head_dim) for stack in sorted(layers)]
+    for name in SAME_IN_ALL_STACKS:
+        if len(values := {stack[name] for stack in stacks}) > 1:
+            raise ValueError(f"{name} is {sorted(values)} in different stacks, but must be the same in all")
+    fields: dict[str, Any] = {
+        name: stacks[0][name] if name in SAME_IN_ALL_STACKS else tuple(stack[name] for stack in stacks)
+        for name in stacks[0]
+    }
+    fields["embed_channels"] = tuple(len(weights[f"encoder_embed.conv.{i}.weight"]) for i in (0, 4, 7))
+    encoder = ZipformerConfig(
+        layers=tuple(layers[stack] for stack in sorted(layers)),
+        pos_head_dim=pos_head_dim,
+        **fields,
+    )
+    return ModelConfig(
+        encoder,
+        predictor_dim=weights["decoder.embedding.weight"].shape[1],
+        joiner_dim=weights["joiner.output_linear.weight"].shape[1],
+        context_size=weights["decoder.conv.weight"].shape[2],
+        ctc="ctc_output.1.weight" in weights,
+    )
+
+
+def _infer_stack(weights: dict[str, Tensor], index: int, pos_head_dim: int) -> dict[str, Any]:
+    """Fields of ZipformerConfig for one stack, from its first layer."""
+    stack = f"encoder.encoders.{index}."
+    downsampling = weights.get(f"{stack}downsample.bias")  # one entry a frame; stacks at 50 Hz have none
+    first = f"{stack}layers.0." if downsampling is None else f"{stack}encoder.layers.0."
+    causal = f"{first}conv_module1.depthwise_conv.causal_conv.weight" in weights
+    kernel = weights[f"{first}conv_module1.depthwise_conv.{'chunkwise_conv.' if causal else ''}weight"].shape[2]
+    queries_and_keys, dim = weights[f"{first}self_attn_weights.in_proj.weight"].shape
+    position_queries, pos_dim = weights[f"{first}self_attn_weights.linear_pos.weight"].shape
+    queries = (queries_and_keys - position_queries) // 2
+    values = len(weights[f"{first}self_attn1.in_proj.weight"])
+    heads, rest = divmod(position_queries, pos_head_dim)
+    if not heads or rest or queries % heads or values % heads:
+        raise ValueError(
+            f"stack {index} has position queries, queries and values of {position_queries}, {queries} and {values} in "
+            f"all, which are no heads with position queries of {pos_head_dim}; give another --pos-head-dim"
+        )
+    return {
+        "downsampling": 1 if downsampling is None else len(downsampling),
+        "dim": dim,
+        "unmasked_dim": UNMASKED_DIM.get(dim, dim),
+        "feedforward_dim": len(weights[f"{first}feed_forward2.in_proj.weight"]),
+        "heads": heads,
+        "conv_kernel": kernel,
+        "query_head_dim": queries // heads,
+        "value_head_dim": values // heads,
+        "pos_dim": pos_dim,
+        "causal": causal,
+    }
+
+
+def check_fit(config: ModelConfig, vocab_size: int, weights: dict[str, Tensor]) -> None:
+    """Raises ValueError unless the weights are exactly those of the model; one line for each kind of difference."""
+    with torch.device("meta"):
+        expected = Transducer(config, vocab_size).state_dict()
+    missing = [name for name in expected if name not in weights]
+    unknown = [name for name in weights if name not in expected]
+    other = [name for name in expected if name in weights and weights[name].shape != expected[name].shape]
+    shapes = [f"{name} {tuple(weights[name].shape)}, not {tuple(expected[name].shape)}" for name in other]
+    problems = (
+        ("lacks", missing, "is it the whole state dict of a Zipformer transducer?"),
+        ("has what this program does not know:", unknown, "leave it out with --drop PREFIX"),
+        ("has weights of other shapes than the rest implies:", shapes, "this is no Zipformer of the published form"),
+    )
+    lines = [f"{what} {_some(names)}; {remedy}" for what, names, remedy in problems if names]
+    if lines:
+        raise ValueError("\n".join(lines))
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def import_weights(
+    path: Path, tokens: Path, pos_head_dim: int = ZipformerConfig.pos_head_dim, drop: Sequence[str] = ()
+) -> tuple[Experiment, Tokenizer, dict[str, Tensor]]:
+    """What a checkpoint of this program is made of, from a published model.
+
+    Args:
+        tokens: directory with tokens.txt or a sentencepiece model, or one of these files.
+        pos_head_dim: see infer_config.
+        drop: weights whose names begin with one of these are left out.
+
+    Raises:
+        ValueError: one line for each thing wrong, with file and remedy.
+        FileNotFoundError: if there are no tokens.
+    """
+    weights = {name: value for name, value in read_weights(path).items() if not name.startswith(tuple(drop))}
+    tokenizer = Tokenizer.load(tokens, to_encode=False)
+    try:
+        config = infer_config(weights, pos_head_dim)
+        vocab_size = len(weights["joiner.output_linear.weight"])
+        check_fit(config, vocab_size, weights)
+    except KeyError as error:
+        raise ValueError(f"{path}: lacks {error.args[0]}; give the state dict of a Zipformer transducer") from None
+    except ValueError as error:
+        raise ValueError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+    if tokenizer.vocab_size != vocab_size:
+        raise ValueError(
+            f"{tokens}: {tokenizer.vocab_size} tokens, but {path} tells {vocab_size} apart; "
+            "give those that it was trained with"
+        )
+    return Experiment(config, TokensConfig(tokenizer.kind, vocab_size)), tokenizer, weights

@@ -1,0 +1,259 @@
+"""Log-probabilities of blank and next symbol at the cells of a lattice, without a tensor over cells and vocabulary.
+
+A loss needs two numbers of a cell's distribution and its normaliser. The functions here work through the cells
+in pieces, keep the normalisers, and compute the distributions again in the backward pass, where a piece of the
+logits turns into its own gradient in place.
+
+Shapes: B utterances, T frames, S symbols, U = S+1 predictor outputs, R kept cells of a frame, V vocabulary with
+the blank, J joiner dimension; N cells and M frames of one piece.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from ssm_asr.ops import dispatch
+
+# Largest piece of a distribution tensor, in numbers: on a CPU small enough for its cache.
+PIECE_NUMEL_CPU = 1 << 20
+PIECE_NUMEL_GPU = 1 << 26
+
+
+def pieces(count: int, numel_each: int, device: torch.device) -> Iterator[slice]:
+    """Cuts `count` items of `numel_each` numbers into slices of at most PIECE_NUMEL_* numbers, or of one item."""
+    numel = PIECE_NUMEL_CPU if device.type == "cpu" else PIECE_NUMEL_GPU
+    size = max(1, numel // max(1, numel_each))
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class SumJointTerms(torch.autograd.Function):
+    """log_softmax(am + lm) in parts: am at the symbols (B, T, S), am at the blank (B, T), normalisers (B, T, U).
+
+    The normaliser of every pair of a frame and a predictor output is one matrix product: log sum_v exp(am_v)
+    exp(lm_v) (arXiv 2206.13236).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, am_BTV: Tensor, lm_BUV: Tensor, symbols_BS: Tensor, blank: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        B, T, V = am_BTV.shape
+        sum_BTU = am_BTV.new_empty(B, T, lm_BUV.shape[1])
+        normaliser_BTU = torch.empty_like(sum_BTU)
+        with _full_precision(am_BTV):
+            for batch in pieces(B, T * V, am_BTV.device):
+                am_exp, am_max = _exp_below_max(am_BTV[batch])
+                lm_exp, lm_max = _exp_below_max(lm_BUV[batch])
+                # Without the smallest number a frame and a context that share no likely token would have the
+                # logarithm of 0.
+                torch.add(torch.matmul(am_exp, lm_exp.mT), smallest(am_exp.dtype), out=sum_BTU[batch])
+                normaliser_BTU[batch] = sum_BTU[batch].log() + am_max + lm_max.mT
+        ctx.save_for_backward(am_BTV, lm_BUV, symbols_BS, sum_BTU)
+        ctx.blank = blank
+        am_symbol_BTS = am_BTV.gather(2, symbols_BS[:, None].expand(-1, T, -1))
+        return am_symbol_BTS, am_BTV[:, :, blank].clone(), normaliser_BTU
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d_symbol_BTS: Tensor, d_blank_BT: Tensor, d_normaliser_BTU: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        am_BTV, lm_BUV, symbols_BS, sum_BTU = ctx.saved_tensors
+        B, T, V = am_BTV.shape
+        d_am_BTV, d_lm_BUV = torch.empty_like(am_BTV), torch.empty_like(lm_BUV)
+        with _full_precision(am_BTV):
+            for batch in pieces(B, T * V, am_BTV.device):
+                am_exp, _ = _exp_below_max(am_BTV[batch])
+                lm_exp, _ = _exp_below_max(lm_BUV[batch])
+                d_sum = d_normaliser_BTU[batch] / sum_BTU[batch]
+                torch.matmul(d_sum, lm_exp, out=d_am_BTV[batch])
+                d_am_BTV[batch].mul_(am_exp)
+                torch.matmul(d_sum.mT, am_exp, out=d_lm_BUV[batch])
+                d_lm_BUV[batch].mul_(lm_exp)
+        d_am_BTV[:, :, ctx.blank].add_(d_blank_BT)
+        d_am_BTV.scatter_add_(2, symbols_BS[:, None].expand(-1, T, -1), d_symbol_BTS)
+        return d_am_BTV, d_lm_BUV, None, None
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """The smallest normal number of a type."""
+    return torch.finfo(dtype).tiny
+
+
+def _exp_below_max(x: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(x - max) and max, over the last dim."""
+    max_x = x.amax(2, keepdim=True)
+    return (x - max_x).exp_(), max_x
+
+
+class LogitTerms(torch.autograd.Function):
+    """(symbol, blank) log-probabilities, each (B, T, R), of logits (B, T, R, V)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_BTRV: Tensor, symbol_BTR: Tensor, blank: int) -> tuple[Tensor, Tensor]:
+        logits_NV, symbol_N = logits_BTRV.flatten(0, 2), symbol_BTR.flatten()
+        terms_3N = logits_NV.new_empty(3, len(logits_NV))
+        for cells in pieces(len(logits_NV), logits_NV.shape[1], logits_NV.device):
+            _cell_terms(logits_NV[cells], symbol_N[cells], blank, out=terms_3N[:, cells])
+        ctx.save_for_backward(logits_BTRV, symbol_BTR, terms_3N[2])
+        ctx.blank = blank
+        return terms_3N[0].view_as(symbol_BTR), terms_3N[1].view_as(symbol_BTR)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_symbol_BTR: Tensor, d_blank_BTR: Tensor) -> tuple[Tensor | None, ...]:
+        logits_BTRV, symbol_BTR, normaliser_N = ctx.saved_tensors
+        logits_NV, symbol_N = logits_BTRV.flatten(0, 2), symbol_BTR.flatten()
+        d_symbol_N, d_blank_N = d_symbol_BTR.flatten(), d_blank_BTR.flatten()
+        d_logits_NV = torch.empty_like(logits_NV)
+        for cells in pieces(len(logits_NV), logits_NV.shape[1], logits_NV.device):
+            torch.sub(logits_NV[cells], normaliser_N[cells, None], out=d_logits_NV[cells])
+            _to_gradient(d_logits_NV[cells], symbol_N[cells], ctx.blank, d_symbol_N[cells], d_blank_N[cells])
+        return d_logits_NV.view_as(logits_BTRV), None, None
+
+
+def _cell_terms(logits_NV: Tensor, symbol_N: Tensor, blank: int, out: Tensor) -> None:
+    """Writes the rows symbol log-probability, blank log-probability, normaliser."""
+    normaliser_N = logits_NV.logsumexp(1)
+    out[0] = logits_NV.gather(1, symbol_N[:, None])[:, 0] - normaliser_N
+    out[1] = logits_NV[:, blank] - normaliser_N
+    out[2] = normaliser_N
+
+
+def _to_gradient(log_probs_NV: Tensor, symbol_N: Tensor, blank: int, d_symbol_N: Tensor, d_blank_N: Tensor) -> None:
+    """Overwrites log-probabilities by the gradient with respect to the logits."""
+    log_probs_NV.exp_().mul_(-(d_symbol_N + d_blank_N)[:, None])
+    log_probs_NV[:, blank].add_(d_blank_N)
+    log_probs_NV.scatter_add_(1, symbol_N[:, None], d_symbol_N[:, None])
+
+
+class JoinerTerms(torch.autograd.Function):
+    """(symbol, blank) log-probabilities, each (B, T, R), of softmax(tanh(encoder + decoder) weight' + bias).
+
+    Neither the logits nor their inputs exist for more than one piece of the cells. Cells of frames that are not
+    in `frame_M` get zeros. The matrix products run in the type that the caller names, all else in the type of
+    `bias_V` (float32 under autocast).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        encoder_BTJ: Tensor,
+        decoder_BUJ: Tensor,
+        weight_VJ: Tensor,
+        bias_V: Tensor,
+        row_BTR: Tensor,  # s of each cell: neighbours that do not fall over the frames
+        symbol_BTR: Tensor,  # id of each cell's symbol
+        frame_M: Tensor,  # indices into the flattened (B, T)
+        blank: int,
+        matmul_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        B, T, R = symbol_BTR.shape
+        ctx.blank = blank
+        row_BTR = row_BTR + decoder_BUJ.shape[1] * torch.arange(B, device=row_BTR.device)[:, None, None]
+        terms_3BTR = bias_V.new_zeros(3, B, T, R)
+        inputs = (encoder_BTJ, decoder_BUJ, weight_VJ, bias_V, row_BTR, symbol_BTR)
+        with _full_precision(encoder_BTJ):
+            ctx.cells = _joiner_cells(*inputs, matmul_dtype)  # again in the backward pass, with its casts of the weight
+            for frames in _frame_pieces(frame_M, R, weight_VJ):
+                ctx.cells.write_terms(frames, blank, terms_3BTR)
+        ctx.save_for_backward(*inputs, frame_M, terms_3BTR[2])
+        return terms_3BTR[0], terms_3BTR[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_symbol_BTR: Tensor, d_blank_BTR: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, frame_M, normaliser_BTR = ctx.saved_tensors
+        encoder_BTJ, _, weight_VJ, *_ = inputs
+        with _full_precision(encoder_BTJ):
+            gradients = ctx.cells.gradients(
+                _frame_pieces(frame_M, d_symbol_BTR.shape[2], weight_VJ),
+                ctx.blank,
+                normaliser_BTR,
+                d_symbol_BTR,
+                d_blank_BTR,
+            )
+        return *(d_x.view_as(x).to(x.dtype) for d_x, x in zip(gradients, inputs, strict=False)), *(None,) * 5
+
+
+def _frame_pieces(frame_M: Tensor, cells_per_frame: int, weight_VJ: Tensor) -> Iterator[Tensor]:
+    width = max(weight_VJ.shape)
+    return (frame_M[piece] for piece in pieces(len(frame_M), cells_per_frame * width, weight_VJ.device))
+
+
+def _joiner_cells(*inputs: Any) -> Any:
+    """The joiner by kernels or plain, each with `write_terms` and `gradients`."""
+    bias_V = inputs[3]
+    if dispatch.usable(bias_V) and bias_V.dtype == torch.float32:
+        from ssm_asr.ops import joiner_terms_kernel as log_prob_kernels
+
+        return log_prob_kernels.JoinerCells(*inputs)
+    return _JoinerCells(*inputs)
+
+
+class _JoinerCells:
+    """Computes the joiner at the cells of given frames, forward and again backward."""
+
+    def __init__(
+        self,
+        encoder_BTJ: Tensor,
+        decoder_BUJ: Tensor,
+        weight_VJ: Tensor,
+        bias_V: Tensor,
+        row_BTR: Tensor,
+        symbol_BTR: Tensor,
+        matmul_dtype: torch.dtype,
+    ) -> None:
+        self.encoder, self.decoder = encoder_BTJ.flatten(0, 1), decoder_BUJ.flatten(0, 1)
+        self.weight_VJ, self.bias_V = weight_VJ.to(matmul_dtype), bias_V
+        self.row, self.symbol = row_BTR.flatten(0, 1), symbol_BTR.flatten(0, 1)
+
+    def _logits(self, frames_M: Tensor) -> tuple[Tensor, Tensor]:
+        """tanh(encoder + decoder) (N, J) and the logits (N, V) of the cells of these frames."""
+        row_MR = self.row[frames_M]
+        decoder_MRJ = self.decoder.index_select(0, row_MR.flatten()).view(*row_MR.shape, -1)
+        hidden_NJ = (self.encoder[frames_M][:, None] + decoder_MRJ).tanh_().flatten(0, 1)
+        logits_NV = functional.linear(hidden_NJ.to(self.weight_VJ.dtype), self.weight_VJ)
+        return hidden_NJ, logits_NV.to(self.bias_V.dtype).add_(self.bias_V)
+
+    def write_terms(self, frames_M: Tensor, blank: int, terms_3BTR: Tensor) -> None:
+        """Writes the symbol log-probability, blank log-probability and normaliser of these frames' cells."""
+        _, logits_NV = self._logits(frames_M)
+        terms_3N = self.bias_V.new_empty(3, len(logits_NV))
+        _cell_terms(logits_NV, self.symbol[frames_M].flatten(), blank, out=terms_3N)
+        terms_3BTR.flatten(1, 2)[:, frames_M] = terms_3N.view(3, len(frames_M), -1)
+
+    def gradients(
+        self,
+        frame_pieces: Iterable[Tensor],
+        blank: int,
+        normaliser_BTR: Tensor,
+        d_symbol_BTR: Tensor,
+        d_blank_BTR: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of encoder (B*T, J), decoder (B*U, J), weight and bias, given those of the terms."""
+        dtype = self.bias_V.dtype
+        d_encoder, d_decoder = (torch.zeros_like(x, dtype=dtype) for x in (self.encoder, self.decoder))
+        d_weight_VJ, d_bias_V = torch.zeros_like(self.weight_VJ, dtype=dtype), torch.zeros_like(self.bias_V)
+        cells = (self.symbol, self.row, *(x.flatten(0, 1) for x in (normaliser_BTR, d_symbol_BTR, d_blank_BTR)))
+        for frames_M in frame_pieces:
+            hidden_NJ, d_logits_NV = self._logits(frames_M)
+            symbol_N, row_N, normaliser_N, d_symbol_N, d_blank_N = (x[frames_M].flatten() for x in cells)
+            d_logits_NV -= normaliser_N[:, None]
+            _to_gradient(d_logits_NV, symbol_N, blank, d_symbol_N, d_blank_N)
+            d_bias_V += d_logits_NV.sum(0)
+            d_logits_NV = d_logits_NV.to(self.weight_VJ.dtype)
+            d_weight_VJ += d_logits_NV.mT @ hidden_NJ.to(self.weight_VJ.dtype)
+            d_hidden_NJ = (d_logits_NV @ self.weight_VJ).to(dtype)
+            d_sum_NJ = d_hidden_NJ.addcmul_(d_hidden_NJ, hidden_NJ.square().to(dtype), value=-1)
+            d_encoder[frames_M] = d_sum_NJ.view(len(frames_M), -1, d_sum_NJ.shape[1]).sum(1)
+            d_decoder.index_add_(0, row_N, d_sum_NJ)
+        return d_encoder, d_decoder, d_weight_VJ, d_bias_V
