@@ -26,6 +26,7 @@ from ssm_asr.config import Experiment, load_experiment
 from ssm_asr.data.batches import shape_frames, shape_tokens
 from ssm_asr.encoder.schedule import set_batch_count
 from ssm_asr.training import distributed
+from ssm_asr.training.fast import make_passes, resolve_fast
 from ssm_asr.training.optim import ScaledAdam
 from ssm_asr.training.trainer import PRECISIONS
 from ssm_asr.transducer.model import Transducer
@@ -66,7 +67,8 @@ class Step:
         self.chunk, self.left_context = experiment.decode.chunk_frames, experiment.decode.left_context_frames
         distributed.share_weights(self.model, place)
         set_batch_count(self.model, BATCH_COUNT)
-        self.model.capture_graphs()
+        fast = resolve_fast("auto", place.device, fixed_shapes=True, loss_backend="torch")
+        self.passes = make_passes(self.model, fast, "torch")
         self.optimizer = ScaledAdam(self.model.parameters(), lr=0.01)
 
     def backward(self, batch: Data) -> None:
@@ -85,6 +87,7 @@ class Step:
                 batch.token_lens_B,
                 self.chunk,
                 self.left_context,
+                self.passes,
             )
         return (0.5 * losses.simple_B + losses.pruned_B).sum()
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ssm_asr.cli.program import positive, run
 from ssm_asr.ops.devices import find_device
-from ssm_asr.ssm.mamba2 import ssd, ssd_chunked, ssd_recurrent
+from ssm_asr.ops.ssd import ssd, ssd_chunked, ssd_recurrent
 
 HEADS = 16
 FRAMES_DIMS = [(750, 192), (375, 256), (188, 384), (94, 512)]

@@ -32,8 +32,9 @@ from ssm_asr.data.batches import shape_frames, shape_tokens
 from ssm_asr.encoder.schedule import set_batch_count
 from ssm_asr.encoder.zipformer import ZipformerConfig
 from ssm_asr.ops.devices import find_device
+from ssm_asr.training.fast import make_passes, resolve_fast
 from ssm_asr.training.optim import ScaledAdam
-from ssm_asr.transducer.model import ModelConfig, Transducer
+from ssm_asr.transducer.model import ModelConfig, Passes, Transducer
 
 TINY: dict[str, Any] = dict(
     layers=(1, 1), downsampling=(1, 2), dim=(64, 64), unmasked_dim=(64, 64), feedforward_dim=(64, 64), heads=(4, 4),
@@ -91,10 +92,17 @@ def make_batches(shapes: list[tuple[int, float]], device: str, vocab_size: int, 
 
 
 class Side:
-    """One of the compared: a transducer and its optimiser, of which `encode` is looked at by itself as well."""
+    """One of the compared: a transducer, how its passes run, and its optimiser."""
 
-    def __init__(self, name: str, model: Transducer, optimizer: torch.optim.Optimizer, options: argparse.Namespace):
-        self.name, self.model, self.optimizer, self.options = name, model, optimizer, options
+    def __init__(
+        self,
+        name: str,
+        model: Transducer,
+        passes: Passes,
+        optimizer: torch.optim.Optimizer,
+        options: argparse.Namespace,
+    ) -> None:
+        self.name, self.model, self.passes, self.optimizer, self.options = name, model, passes, optimizer, options
         self.device = options.device
         self.half = options.precision != "float32"
         self.left_context = 0 if options.variant == "sammo" else 128
@@ -105,7 +113,7 @@ class Side:
 
     def encode(self, batch: Data) -> Tensor:
         with self.autocast():
-            return self.model.encode(batch.features_BTF, batch.lens_B.to(self.device), CHUNK, self.left_context)[0]
+            return self.passes.encode(batch.features_BTF, batch.lens_B.to(self.device), CHUNK, self.left_context)[0]
 
     def encoder_step(self, batch: Data) -> None:
         out_BSD = self.encode(batch)
@@ -114,23 +122,20 @@ class Side:
 
     def loss(self, batch: Data) -> None:
         """Both losses and their gradients, with noise for the encoder's output."""
-        encode, shape = self.model.encode, (len(batch.lens_B), self._frames(batch), self.model.encoder.out_channels)
+        shape = (len(batch.lens_B), self._frames(batch), self.model.encoder.out_channels)
         out_BSD = torch.randn(shape, device=self.device, requires_grad=True)
-        self.model.encode = lambda *_: (out_BSD, None)  # type: ignore[method-assign,assignment]
-        self._losses(batch).backward()
-        self.model.encode = encode  # type: ignore[method-assign]
+        self._losses(batch, self.passes._replace(encode=lambda *_: (out_BSD, batch.lens_B))).backward()
         self.model.zero_grad(set_to_none=True)
 
     def training_step(self, batch: Data) -> None:
-        self._losses(batch).backward()
+        self._losses(batch, self.passes).backward()
         self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
 
-    def _losses(self, batch: Data) -> Tensor:
+    def _losses(self, batch: Data, passes: Passes) -> Tensor:
+        data = (batch.features_BTF, batch.lens_B, batch.tokens_BU, batch.token_lens_B)
         with self.autocast():
-            losses = self.model(
-                batch.features_BTF, batch.lens_B, batch.tokens_BU, batch.token_lens_B, CHUNK, self.left_context
-            )
+            losses = self.model(*data, CHUNK, self.left_context, passes)
         return (0.5 * losses.simple_B + losses.pruned_B).sum()
 
     @staticmethod
@@ -192,12 +197,11 @@ def make_peer(folder: Path, config: ZipformerConfig, options: argparse.Namespace
         out_SBD, lens_B = encoder(x_BTD.transpose(0, 1), lens_B, padding_BT)
         return out_SBD.transpose(0, 1), lens_B
 
-    model.encode = encode  # type: ignore[method-assign]
     for module in model.modules():
         if hasattr(module, "batch_count"):
             module.batch_count = BATCH_COUNT  # type: ignore[assignment]
     optimizer = modules.optim.ScaledAdam(model.named_parameters(), lr=0.01, clipping_scale=2.0)
-    return Side("peer", model, optimizer, options)
+    return Side("peer", model, Passes(encode, model.transducer_losses), optimizer, options)
 
 
 def make_ours(config: ZipformerConfig, options: argparse.Namespace, graphs: bool, weights: Any = None) -> Side:
@@ -207,9 +211,9 @@ def make_ours(config: ZipformerConfig, options: argparse.Namespace, graphs: bool
     if weights is not None:
         model.load_state_dict(weights)
     set_batch_count(model, BATCH_COUNT)
-    if graphs:
-        model.capture_graphs()
-    return Side("graphs" if graphs else "plain", model, ScaledAdam(model.parameters(), lr=0.01), options)
+    fast = resolve_fast("auto", torch.device(options.device), fixed_shapes=graphs, loss_backend="torch")
+    passes, optimizer = make_passes(model, fast, "torch"), ScaledAdam(model.parameters(), lr=0.01)
+    return Side("graphs" if graphs else "plain", model, passes, optimizer, options)
 
 
 def gradients(side: Side, batch: Data, training: bool) -> list[Tensor]:

@@ -45,17 +45,17 @@ def main() -> None:
         asked.add((f"{self.__module__}.{self.__name__}", *(f"{n}: {x}" for n, x in {**kinds, **values}.items())))
 
     JITFunction.run = record
-    dispatch.usable = lambda x: True
+    dispatch.use_kernels = lambda x: True
     torch.manual_seed(0)
     experiment = load_experiment(config)
     model = Transducer(experiment.model, VOCAB_SIZE)
-    Draws(model, torch.device("cpu"))  # decisions as on a GPU
     set_batch_count(model, 10000.0)
+    draws = Draws(torch.device("cpu"))  # decisions lie on the device, as in a captured step
     for shape in shapes:
         before = set(asked)
         seconds, num_tokens, count = (int(x) for x in shape.split(","))
         frames = shape_frames(seconds)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), draws.in_use():
             losses = model(
                 torch.zeros(count, frames, 80),
                 torch.full((count,), frames),

@@ -15,17 +15,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ssm_asr.encoder.attention import (
-    MASKED_SCORE,
-    Context,
-    RelativePositions,
-    chunk_mask,
-    context_of_chunk,
-    shift_relative,
-)
+from ssm_asr.encoder.attention import RelativePositions
 from ssm_asr.encoder.batch_norm import MaskedBatchNorm
 from ssm_asr.encoder.checks import check_contexts, check_sizes
 from ssm_asr.encoder.mixer import MIXERS, make_mixer
+from ssm_asr.ops.attention import Context, context_of_chunk, context_of_sequences, hidden, shift_relative
 from ssm_asr.ops.precision import at_least_float32
 from ssm_asr.ssm.s4d import PARAMETERISATIONS
 
@@ -131,11 +125,7 @@ class RelativeAttention(nn.Module):
         position = self.linear_pos(pos_PD).reshape(-1, self.heads, D // self.heads).transpose(0, 1)
 
         scores_BHTK = by_content @ key.transpose(2, 3) + shift_relative(by_position @ position.transpose(1, 2))
-        scores_BHTK = at_least_float32(scores_BHTK) * key.shape[-1] ** -0.5
-        if context.chunk_mask_TK is not None:
-            scores_BHTK = scores_BHTK.masked_fill(context.chunk_mask_TK, MASKED_SCORE)
-        if context.padding_mask_BK is not None:
-            scores_BHTK = scores_BHTK.masked_fill(context.padding_mask_BK[:, None, None], MASKED_SCORE)
+        scores_BHTK = hidden(at_least_float32(scores_BHTK) * key.shape[-1] ** -0.5, context)
         weights_BHTK = self.dropout(scores_BHTK.softmax(dim=-1).to(value.dtype))
         mixed_BTD = (weights_BHTK @ value).transpose(1, 2).reshape(B, T, D)
         return self.out_proj(mixed_BTD), key_BKD, value_BKD
@@ -245,14 +235,13 @@ class Conformer(nn.Module):
 
         Args:
             x_BTE: frames at 50 Hz; lens_B: how many of them are not padding.
-            chunk, left_context: in frames at 50 Hz, -1 for all there is; a tensor as for `attention.chunk_mask`.
+            chunk, left_context: in frames at 50 Hz, -1 for all there is; a tensor as for `context_of_sequences`.
 
         Returns:
             (B, (T+1)//2, D), and its lengths.
         """
         frame_T = torch.arange(x_BTE.shape[1], device=x_BTE.device)
-        mask_TK = chunk_mask(len(frame_T), chunk, left_context, x_BTE.device)
-        context = Context(mask_TK, frame_T >= lens_B[:, None]).every(SUBSAMPLING)
+        context = context_of_sequences(x_BTE, lens_B, chunk, left_context, spans=False).every(SUBSAMPLING)
         # The last frame of an odd number is paired with itself, not with padding.
         valid_BT = torch.minimum(frame_T, lens_B[:, None] - 1).clamp(min=0)
         x_BTD = self._join_frames(x_BTE.gather(1, valid_BT[..., None].expand_as(x_BTE)))

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ssm_asr.encoder.modules import Linear, SwooshR, scaled_linear
 from ssm_asr.encoder.regularize import Balancer, Schedule, Whiten
-from ssm_asr.ops import dispatch
-from ssm_asr.ops.depthwise import depthwise
+from ssm_asr.ops.depthwise import ChunkCausalWeights, chunk_causal_conv, chunk_causal_step
+from ssm_asr.ops.gates import gated
 
 
 class ChunkCausalConv(nn.Module):
@@ -32,40 +32,14 @@ class ChunkCausalConv(nn.Module):
 
     def forward(self, x_BDT: Tensor, chunk: int) -> Tensor:
         """(B, D, T) -> (B, D, T); chunk is in frames, -1 for the whole sequence."""
-        B, D, T = x_BDT.shape
-        chunk = T if chunk < 0 else chunk
-        if dispatch.usable(x_BDT):
-            return self._by_kernel(x_BDT.transpose(1, 2), chunk).transpose(1, 2)
-        causal_BDT = self.causal_conv(nn.functional.pad(x_BDT, (self.cached, 0)))
-        n = -(-T // chunk)
-        chunks = nn.functional.pad(x_BDT, (0, n * chunk - T)).reshape(B, D, n, chunk)
-        inside = self._inside(chunks.transpose(1, 2).reshape(B * n, D, chunk))
-        inside_BDT = inside.reshape(B, n, D, chunk).transpose(1, 2).reshape(B, D, n * chunk)[..., :T]
-        return causal_BDT + inside_BDT
+        return chunk_causal_conv(x_BDT, x_BDT.shape[2] if chunk < 0 else chunk, self._weights())
 
     def stream(self, x_BDC: Tensor, cache_BDM: Tensor) -> tuple[Tensor, Tensor]:
         """One chunk, with the last M frames before it: output (B, D, C) and the new cache."""
-        x_padded = torch.cat([cache_BDM, x_BDC], dim=2)
-        out_BDC = depthwise(self.causal_conv, x_padded) + self._inside(x_BDC)
-        return out_BDC, x_padded[..., x_padded.shape[2] - self.cached :]
+        return chunk_causal_step(x_BDC, cache_BDM, self._weights())
 
-    def _by_kernel(self, x_BTD: Tensor, chunk: int) -> Tensor:
-        from ssm_asr.ops.depthwise_kernel import chunk_causal_conv  # only where Triton is installed
-
-        causal, inside = self.causal_conv, self.chunkwise_conv
-        assert causal.bias is not None and inside.bias is not None
-        weights = (self.chunkwise_conv_scale, causal.weight, causal.bias, inside.weight, inside.bias)
-        return chunk_causal_conv(x_BTD, chunk, *weights)
-
-    def _inside(self, x_NDC: Tensor) -> Tensor:
-        return depthwise(self.chunkwise_conv, x_NDC) * (1.0 + self._edge_scale(x_NDC.shape[2])).to(x_NDC.dtype)
-
-    def _edge_scale(self, chunk: int) -> Tensor:
-        left_DK, right_DK = self.chunkwise_conv_scale
-        if chunk < self.kernel:
-            return left_DK[:, :chunk] + right_DK[:, self.kernel - chunk :]
-        rest = chunk - self.kernel
-        return nn.functional.pad(left_DK, (0, rest)) + nn.functional.pad(right_DK, (rest, 0))
+    def _weights(self) -> ChunkCausalWeights:
+        return ChunkCausalWeights(self.chunkwise_conv_scale, self.causal_conv, self.chunkwise_conv)
 
 
 class ConvolutionModule(nn.Module):
@@ -107,14 +81,8 @@ class ConvolutionModule(nn.Module):
 
     def _gated(self, x_BTD: Tensor, padding_mask_BT: Tensor | None = None) -> Tensor:
         both_BTE = self.in_proj(x_BTD)
-        x_BTD, gate_BTD = both_BTE.chunk(2, dim=-1)
-        settings = self.balance_gate.settings(gate_BTD)
-        if settings is not None:
-            from ssm_asr.ops.gates_kernel import gated  # only where Triton is installed
-
-            return gated(both_BTE, "sigmoid", padding_mask_BT, settings, self.balance_gate.grad_scale).transpose(1, 2)
-        gated_BDT = (x_BTD * self.balance_gate(gate_BTD).sigmoid()).transpose(1, 2)
-        return gated_BDT if padding_mask_BT is None else gated_BDT.masked_fill(padding_mask_BT[:, None], 0.0)
+        by = self.balance_gate.settings(both_BTE.chunk(2, dim=-1)[1])
+        return gated(both_BTE, "sigmoid", padding_mask_BT, by).transpose(1, 2)
 
     def _finish(self, x_BDT: Tensor) -> Tensor:
         x_BTD = self.whiten(self.balance_conv(x_BDT).transpose(1, 2))

@@ -1,13 +1,15 @@
-"""What keeps Zipformer training stable: each module here is the identity (or plain dropout) in the forward pass and
-acts on gradients, or drops at random, while training. In evaluation mode all of them do nothing.
+"""What keeps Zipformer training stable.
+
+Each module here is the identity (or plain dropout) in the forward pass, and acts on gradients or drops at random while
+training. In evaluation all of them do nothing. What they compute is in ssm_asr.ops; here are their settings.
 
 Source: Yao et al., "Zipformer" (arXiv 2310.11230), sections 3.4 and 3.5 and appendix A.
 
-Every probability and limit may be a `Schedule` in the batch count b, which the trainer sets by `set_batch_count`,
-normalised to batches of 600 s of audio. Random yes/no decisions are drawn on the host with Python's `random`; masks
-that belong to data are drawn with torch.
+Every probability and limit may be a `Schedule` in the batch count b, which the training step sets by `set_batch_count`,
+normalised to batches of 600 s of audio. Decisions are drawn with Python's `random`; masks that belong to data are drawn
+with torch.
 
-Shapes: B batch, T time, D channels (last dimension unless said), G groups, N frames (all dims but channels).
+Shapes: B batch, T frames, D channels (last dimension unless said), G groups.
 """
 
 import math
@@ -16,74 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssm_asr.encoder.schedule import (
-    Number,
-    Schedule,
-    Scheduled,
-    Value,
-    decision,
-    never,
-    present,
-)
-from ssm_asr.encoder.schedule import set_batch_count as set_batch_count  # for those who train
-from ssm_asr.ops import dispatch
-from ssm_asr.ops.precision import at_least_float32
-
-
-class _BalancerFunction(torch.autograd.Function):
-    """Adds to each gradient element 0.04 |grad| times the unit-rms gradient of the balancer's penalty.
-
-    With m = mean/std and r = rms of a channel over N frames, the penalty |m - clamp(m)| + |log(clamp(r)/r)| has a
-    gradient that is affine in x, (a + b·x)/N a channel:
-        d m/dx = (1 - m·(x - mean)/std) / (N·std),   d log r/dx = x / (N·r²)
-    so the mean and the mean square of each channel are all that is needed of x beside x itself.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, limits: tuple[Number, ...], grad_scale: Number, channel_dim: int) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.limits, ctx.grad_scale, ctx.channel_dim = limits, grad_scale, channel_dim
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        (x,) = ctx.saved_tensors
-        min_m, max_m, min_rms, max_rms = ctx.limits
-        with torch.autocast(x.device.type, enabled=False):
-            x = at_least_float32(x)
-            frame_dims = [dim for dim in range(x.ndim) if dim != ctx.channel_dim % x.ndim]
-            mean = x.mean(dim=frame_dims, keepdim=True)
-            square = (x * x).mean(dim=frame_dims, keepdim=True)
-            std = (square - mean * mean).clamp(min=1e-20).sqrt()
-            rms = square.clamp(min=1e-20).sqrt()
-            m = mean / std
-            sign_m = torch.sign(m - m.clamp(min=min_m).clamp(max=max_m))
-            sign_r = torch.sign(rms - rms.clamp(min=min_rms).clamp(max=max_rms))
-            slope = sign_r / (rms * rms) - sign_m * m / (std * std)
-            offset = sign_m * (1 + m * mean / std) / std
-            # The rms of offset + slope·x over frames, without squares that overflow where a channel is all zeros.
-            size = torch.hypot(offset + slope * mean, slope * std).clamp(min=1e-20)
-            push = torch.addcmul(offset / size, x, slope / size) * ctx.grad_scale
-            return (grad + grad.abs() * push.to(grad.dtype)), None, None, None
-
-
-class _BalancerKernel(torch.autograd.Function):
-    """The same by a kernel, which does next to nothing for a batch on which the balancer does not act."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, settings: Tensor, grad_scale: float, channel_dim: int) -> Tensor:
-        ctx.save_for_backward(x)
-        # The settings are part of a tensor that other modules write their part of meanwhile.
-        ctx.settings, ctx.grad_scale, ctx.channel_dim = settings, grad_scale, channel_dim
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from ssm_asr.ops.swoosh_kernel import balance  # only where Triton is installed
-
-        (x,) = ctx.saved_tensors
-        return balance(x, grads[0], ctx.settings, ctx.grad_scale, ctx.channel_dim), None, None, None
+from ssm_asr.encoder.schedule import Chance, Now, Request, Schedule, Scheduled, Value
+from ssm_asr.ops.balance import Balance, balance
+from ssm_asr.ops.limit import limit
+from ssm_asr.ops.numbers import Numbers, known_zero
+from ssm_asr.ops.swoosh import Drop
+from ssm_asr.ops.whiten import whiten
 
 
 def _mean_limit(positive: float) -> float:
@@ -102,9 +42,10 @@ class Balancer(Scheduled):
 
     Args:
         positive: least and greatest share of positive values; None sets no limit.
-        abs: least and greatest mean absolute value, in the sense of a normal variable.
+        abs: least and greatest mean absolute value of a normal variable with the channel's rms.
         prob: share of the training batches on which it acts.
         channel_dim: the dimension that is not averaged over.
+        grad_scale: size of the added gradient, relative to each element of the gradient.
     """
 
     def __init__(
@@ -116,147 +57,45 @@ class Balancer(Scheduled):
         grad_scale: float = 0.04,
     ) -> None:
         super().__init__()
-        self.positive, self.abs, self.prob = positive or (0.0, 1.0), abs, prob
+        bounds = [Now(p, _mean_limit) for p in positive or (0.0, 1.0)] + [Now(a, _rms_limit) for a in abs]
+        self.requests: tuple[Request, ...] = (Chance(prob), *bounds)
         self.channel_dim, self.grad_scale = channel_dim, grad_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.requires_grad:
-            return x
-        settings = self.settings(x)
-        if settings is not None:
-            return _BalancerKernel.apply(x, settings, self.grad_scale, self.channel_dim)
-        acts = self.chance(self.prob)
-        if never(acts):
-            return x
-        limits = (*(self.now(p, _mean_limit) for p in self.positive), *(self.now(a, _rms_limit) for a in self.abs))
-        return _BalancerFunction.apply(x, limits, acts * self.grad_scale, self.channel_dim)
+        """x itself."""
+        return balance(x, self.settings(x))
 
-    def settings(self, x: Tensor) -> Tensor | None:
-        """The numbers for a kernel that balances x's gradient in the place of `forward`; None if none can."""
-        if self.draws is None or not self.training or not x.requires_grad or not dispatch.usable(x):
+    def settings(self, x: Tensor) -> Balance | None:
+        """What it does to the gradient of x in this batch, for an operation that does it on its way; None is none."""
+        if not self.training or not x.requires_grad:
             return None
-        bounds = [(p, _mean_limit) for p in self.positive] + [(a, _rms_limit) for a in self.abs]
-        return self.draws.numbers(self, (decision, self.prob, float), *((present, *bound) for bound in bounds))
-
-
-def whitening_metric(x_ND: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """How far the channels of each group are from uncorrelated and equally large: 1 when they are, up to D/G.
-
-    Args:
-        x_ND: frames by channels; the G groups are contiguous.
-
-    Returns:
-        The metric (scalar) and its gradient with respect to x_ND (appendix A.3.3).
-    """
-    x_NGC = x_ND.reshape(x_ND.shape[0], groups, -1)
-    x_GNC = (x_NGC - x_NGC.mean(dim=0)).transpose(0, 1)
-    cov_GCC = x_GNC.transpose(1, 2) @ x_GNC
-    channels = x_ND.shape[1]
-    diagonal = cov_GCC.diagonal(dim1=1, dim2=2)
-    mean_square = (cov_GCC * cov_GCC).sum() / channels
-    mean_diagonal = diagonal.mean() + 1e-20
-    metric = mean_square / (mean_diagonal * mean_diagonal)
-    grad_cov_GCC = (cov_GCC - torch.diag_embed((mean_square / mean_diagonal).expand_as(diagonal))) * (
-        2 / (channels * mean_diagonal * mean_diagonal)
-    )
-    grad_GNC = 2 * x_GNC @ grad_cov_GCC
-    return metric, grad_GNC.transpose(0, 1).reshape_as(x_ND)
-
-
-class _WhitenFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, module: "Whiten", limit: Number, acts: Number) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.module, ctx.limit, ctx.acts = module, limit, acts
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        (x,) = ctx.saved_tensors
-        module: Whiten = ctx.module
-        with torch.autocast(x.device.type, enabled=False):
-            wide = at_least_float32(x)
-            metric, metric_grad = whitening_metric(wide.reshape(-1, wide.shape[-1]), module.groups)
-            scale = module.strength(metric, ctx.limit, ctx.acts)
-            scale = scale * grad.norm(dtype=wide.dtype) / (metric_grad.norm() + 1e-20)
-            return grad + (metric_grad * scale).reshape_as(grad).to(grad.dtype), None, None, None
-
-
-class _WhitenKernel(torch.autograd.Function):
-    """The same by kernels, which do next to nothing for a batch on which the module does not act."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, module: "Whiten", settings: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        # The settings are part of a tensor that other modules write their part of meanwhile.
-        ctx.module, ctx.settings = module, settings
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from ssm_asr.ops.whitening_kernel import whiten  # only where Triton is installed
-
-        (x,) = ctx.saved_tensors
-        module: Whiten = ctx.module
-        out = whiten(x, grads[0], ctx.settings, module.over_limit, module.groups, module.grad_scale)
-        return out, None, None
+        return Balance(self.draw(*self.requests), self.grad_scale, self.channel_dim)
 
 
 class Whiten(Scheduled):
     """Pushes the channels of each group towards a covariance with equal eigenvalues (appendix A.3.3).
 
-    Acts on a quarter of the training batches, and on a tenth of those while it finds nothing to do. On a GPU that is
-    decided there, so that the host need not wait to know it.
+    It acts on a quarter of the training batches, and on a tenth of those while it finds nothing to do.
 
     Args:
         limit: the metric above which it acts; 1 is white.
-        grad_scale: size of the added gradient, as a share of the gradient's norm.
+        groups: G.
+        grad_scale: size of the added gradient, relative to the gradient's norm.
+        prob: share of the training batches on which it may act.
     """
 
     def __init__(self, limit: Value, groups: int = 1, grad_scale: float = 0.01, prob: Value = 0.25) -> None:
         super().__init__()
-        self.limit, self.groups, self.grad_scale, self.prob = limit, groups, grad_scale, prob
+        self.requests = (Chance(prob), Chance(0.1), Now(limit))
+        self.groups, self.grad_scale = groups, grad_scale
         self.over_limit: Tensor
         self.register_buffer("over_limit", torch.tensor(True), persistent=False)
 
-    def strength(self, metric: Tensor, limit: Number, acts: Number) -> Tensor:
-        """`grad_scale` where the metric is over the limit and there is a call to act, else 0; notes what it found."""
-        over_limit = metric > limit
-        self.over_limit.copy_(torch.where(torch.as_tensor(acts > 0), over_limit, self.over_limit))
-        return self.grad_scale * over_limit * acts
-
     def forward(self, x: Tensor) -> Tensor:
-        if not x.requires_grad:
+        """x itself."""
+        if not self.training or not x.requires_grad:
             return x
-        if self.draws is not None and self.training and dispatch.usable(x):
-            settings = self.draws.numbers(
-                self, (decision, self.prob, float), (decision, 0.1, float), (present, self.limit, float)
-            )
-            return _WhitenKernel.apply(x, self, settings)
-        due, anyway = self.chance(self.prob), self.chance(0.1)
-        if never(due) or (never(anyway) and not x.is_cuda and not self.over_limit):
-            return x
-        acts = due * torch.clamp(self.over_limit + anyway, max=1)
-        return _WhitenFunction.apply(x, self, self.now(self.limit), acts)
-
-
-class _PenalizeLarge(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, limit: float, penalty: Number) -> Tensor:
-        ctx.save_for_backward((x > limit).to(torch.int8) - (x < -limit).to(torch.int8))
-        ctx.penalty = penalty
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (sign,) = ctx.saved_tensors
-        return grads[0] + (ctx.penalty * sign).to(grads[0].dtype), None, None
-
-
-def penalize_large(x: Tensor, limit: float, penalty: Number) -> Tensor:
-    """x itself; its gradient gets that of penalty · Σ max(0, |x| - limit)."""
-    return _PenalizeLarge.apply(x, limit, penalty)
+        return whiten(x, self.draw(*self.requests), self.over_limit, self.groups, self.grad_scale)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -278,22 +117,8 @@ class ScaleGradient(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
+        """x itself."""
         return _ScaleGradient.apply(x, self.scale) if x.requires_grad else x
-
-
-class _LimitParameter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, low: Number, high: Number, acts: Number) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.low, ctx.high, ctx.acts = low, high, acts
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        (x,) = ctx.saved_tensors
-        outward = ((grad < 0) & (x > ctx.high)) | ((grad > 0) & (x < ctx.low))
-        return torch.where(outward, grad * (1 - 2 * ctx.acts), grad), None, None, None
 
 
 class LimitParameter(Scheduled):
@@ -301,20 +126,15 @@ class LimitParameter(Scheduled):
 
     def __init__(self, low: Value, high: Value, prob: float = 0.6) -> None:
         super().__init__()
-        self.low, self.high, self.prob = low, high, prob
+        self.requests = (Chance(prob), Now(low), Now(high))
 
     def forward(self, parameter: Tensor) -> Tensor:
-        acts = self.chance(self.prob)
-        if never(acts):
-            return parameter
-        return _LimitParameter.apply(parameter, self.now(self.low), self.now(self.high), acts)
+        """The parameter itself."""
+        return limit(parameter, self.settings())
 
-    def settings(self, parameter: Tensor) -> Tensor | None:
-        """The numbers for a kernel that limits the gradient in the place of `forward`; None if none can."""
-        if self.draws is None or not self.training or not dispatch.usable(parameter):
-            return None
-        bounds = ((present, self.low, float), (present, self.high, float))
-        return self.draws.numbers(self, (decision, self.prob, float), *bounds)
+    def settings(self) -> Numbers | None:
+        """What it does in this batch, for an operation that does it on its way; see ssm_asr.ops.limit."""
+        return self.draw(*self.requests) if self.training else None
 
 
 class Dropout(Scheduled):
@@ -325,40 +145,35 @@ class Dropout(Scheduled):
         self.rate, self.shared_dim = rate, shared_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        rate = self.now(self.rate)
-        if never(rate):
-            return x
-        keep = self._uniform(x) >= rate
-        return x * (keep / (1 - rate)).to(x.dtype)
+        """x with some of its elements dropped, and the others scaled up."""
+        drop = self.settings(x)
+        return x if drop is None else drop.apply(x)
 
-    def numbers(self, x_BTD: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Uniform random numbers (B, 1, D) and the rate below which they drop, for a kernel; None if none can."""
-        if not self.training or self.shared_dim != 1 or x_BTD.ndim != 3 or not dispatch.usable(x_BTD):
+    def settings(self, x: Tensor) -> Drop | None:
+        """What it drops of x in this batch, for an operation that does it on its way; None is nothing."""
+        if not self.training:
             return None
         rate = self.now(self.rate)
-        return (self._uniform(x_BTD), rate) if isinstance(rate, Tensor) else None
-
-    def _uniform(self, x: Tensor) -> Tensor:
+        if known_zero(rate):
+            return None
         like = x if self.shared_dim is None else x.narrow(self.shared_dim, 0, 1)
-        return torch.rand_like(like, dtype=torch.float32)
+        return Drop(torch.rand_like(like, dtype=torch.float32), rate)
 
 
 def sequence_masks(module: Scheduled, x_BTD: Tensor, *drop_rates: Value) -> list[Tensor | None]:
     """For each rate a mask (B, 1, 1), False with that probability for a whole sequence; None where nothing is dropped.
 
     Args:
-        module: whose settings the rates are; outside training it drops nothing.
+        module: whose settings the rates are; in evaluation nothing is dropped.
+        x_BTD: the sequences.
     """
     if not module.training:
         return [None] * len(drop_rates)
     uniform_RB11 = torch.rand(len(drop_rates), x_BTD.shape[0], 1, 1, device=x_BTD.device)
-    if module.draws is not None:
-        rates_R = module.draws.numbers(module, *((present, rate, float) for rate in drop_rates))
+    rates_R = module.draw(*map(Now, drop_rates))
+    if isinstance(rates_R, Tensor):
         return list(uniform_RB11 > rates_R[:, None, None, None])
-    rates = [present(module, rate, float) for rate in drop_rates]
-    return [u_B11 > rate if rate else None for u_B11, rate in zip(uniform_RB11, rates, strict=True)]
+    return [u_B11 > rate if rate else None for u_B11, rate in zip(uniform_RB11, rates_R, strict=True)]
 
 
 def whitening_flags(model: nn.Module) -> list[bool]:

@@ -1,21 +1,25 @@
-"""Settings that follow the number of batches, and random decisions: drawn by each module itself, or all at once.
+"""Settings that follow the number of batches, and random decisions of modules.
 
-Random yes/no decisions are drawn on the host with Python's `random`. With `Draws`, they and the values of the schedules
-reach the modules as numbers on the device, so that a captured CUDA graph serves every batch.
+A module asks for its numbers of a batch by `Scheduled.draw`. It gets floats, drawn on the host with Python's `random`.
+While a training step has `Draws` in use, it gets places on the device that hold them, so that one captured CUDA graph
+serves every batch.
 """
 
 import random
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ssm_asr.ops.devices import to_device
+from ssm_asr.ops.numbers import Number, Numbers
 
 
 class Schedule:
-    """A piecewise-linear function of the batch count; the ends are held.
+    """A piecewise-linear function of the batch count, constant before its first point and after its last.
 
     >>> Schedule((0, 0.2), (4000, 0.05))(2000)
     0.125
@@ -36,73 +40,88 @@ class Schedule:
 
 
 Value = float | Schedule
-Number = float | Tensor
+
+
+class Now(NamedTuple):
+    """A request for the present value of a setting, or for a function of it."""
+
+    value: Value
+    transform: Callable[[float], float] = float
+
+    def drawn(self, batch_count: float) -> float:
+        """The number after so many batches."""
+        return self.transform(self.value(batch_count) if isinstance(self.value, Schedule) else self.value)
+
+
+class Chance(NamedTuple):
+    """A request for a decision: 1 with a probability, else 0."""
+
+    probability: Value
+
+    def drawn(self, batch_count: float) -> float:
+        """The number after so many batches, from Python's `random`."""
+        return float(random.random() < Now(self.probability).drawn(batch_count))
+
+
+Request = Now | Chance
 
 
 class Scheduled(nn.Module):
-    """A module some of whose settings follow the batch count."""
+    """A module some of whose settings follow the batch count, which `set_batch_count` moves."""
 
     batch_count: float = 0.0
-    draws: "Draws | None" = None
 
-    def now(self, value: Value, of: Callable[[float], float] = float) -> Any:
-        """The present value of a setting, or a function of it: a float; of a schedule with `Draws`, on the device."""
-        if self.draws is not None and self.training and isinstance(value, Schedule):
-            return self.draws.numbers(self, (present, value, of))[0]
-        return present(self, value, of)
+    def draw(self, *requests: Request) -> Numbers:
+        """The module's numbers of this batch: floats, or on the device while `Draws` are in use in training."""
+        draws = _in_use.get()
+        if draws is not None and self.training:
+            return draws.numbers(self, requests)
+        return tuple(request.drawn(self.batch_count) for request in requests)
 
-    def chance(self, probability: Value) -> Any:
-        """1 with the given probability while training, else 0; always 0 in evaluation. With `Draws`, on the device."""
-        if not self.training:
-            return 0.0
-        if self.draws is not None:
-            return self.draws.numbers(self, (decision, probability, float))[0]
-        return decision(self, probability, float)
+    def now(self, value: Value) -> Number:
+        """The present value of a setting; a constant is a float in any case."""
+        return self.draw(Now(value))[0] if isinstance(value, Schedule) else value
 
-
-def present(module: Scheduled, value: Value, of: Callable[[float], float]) -> float:
-    """The present value of a module's setting, or a function of it."""
-    return of(value(module.batch_count) if isinstance(value, Schedule) else value)
-
-
-def decision(module: Scheduled, probability: Value, of: Callable[[float], float]) -> float:
-    """1 with a module's present probability, else 0, or a function of that."""
-    return of(random.random() < present(module, probability, float))
-
-
-def never(number: Number) -> bool:
-    """Whether the host knows the number to be 0, so that what it switches on can be left out."""
-    return not isinstance(number, Tensor) and number == 0.0
+    def chance(self, probability: Value) -> Number:
+        """1 with the given probability while training, else 0; always 0 in evaluation."""
+        return self.draw(Chance(probability))[0] if self.training else 0.0
 
 
 class Draws:
-    """All decisions and scheduled values of a model, as numbers in one tensor on the device.
+    """All decisions and scheduled values of some modules, as numbers in one tensor on the device.
 
-    The first forward pass in training tells which there are. `renew` draws those of the next batch, in the same order
-    in which the model itself would, and brings them to the device in one copy, for which nobody waits.
+    The first forward pass in training tells which there are. `renew` draws those of the next batch, in the order of
+    that pass, and brings them to the device in one copy, for which the host does not wait.
 
     Args:
-        model: takes its numbers from here from now on.
+        device: where the numbers lie.
         most: numbers for which there is room.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, most: int = 8192) -> None:
+    def __init__(self, device: torch.device, most: int = 8192) -> None:
         self.all = torch.zeros(most, device=device)
-        self._found: dict[Any, Tensor] = {}
+        self._found: dict[tuple[Scheduled, tuple[Request, ...]], Tensor] = {}
         self._count = 0
-        for module in model.modules():
-            if isinstance(module, Scheduled):
-                module.draws = self
 
-    def numbers(
-        self, module: Scheduled, *wanted: tuple[Callable[..., float], Value, Callable[[float], float]]
-    ) -> Tensor:
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within it, modules in training take their numbers from here."""
+        token = _in_use.set(self)
+        try:
+            yield
+        finally:
+            _in_use.reset(token)
+
+    def numbers(self, module: Scheduled, requests: tuple[Request, ...]) -> Tensor:
         """The place of a module's numbers, which holds their values for this batch."""
-        key = (module, wanted)
+        key = (module, requests)
         if key not in self._found:
-            self._found[key] = self.all[self._count : self._count + len(wanted)]
-            self._found[key].copy_(torch.tensor(_drawn(module, wanted)))
-            self._count += len(wanted)
+            place = self.all[self._count : self._count + len(requests)]
+            if len(place) < len(requests):
+                raise ValueError(f"{len(self.all)} places are too few for the numbers of this model")
+            place.copy_(torch.tensor(_drawn(*key)))
+            self._found[key] = place
+            self._count += len(requests)
         return self._found[key]
 
     def renew(self) -> None:
@@ -111,8 +130,11 @@ class Draws:
         self.all[: self._count] = to_device(drawn, self.all.device)
 
 
-def _drawn(module: Scheduled, wanted: Any) -> list[float]:
-    return [kind(module, value, of) for kind, value, of in wanted]
+_in_use: ContextVar[Draws | None] = ContextVar("draws in use", default=None)
+
+
+def _drawn(module: Scheduled, requests: tuple[Request, ...]) -> list[float]:
+    return [request.drawn(module.batch_count) for request in requests]
 
 
 def set_batch_count(model: nn.Module, batch_count: float) -> None:

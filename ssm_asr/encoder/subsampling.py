@@ -11,34 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ssm_asr import units
-from ssm_asr.encoder.modules import BiasNorm, Linear, SwooshL, SwooshR, biased, linear, scale_parameters_
-from ssm_asr.encoder.regularize import Balancer, Dropout, ScaleGradient, Schedule, Scheduled, Value, Whiten, never
-from ssm_asr.ops import dispatch
-from ssm_asr.ops.precision import autocast_dtype
+from ssm_asr.encoder.modules import BiasNorm, Linear, SwooshL, SwooshR, scale_parameters_
+from ssm_asr.encoder.regularize import Balancer, Dropout, ScaleGradient, Schedule, Scheduled, Value, Whiten
+from ssm_asr.ops.depthwise import depthwise_image, first_conv
+from ssm_asr.ops.linear import conv2d, linear_of_image, pointwise
+from ssm_asr.ops.numbers import known_zero
 
 # Every encoder frame sees 3 frames of the ConvNeXt input to either side.
 LOOK_AHEAD = 3
 # A chunk of C encoder frames is computed from 2C + 13 feature frames, and the next starts 2C later.
 CHUNK_OVERLAP = 13
-
-
-def pointwise(conv: nn.Conv2d, x_BCTW: Tensor) -> Tensor:
-    """A convolution with a kernel of one; on a GPU as a matrix product, which adds the bias without another pass."""
-    if not dispatch.usable(x_BCTW):
-        out_BCTW: Tensor = conv(x_BCTW)
-        return out_BCTW
-    x_BTWC = x_BCTW.permute(0, 2, 3, 1)
-    out_NC = linear(x_BTWC.flatten(0, 2), conv.weight.flatten(1), conv.bias)
-    return out_NC.unflatten(0, x_BTWC.shape[:3]).permute(0, 3, 1, 2)
-
-
-def _conv2d(conv: nn.Conv2d, x_BCTW: Tensor) -> Tensor:
-    """The convolution, `biased`."""
-
-    def channels_last(bias: Tensor | None) -> Tensor:
-        return nn.functional.conv2d(x_BCTW, conv.weight, bias, conv.stride).permute(0, 2, 3, 1)
-
-    return biased(channels_last, x_BCTW, conv.bias).permute(0, 3, 1, 2)
 
 
 class ConvNeXt(Scheduled):
@@ -58,13 +40,7 @@ class ConvNeXt(Scheduled):
 
     def forward(self, x_BCTW: Tensor) -> Tensor:
         """(B, C, T, W) -> (B, C, T, W), zero-padded in time."""
-        conv = self.depthwise_conv
-        if not dispatch.usable(x_BCTW):
-            return self._finish(x_BCTW, conv(x_BCTW))
-        from ssm_asr.ops.depthwise2d_kernel import depthwise_conv  # only where Triton is installed
-
-        assert conv.bias is not None
-        return self._finish(x_BCTW, depthwise_conv(x_BCTW.to(autocast_dtype(x_BCTW)), conv.weight, conv.bias))
+        return self._finish(x_BCTW, depthwise_image(self.depthwise_conv, x_BCTW))
 
     def stream(self, x_BCTW: Tensor, cache_BCTW: Tensor) -> tuple[Tensor, Tensor]:
         """x holds the chunk and 3 frames after it, the cache the 3 frames before it."""
@@ -78,7 +54,7 @@ class ConvNeXt(Scheduled):
         hidden = self.activation(pointwise(self.pointwise_conv1, mixed_BCTW), self.balance_hidden)
         out_BCTW = pointwise(self.pointwise_conv2, hidden)
         skip_rate = self.now(self.skip_rate) if self.training else 0.0
-        if never(skip_rate):
+        if known_zero(skip_rate):
             out_BCTW = x_BCTW + out_BCTW
         else:
             keep_B = torch.rand(x_BCTW.shape[0], 1, 1, 1, device=x_BCTW.device) > skip_rate
@@ -134,26 +110,13 @@ class ConvSubsampling(nn.Module):
         return self._finish(x), cache_BCTW
 
     def _convolve(self, x_B1TF: Tensor) -> Tensor:
-        """`self.conv`; on a GPU the balancers take part in the activations' kernels."""
-        if not dispatch.usable(x_B1TF):
-            out_BCTW: Tensor = self.conv(x_B1TF)
-            return out_BCTW
-        from ssm_asr.ops.first_conv_kernel import first_conv  # only where Triton is installed
-
+        """`self.conv`, whose balancers take part in the activations."""
         conv1, scale, balance1, swoosh1, *rest = cast(list[Any], list(self.conv))
-        if x_B1TF.requires_grad:
-            x = conv1(x_B1TF)
-        else:
-            x = first_conv(x_B1TF[:, 0], conv1.weight, conv1.bias, autocast_dtype(x_B1TF))
-        x = swoosh1(scale(x), balance1)
+        x = swoosh1(scale(first_conv(conv1, x_B1TF)), balance1)
         for conv, balance, swoosh in (rest[:3], rest[3:]):
-            x = swoosh(_conv2d(conv, x), balance)
+            x = swoosh(conv2d(conv, x), balance)
         return x
 
     def _finish(self, x_BCTW: Tensor) -> Tensor:
-        if dispatch.usable(x_BCTW):  # the weights in the order of channels-last memory, rather than x in theirs
-            weight = self.out.weight.unflatten(1, (self.channels, -1)).transpose(1, 2).flatten(1)
-            x_BTD = linear(x_BCTW.permute(0, 2, 3, 1).flatten(2), weight, self.out.bias)
-        else:
-            x_BTD = self.out(x_BCTW.transpose(1, 2).flatten(2))
+        x_BTD = linear_of_image(x_BCTW, self.out.weight, self.out.bias)
         return self.dropout(self.out_norm(self.out_whiten(x_BTD)))

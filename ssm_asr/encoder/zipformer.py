@@ -16,22 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ssm_asr import units
-from ssm_asr.encoder.attention import (
-    AttentionWeights,
-    Context,
-    NonlinAttention,
-    RelativePositions,
-    SelfAttention,
-    chunk_mask,
-    context_of_chunk,
-    visible_span,
-)
+from ssm_asr.encoder.attention import AttentionWeights, RelativePositions, SelfAttention
 from ssm_asr.encoder.checks import check_contexts, check_sizes
 from ssm_asr.encoder.convolution import ConvolutionModule
-from ssm_asr.encoder.modules import BiasNorm, Bypass, Downsample, FeedForward, add_masked, fork, set_channels
+from ssm_asr.encoder.long_range import LONG_RANGE, LongRange
+from ssm_asr.encoder.modules import BiasNorm, Bypass, Downsample, FeedForward, set_channels
 from ssm_asr.encoder.regularize import Balancer, Schedule, Scheduled, Whiten, sequence_masks
-from ssm_asr.ops import dispatch
-from ssm_asr.ssm.mamba2 import Mamba2
+from ssm_asr.ops.attention import Context, context_of_chunk, context_of_sequences
+from ssm_asr.ops.residual import add_masked, fork
 
 DROPOUT = Schedule((0, 0.3), (20000, 0.1))
 
@@ -75,8 +67,8 @@ class ZipformerConfig:
         if any(unmasked > dim for unmasked, dim in zip(self.unmasked_dim, self.dim, strict=True)):
             raise ValueError(f"encoder.unmasked_dim is {list(self.unmasked_dim)}; give at most encoder.dim each")
         check_contexts(self.chunk_frames, self.left_context_frames, self.chunk_multiple if self.causal else 1)
-        if self.long_range not in ("nonlin_attention", "mamba2", "none"):
-            raise ValueError(f"encoder.long_range is {self.long_range!r}; give nonlin_attention, mamba2 or none")
+        if self.long_range not in LONG_RANGE:
+            raise ValueError(f"encoder.long_range is {self.long_range!r}; give one of {', '.join(LONG_RANGE)}")
         if self.long_range == "mamba2":
             for dim in self.dim:
                 if dim * 3 // 4 % self.mamba_heads or dim * 3 // 4 % self.mamba_groups:
@@ -101,17 +93,11 @@ class ZipformerConfig:
         return random.choice(self.chunk_frames), random.choice(self.left_context_frames)
 
 
-class NonlinState(NamedTuple):
-    """What nonlin attention keeps: its gated inputs of the left context."""
-
-    nonlin_BLN: Tensor
-
-
 class LayerState(NamedTuple):
     """What a layer keeps between chunks, at its stack's frame rate."""
 
     key_BLQ: Tensor
-    long_range: Any  # NonlinState, Mamba2State or ()
+    long_range: Any  # of the long-range module; () without one
     value1_BLV: Tensor
     value2_BLV: Tensor
     conv1_BDM: Tensor
@@ -138,10 +124,9 @@ class ZipformerLayer(Scheduled):
         self.feed_forward1 = FeedForward(dim, feedforward * 3 // 4, DROPOUT)
         self.feed_forward2 = FeedForward(dim, feedforward, DROPOUT)
         self.feed_forward3 = FeedForward(dim, feedforward * 5 // 4, DROPOUT)
-        if config.long_range == "nonlin_attention":
-            self.nonlin_attention = NonlinAttention(dim, dim * 3 // 4)
-        elif config.long_range == "mamba2":
-            self.mamba2 = Mamba2(dim, dim * 3 // 4, config.mamba_states, config.mamba_heads, config.mamba_groups)
+        make_long_range = LONG_RANGE[config.long_range]
+        if make_long_range is not None:
+            self.add_module(config.long_range, make_long_range(config, dim))
         self.conv_module1 = ConvolutionModule(dim, kernel, config.causal)
         self.conv_module2 = ConvolutionModule(dim, kernel, config.causal)
         self.norm = BiasNorm(dim)
@@ -164,14 +149,10 @@ class ZipformerLayer(Scheduled):
             return torch.zeros(batch_size, *shape, device=device)
 
         dim, value_dim = self.bypass_scale.shape[0], self.self_attn1.value_dim
-        long_range: Any = ()
-        if self.long_range == "nonlin_attention":
-            long_range = NonlinState(zeros(left_context, self.nonlin_attention.hidden))
-        elif self.long_range == "mamba2":
-            long_range = self.mamba2.init_state(batch_size, device)
+        module = self._long_range_module()
         return LayerState(
             key_BLQ=zeros(left_context, self.self_attn_weights.query_dim),
-            long_range=long_range,
+            long_range=() if module is None else module.init_long_range(batch_size, left_context, device),
             value1_BLV=zeros(left_context, value_dim),
             value2_BLV=zeros(left_context, value_dim),
             conv1_BDM=zeros(dim, self.conv_module1.cached),
@@ -207,14 +188,14 @@ class ZipformerLayer(Scheduled):
         x = x + self.feed_forward1(for_feed_forward)
 
         x, long_range = self._mix_long_range(x, first_head, context, attention_mask, state)
-        mixed, value1 = self.self_attn1(x, weights1, past and past.value1_BLV, context.span_2BT)
+        mixed, value1 = self.self_attn1(x, weights1, context, past and past.value1_BLV)
         x = add_masked(x, mixed, attention_mask)
         mixed, conv1 = self._convolve(self.conv_module1, x, context, chunk, state and state.conv1_BDM)
         x = add_masked(x, mixed, conv1_mask)
         x = add_masked(x, self.balance_ff2(self.feed_forward2(x)), ff2_mask)
         x = self.bypass_mid(orig, x)
 
-        mixed, value2 = self.self_attn2(x, weights2, past and past.value2_BLV, context.span_2BT)
+        mixed, value2 = self.self_attn2(x, weights2, context, past and past.value2_BLV)
         x = add_masked(x, mixed, attention_mask)
         mixed, conv2 = self._convolve(self.conv_module2, x, context, chunk, state and state.conv2_BDM)
         x = add_masked(x, mixed, conv2_mask)
@@ -230,19 +211,17 @@ class ZipformerLayer(Scheduled):
         self, x: Tensor, weights: Tensor, context: Context, mask: Tensor | None, state: LayerState | None
     ) -> tuple[Tensor, Any]:
         """Adds the long-range module's output, if there is one; the new state is for streaming only."""
-        new_state: Any = ()
-        if self.long_range == "nonlin_attention":
-            mixed, gated = self.nonlin_attention(x, weights, state and state.long_range.nonlin_BLN)
-            if state is not None:
-                new_state = NonlinState(gated[:, gated.shape[1] - state.key_BLQ.shape[1] :])
-        elif self.long_range == "mamba2":
-            if state is None:
-                mixed, _ = self.mamba2(x, context.padding_mask_BK)
-            else:
-                mixed, new_state = self.mamba2.stream(x, state.long_range)
-        else:
+        module, new_state = self._long_range_module(), ()
+        if module is None:
             return x, new_state
+        if state is None:
+            mixed = module.mix(x, weights, context)
+        else:
+            mixed, new_state = module.mix_stream(x, weights, state.long_range)
         return add_masked(x, self.balance_long_range(mixed), mask), new_state
+
+    def _long_range_module(self) -> LongRange | None:
+        return cast(LongRange | None, self._modules.get(self.long_range))
 
     def _convolve(
         self, module: ConvolutionModule, x: Tensor, context: Context, chunk: int, cache: Tensor | None
@@ -361,19 +340,12 @@ class Zipformer(Scheduled):
 
         Args:
             x_BTD: frames at 50 Hz; lens_B: how many of them are not padding.
-            chunk, left_context: in frames at 50 Hz, -1 for all there is; a tensor as for `attention.chunk_mask`.
+            chunk, left_context: in frames at 50 Hz, -1 for all there is; a tensor as for `context_of_sequences`.
 
         Returns:
             (B, (T+1)//2, max dim), and its lengths.
         """
-        T, device = x_BTD.shape[1], x_BTD.device
-        chunk_seen = chunk if self.config.causal else -1
-        span_2BT = visible_span(lens_B, T, chunk_seen, left_context) if dispatch.usable(x_BTD) else None
-        context = Context(
-            chunk_mask(T, chunk_seen, left_context, device) if span_2BT is None else None,
-            torch.arange(T, device=device) >= lens_B[:, None],
-            span_2BT,
-        )
+        context = context_of_sequences(x_BTD, lens_B, chunk if self.config.causal else -1, left_context)
         outputs: list[Tensor] = []
         for i, (stack, mask) in enumerate(zip(self.encoders, self._channel_masks(x_BTD), strict=True)):
             x_BTD = stack(self._input_of(i, x_BTD, outputs), context, chunk, mask)

@@ -1,10 +1,16 @@
-"""Depthwise convolutions over time: what they cost for the few frames of a streaming chunk.
+"""Depthwise convolutions: over time, in chunks, and over images.
 
-Shapes: B batch, D channels, T frames, K taps, S output frames.
+Shapes: B batch, D channels, T frames, K taps, S output frames, M = K // 2, C chunk; images (B, C, T, W).
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+from ssm_asr.ops import dispatch
+from ssm_asr.ops.precision import autocast_dtype
 
 # Up to this many products, matrix products by torch's own loops take 0.3 to 0.9 times as long as conv1d, which for so
 # few only prepares itself; torch hands matrices of LARGE_MATRIX products or more to a library that takes longer still.
@@ -20,6 +26,79 @@ def depthwise(conv: nn.Conv1d, x_BDT: Tensor) -> Tensor:
     if torch.jit.is_tracing() or x_BDT.is_cuda or products >= LARGE_MATRIX or B * D * products > FEW_PRODUCTS:
         return conv(x_BDT)
     assert conv.bias is not None
-    padded_BDT = nn.functional.pad(x_BDT, (padding, padding)) if padding else x_BDT
+    padded_BDT = functional.pad(x_BDT, (padding, padding)) if padding else x_BDT
     windows_BDSK = padded_BDT.unfold(2, taps, 1)
     return (windows_BDSK @ conv.weight.mT)[..., 0] + conv.bias[:, None]
+
+
+class ChunkCausalWeights(NamedTuple):
+    """The weights of a convolution that looks ahead only to the end of its chunk.
+
+    Attributes:
+        scale_2DK: what is added to 1 at the left and the right edge of a chunk, to scale `inside`'s output.
+        causal, inside: the convolution with the left half of the kernel, M + 1 taps and no padding, and the one with
+            all K taps inside the chunk, padded by M.
+    """
+
+    scale_2DK: Tensor
+    causal: nn.Conv1d
+    inside: nn.Conv1d
+
+
+def chunk_causal_conv(x_BDT: Tensor, chunk: int, weights: ChunkCausalWeights) -> Tensor:
+    """Whole sequences, zeros before the first frame and after the last: (B, D, T) -> (B, D, T); chunk in frames."""
+    B, D, T = x_BDT.shape
+    scale_2DK, causal, inside = weights
+    if dispatch.use_kernels(x_BDT):
+        from ssm_asr.ops import depthwise_kernel  # only where Triton is installed
+
+        assert causal.bias is not None and inside.bias is not None
+        given = (scale_2DK, causal.weight, causal.bias, inside.weight, inside.bias)
+        return depthwise_kernel.chunk_causal_conv(x_BDT.transpose(1, 2), chunk, *given).transpose(1, 2)
+    causal_BDT = causal(functional.pad(x_BDT, (scale_2DK.shape[2] // 2, 0)))
+    n = -(-T // chunk)
+    chunks = functional.pad(x_BDT, (0, n * chunk - T)).reshape(B, D, n, chunk)
+    inside_NDC = inside_chunk(chunks.transpose(1, 2).reshape(B * n, D, chunk), weights)
+    inside_BDT = inside_NDC.reshape(B, n, D, chunk).transpose(1, 2).reshape(B, D, n * chunk)[..., :T]
+    return causal_BDT + inside_BDT
+
+
+def chunk_causal_step(x_BDC: Tensor, cache_BDM: Tensor, weights: ChunkCausalWeights) -> tuple[Tensor, Tensor]:
+    """`chunk_causal_conv` of one chunk, after the M frames in the cache: output (B, D, C) and the new cache."""
+    padded = torch.cat([cache_BDM, x_BDC], dim=2)
+    out_BDC = depthwise(weights.causal, padded) + inside_chunk(x_BDC, weights)
+    return out_BDC, padded[..., x_BDC.shape[2] :]
+
+
+def inside_chunk(x_NDC: Tensor, weights: ChunkCausalWeights) -> Tensor:
+    """The part of the output that sees only its own chunk, scaled near the chunk's edges: (N, D, C)."""
+    left_DK, right_DK = weights.scale_2DK
+    chunk, kernel = x_NDC.shape[2], left_DK.shape[1]
+    if chunk < kernel:
+        edge_DC = left_DK[:, :chunk] + right_DK[:, kernel - chunk :]
+    else:
+        rest = chunk - kernel
+        edge_DC = functional.pad(left_DK, (0, rest)) + functional.pad(right_DK, (rest, 0))
+    return depthwise(weights.inside, x_NDC) * (1.0 + edge_DC).to(x_NDC.dtype)
+
+
+def depthwise_image(conv: nn.Conv2d, x_BCTW: Tensor) -> Tensor:
+    """conv(x) of a 7×7 depthwise convolution with padding 3; the kernel's result lies in channels-last memory."""
+    if not dispatch.use_kernels(x_BCTW):
+        out_BCTW: Tensor = conv(x_BCTW)
+        return out_BCTW
+    from ssm_asr.ops.depthwise2d_kernel import depthwise_conv  # only where Triton is installed
+
+    assert conv.bias is not None
+    return depthwise_conv(x_BCTW.to(autocast_dtype(x_BCTW)), conv.weight, conv.bias)
+
+
+def first_conv(conv: nn.Conv2d, x_B1TF: Tensor) -> Tensor:
+    """conv(x) of a 3×3 convolution from one channel with padding (0, 1): (B, C, T - 2, F)."""
+    if not dispatch.use_kernels(x_B1TF) or x_B1TF.requires_grad:
+        out_BCTF: Tensor = conv(x_B1TF)
+        return out_BCTF
+    from ssm_asr.ops import first_conv_kernel  # only where Triton is installed
+
+    assert conv.bias is not None
+    return first_conv_kernel.first_conv(x_B1TF[:, 0], conv.weight, conv.bias, autocast_dtype(x_B1TF))

@@ -1,6 +1,7 @@
-"""Kernels in Triton for GPUs. Each does what a form in plain PyTorch does, which is its fallback and its oracle.
+"""Which form of an operation runs: the plain one in PyTorch, or the kernel in Triton that is tested equal to it.
 
-The environment variable SSM_ASR_KERNELS=0 turns all of them off.
+Every operation of this package has its plain form and asks `use_kernels` in one place. Nothing outside it knows of
+kernels. The environment variable SSM_ASR_KERNELS=0, or `set_kernels(False)`, turns all of them off.
 """
 
 import functools
@@ -9,21 +10,36 @@ import os
 
 import torch
 
-# GPUs are fastest at products of matrices whose rows are a multiple of this many numbers.
+# A GPU multiplies matrices fastest when their rows are a multiple of this many numbers.
 MEMORY_LINE = 64
-# For an integer or address that is a multiple of 16 Triton compiles a kernel a second time, in a second or two.
-# That pays where rows are so long, but these arguments point to a few numbers, or only count what a batch holds.
+# Triton compiles a kernel a second time, in one or two seconds, for an integer or an address that is a multiple of 16.
+# This pays where rows are long. These arguments point to a few numbers, or only count what a batch holds.
 FEW_NUMBERS = tuple(f"{x}_ptr" for x in ("acts", "end", "even", "frame", "keep", "mask", "rate", "settings", "skip"))
 _SLABS = ("slab_frames", "slab_pairs", "slab_rows", "slabs")
 _COUNTS = ("M", "N", "S", "T", "chunks", "images", "num_cells", "pairs", *_SLABS)
 ANY_COUNT = FEW_NUMBERS + _COUNTS
 
+_wanted = True
+
+
+def set_kernels(wanted: bool) -> None:
+    """Turns the kernels on or off for this process; they start on."""
+    global _wanted
+    _wanted = wanted
+
 
 @functools.cache
-def _wanted() -> bool:
-    return os.environ.get("SSM_ASR_KERNELS") != "0" and importlib.util.find_spec("triton") is not None
+def missing() -> str:
+    """Why kernels cannot run in this process on any tensor, in a few words; empty if they can."""
+    if os.environ.get("SSM_ASR_KERNELS") == "0":
+        return "SSM_ASR_KERNELS is 0"
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return ""
 
 
-def usable(x: torch.Tensor) -> bool:
-    """Whether the kernels can and may be used on a tensor."""
-    return x.is_cuda and _wanted()
+def use_kernels(x: torch.Tensor) -> bool:
+    """Whether an operation on this tensor runs its kernel; the operation may have conditions of its own."""
+    return x.is_cuda and _wanted and not missing()

@@ -17,81 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ssm_asr.ops import dispatch
-
-# Largest piece of a distribution tensor, in numbers: on a CPU small enough for its cache.
-PIECE_NUMEL_CPU = 1 << 20
-PIECE_NUMEL_GPU = 1 << 26
-
-
-def pieces(count: int, numel_each: int, device: torch.device) -> Iterator[slice]:
-    """Cuts `count` items of `numel_each` numbers into slices of at most PIECE_NUMEL_* numbers, or of one item."""
-    numel = PIECE_NUMEL_CPU if device.type == "cpu" else PIECE_NUMEL_GPU
-    size = max(1, numel // max(1, numel_each))
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-
-def _full_precision(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
-
-
-class SumJointTerms(torch.autograd.Function):
-    """log_softmax(am + lm) in parts: am at the symbols (B, T, S), am at the blank (B, T), normalisers (B, T, U).
-
-    The normaliser of every pair of a frame and a predictor output is one matrix product: log sum_v exp(am_v)
-    exp(lm_v) (arXiv 2206.13236).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, am_BTV: Tensor, lm_BUV: Tensor, symbols_BS: Tensor, blank: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        B, T, V = am_BTV.shape
-        sum_BTU = am_BTV.new_empty(B, T, lm_BUV.shape[1])
-        normaliser_BTU = torch.empty_like(sum_BTU)
-        with _full_precision(am_BTV):
-            for batch in pieces(B, T * V, am_BTV.device):
-                am_exp, am_max = _exp_below_max(am_BTV[batch])
-                lm_exp, lm_max = _exp_below_max(lm_BUV[batch])
-                # Without the smallest number a frame and a context that share no likely token would have the
-                # logarithm of 0.
-                torch.add(torch.matmul(am_exp, lm_exp.mT), smallest(am_exp.dtype), out=sum_BTU[batch])
-                normaliser_BTU[batch] = sum_BTU[batch].log() + am_max + lm_max.mT
-        ctx.save_for_backward(am_BTV, lm_BUV, symbols_BS, sum_BTU)
-        ctx.blank = blank
-        am_symbol_BTS = am_BTV.gather(2, symbols_BS[:, None].expand(-1, T, -1))
-        return am_symbol_BTS, am_BTV[:, :, blank].clone(), normaliser_BTU
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, d_symbol_BTS: Tensor, d_blank_BT: Tensor, d_normaliser_BTU: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        am_BTV, lm_BUV, symbols_BS, sum_BTU = ctx.saved_tensors
-        B, T, V = am_BTV.shape
-        d_am_BTV, d_lm_BUV = torch.empty_like(am_BTV), torch.empty_like(lm_BUV)
-        with _full_precision(am_BTV):
-            for batch in pieces(B, T * V, am_BTV.device):
-                am_exp, _ = _exp_below_max(am_BTV[batch])
-                lm_exp, _ = _exp_below_max(lm_BUV[batch])
-                d_sum = d_normaliser_BTU[batch] / sum_BTU[batch]
-                torch.matmul(d_sum, lm_exp, out=d_am_BTV[batch])
-                d_am_BTV[batch].mul_(am_exp)
-                torch.matmul(d_sum.mT, am_exp, out=d_lm_BUV[batch])
-                d_lm_BUV[batch].mul_(lm_exp)
-        d_am_BTV[:, :, ctx.blank].add_(d_blank_BT)
-        d_am_BTV.scatter_add_(2, symbols_BS[:, None].expand(-1, T, -1), d_symbol_BTS)
-        return d_am_BTV, d_lm_BUV, None, None
-
-
-def smallest(dtype: torch.dtype) -> float:
-    """The smallest normal number of a type."""
-    return torch.finfo(dtype).tiny
-
-
-def _exp_below_max(x: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(x - max) and max, over the last dim."""
-    max_x = x.amax(2, keepdim=True)
-    return (x - max_x).exp_(), max_x
+from ssm_asr.ops.pieces import full_precision, pieces
 
 
 class LogitTerms(torch.autograd.Function):
@@ -161,7 +87,7 @@ class JoinerTerms(torch.autograd.Function):
         row_BTR = row_BTR + decoder_BUJ.shape[1] * torch.arange(B, device=row_BTR.device)[:, None, None]
         terms_3BTR = bias_V.new_zeros(3, B, T, R)
         inputs = (encoder_BTJ, decoder_BUJ, weight_VJ, bias_V, row_BTR, symbol_BTR)
-        with _full_precision(encoder_BTJ):
+        with full_precision(encoder_BTJ):
             ctx.cells = _joiner_cells(*inputs, matmul_dtype)  # again in the backward pass, with its casts of the weight
             for frames in _frame_pieces(frame_M, R, weight_VJ):
                 ctx.cells.write_terms(frames, blank, terms_3BTR)
@@ -173,7 +99,7 @@ class JoinerTerms(torch.autograd.Function):
     def backward(ctx: Any, d_symbol_BTR: Tensor, d_blank_BTR: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, frame_M, normaliser_BTR = ctx.saved_tensors
         encoder_BTJ, _, weight_VJ, *_ = inputs
-        with _full_precision(encoder_BTJ):
+        with full_precision(encoder_BTJ):
             gradients = ctx.cells.gradients(
                 _frame_pieces(frame_M, d_symbol_BTR.shape[2], weight_VJ),
                 ctx.blank,
@@ -192,7 +118,7 @@ def _frame_pieces(frame_M: Tensor, cells_per_frame: int, weight_VJ: Tensor) -> I
 def _joiner_cells(*inputs: Any) -> Any:
     """The joiner by kernels or plain, each with `write_terms` and `gradients`."""
     bias_V = inputs[3]
-    if dispatch.usable(bias_V) and bias_V.dtype == torch.float32:
+    if dispatch.use_kernels(bias_V) and bias_V.dtype == torch.float32:
         from ssm_asr.ops import joiner_terms_kernel as log_prob_kernels
 
         return log_prob_kernels.JoinerCells(*inputs)

@@ -109,7 +109,7 @@ class _LatticeScore(torch.autograd.Function):
         start_BT: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         given = (symbol_BTR, blank_BTR, boundary_B4, num_symbols, regular, start_BT)
-        if dispatch.usable(blank_BTR):
+        if dispatch.use_kernels(blank_BTR):
             from ssm_asr.ops import lattice_kernel as lattice_kernels  # only where Triton is installed
 
             score_B, *occupations = lattice_kernels.sums(*given, RAREST_ARC)

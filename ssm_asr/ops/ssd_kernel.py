@@ -39,6 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_asr.ops import products_kernel as mm
+from ssm_asr.ops.ssd import LEAST_LOG_DECAY, SsdInputs
 
 BLOCK_FRAMES = 16  # in longer blocks there is more to do a frame, between them fewer states to write and read
 PASS_BLOCKS, PASS_NUMBERS = 8, 128  # of the second launch: blocks it loads at once, and numbers of a state a program
@@ -424,21 +425,7 @@ class _Ssd(torch.autograd.Function):
         return None, dx_BTHP, ddt_BTH, dA_H, dB_BTGN, dC_BTGN, dD_H, dstate_BHPN
 
 
-def ssd_kernel(
-    x_BTHP: Tensor,
-    dt_BTH: Tensor,
-    A_H: Tensor,
-    B_BTGN: Tensor,
-    C_BTGN: Tensor,
-    D_H: Tensor,
-    state_BHPN: Tensor,
-    *,
-    least_log_decay: float,
-) -> tuple[Tensor, Tensor]:
-    """`ssm_asr.ssm.mamba2.ssd` on a GPU, for float32 inputs of any strides.
-
-    Args:
-        least_log_decay: to which dt·A is clamped.
-    """
-    y_BTHP, end_BHPN = _Ssd.apply(least_log_decay, x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN)
+def ssd_kernel(inputs: SsdInputs) -> tuple[Tensor, Tensor]:
+    """`ssd` on a GPU, for float32 inputs of any strides."""
+    y_BTHP, end_BHPN = _Ssd.apply(LEAST_LOG_DECAY, *inputs)
     return y_BTHP, end_BHPN

@@ -34,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_asr.ops import products_kernel as mm
+from ssm_asr.ops.ssd import LEAST_LOG_DECAY, SsdInputs
 from ssm_asr.ops.ssd_kernel import SIZES, _load, pass_on, sum_blocks
 from ssm_asr.ops.ssd_wide_heads_kernel import _gradient_kernel, _output_kernel, _scale_kernel
 
@@ -427,21 +428,7 @@ class _Ssd(torch.autograd.Function):
         return None, dx_BTHP, ddt_BTH, dA_H, dB_BTGN, dC_BTGN, dD_H, dstate_BHPN
 
 
-def ssd_wide(
-    x_BTHP: Tensor,
-    dt_BTH: Tensor,
-    A_H: Tensor,
-    B_BTGN: Tensor,
-    C_BTGN: Tensor,
-    D_H: Tensor,
-    state_BHPN: Tensor,
-    *,
-    least_log_decay: float,
-) -> tuple[Tensor, Tensor]:
-    """`ssm_asr.ops.ssd_kernel.ssd_kernel`, faster where N is large and heads share B and C.
-
-    Args:
-        least_log_decay: to which dt·A is clamped.
-    """
-    y_BTHP, end_BHPN = _Ssd.apply(least_log_decay, x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN)
+def ssd_wide(inputs: SsdInputs) -> tuple[Tensor, Tensor]:
+    """`ssm_asr.ops.ssd_kernel.ssd_kernel`, faster where N is large and heads share B and C."""
+    y_BTHP, end_BHPN = _Ssd.apply(LEAST_LOG_DECAY, *inputs)
     return y_BTHP, end_BHPN

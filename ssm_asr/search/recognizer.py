@@ -12,9 +12,9 @@ from torch import Tensor
 from ssm_asr import units
 from ssm_asr.checkpoint import Loaded
 from ssm_asr.data.features import OnlineFbank
-from ssm_asr.encoder.attention import visible_left_context
 from ssm_asr.encoder.state import select_states, stack_states
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP
+from ssm_asr.ops.attention import visible_left_context
 from ssm_asr.search import make_search
 from ssm_asr.search.scorer import TransducerScorer
 from ssm_asr.transducer.model import EncoderConfig, StreamState, Transducer

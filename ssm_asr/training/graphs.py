@@ -38,18 +38,20 @@ class Graphs:
         self.modules = nn.ModuleList(modules)
         self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
-        self.draws = Draws(self.modules, self.device)
+        self.draws = Draws(self.device)
         self.graphs: dict[Any, _Graph | None] = {}
         self.pool: Any = None
         self.weights: dict[torch.dtype | None, _Weights] = {}
 
     def __call__(self, *arguments: Any) -> Outputs:
         """As the function."""
-        training = self.modules[0].training and torch.is_grad_enabled()
-        if training:
-            self.draws.renew()
-        if not training or self.device.type != "cuda":
+        if not (self.modules[0].training and torch.is_grad_enabled()):
             return self.function(*arguments)
+        self.draws.renew()
+        with self.draws.in_use():
+            return self._by_graph(arguments) if self.device.type == "cuda" else self.function(*arguments)
+
+    def _by_graph(self, arguments: tuple[Any, ...]) -> Outputs:
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key = (*map(_kind, arguments), dtype)
         if key not in self.graphs:

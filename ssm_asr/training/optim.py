@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssm_asr.ops import dispatch
+from ssm_asr.ops.scaled_adam import Rows, add_step, row_dots
 
 ROW_ELEMENTS = 1024
 NORM_HISTORY_STEPS = 100  # the clipping threshold follows the median norm of this many steps
@@ -64,18 +64,9 @@ class _FlatGroup:
             for row, p in zip(self._first_rows, self.params, strict=True)
         ]
 
-    @property
-    def _fused(self) -> bool:
-        return dispatch.usable(self.param_CR) and self.param_CR.dtype == torch.float32
-
     def _dot_T(self, x_CR: Tensor, y_CR: Tensor) -> Tensor:
         """The dot products of the tensors of one with those of the other."""
-        if self._fused:
-            from ssm_asr.ops import scaled_adam_kernel as optim_kernels  # only where Triton is installed
-
-            dots_C = optim_kernels.dots(x_CR, y_CR)
-        else:
-            dots_C = (x_CR * y_CR).sum(dim=1)
+        dots_C = row_dots(x_CR, y_CR)
         # unsafe skips a check of the lengths that would wait for the device
         return torch.segment_reduce(dots_C, "sum", lengths=self._rows_T, unsafe=True)
 
@@ -141,22 +132,8 @@ class _FlatGroup:
             factor, finite: of `ScaledAdam._clipping_factor`.
             correction: of the mean squared gradient's bias.
         """
-        if self._fused:
-            from ssm_asr.ops import scaled_adam_kernel as optim_kernels  # only where Triton is installed
-
-            matrices = (self.grad_CR, self.exp_avg_sq_CR, self.delta_CR, self.param_CR, self._tensor_of_row_C)
-            optim_kernels.add_step(*matrices, scale_T, growth_T, factor, finite, betas, correction, eps)
-            return
-        beta1, beta2 = betas
-        # a factor of zero leaves NaN where the gradient was not finite
-        self.grad_CR.mul_(factor).nan_to_num_(nan=0.0)
-        self.exp_avg_sq_CR.mul_(beta2).addcmul_(self.grad_CR, self.grad_CR, value=1 - beta2)
-        denominator_CR = (self.exp_avg_sq_CR / correction).sqrt_().add_(eps)
-        update_CR = self.grad_CR.div_(denominator_CR).mul_(self._rows(scale_T))
-        if growth_T is not None:
-            update_CR.addcmul_(self.param_CR, self._rows(growth_T))
-        self.delta_CR.mul_(beta1).add_(update_CR, alpha=1 - beta1)
-        self.param_CR.addcmul_(self.delta_CR, finite)
+        rows = Rows(self.param_CR, self.grad_CR, self.delta_CR, self.exp_avg_sq_CR, self._tensor_of_row_C)
+        add_step(rows, scale_T, growth_T, factor, finite, betas, correction, eps)
 
     def state(self) -> list[dict[str, Tensor]]:
         """The state of each parameter: views, not copies."""

@@ -19,12 +19,14 @@ from ssm_asr import checkpoint, units
 from ssm_asr.config import Experiment, from_dict
 from ssm_asr.data.batches import Batch, eval_batches, largest_joined, train_batches
 from ssm_asr.data.tokens import Tokenizer
-from ssm_asr.encoder.regularize import load_whitening_flags, set_batch_count, whitening_flags
+from ssm_asr.encoder.regularize import load_whitening_flags, whitening_flags
+from ssm_asr.encoder.schedule import set_batch_count
 from ssm_asr.ops.devices import to_host
 from ssm_asr.ssm.parameters import parameter_groups
 from ssm_asr.training import distributed
 from ssm_asr.training.averaging import RunningAverage
 from ssm_asr.training.experiment_dir import fingerprint, resumable
+from ssm_asr.training.fast import make_passes, resolve_fast
 from ssm_asr.training.optim import Eden, ScaledAdam
 from ssm_asr.training.stopping import StopOnSignal
 from ssm_asr.training.weight_noise import noisy_weights, variational_noise
@@ -57,8 +59,15 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = Transducer(experiment.model, tokenizer.vocab_size).to(place.device)
         distributed.share_weights(self.model, place)
-        if settings.cuda_graphs and place.device.type == "cuda":
-            self.model.capture_graphs()
+        fast = resolve_fast(
+            "auto" if settings.cuda_graphs else "off",
+            place.device,
+            fixed_shapes=experiment.data.fixed_shapes,
+            loss_backend="torch",
+        )
+        self.passes = make_passes(self.model, fast, "torch")
+        if place.rank == 0:
+            print("\n".join(fast.lines()))
         self.noisy_weights = noisy_weights(self.model, settings.weight_noise.parts)
         self.average = RunningAverage(settings.average_period)
         self.optimizer = ScaledAdam(
@@ -206,6 +215,7 @@ class Trainer:
                 batch.token_lens_B,
                 chunk,
                 left_context,
+                self.passes if self.model.training else None,
             )
 
     def _weighted(self, losses: Losses, batch: float = math.inf) -> Tensor:

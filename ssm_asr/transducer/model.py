@@ -5,6 +5,7 @@ J joiner dim, F mels.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ssm_asr import units
-from ssm_asr.encoder.attention import visible_left_context
 from ssm_asr.encoder.conformer import Conformer, ConformerConfig
 from ssm_asr.encoder.modules import scaled_linear
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP, ConvSubsampling
 from ssm_asr.encoder.zipformer import DROPOUT, Zipformer, ZipformerConfig
+from ssm_asr.ops.attention import visible_left_context
 from ssm_asr.ops.devices import to_device
-from ssm_asr.training.graphs import Graphs
 from ssm_asr.transducer.predictor import PREDICTOR_GROUP, Joiner, Predictor
-from ssm_asr.transducer.pruned_loss import LatticeLosses, Lattices, available_backend, vocabulary_projection
+from ssm_asr.transducer.pruned_loss import LatticeLosses, Lattices, vocabulary_projection
 
 EncoderConfig = ZipformerConfig | ConformerConfig
 
@@ -67,6 +67,22 @@ class Losses(NamedTuple):
     ctc_B: Tensor | None
 
 
+class Passes(NamedTuple):
+    """How the two heavy passes of `Transducer.forward` run: by the model's methods, or by forms that stand in for them.
+
+    Attributes:
+        encode: stands in for `Transducer.encode`.
+        losses: stands in for `Transducer.transducer_losses`.
+        left_on_device: whether `encode` takes the visible left context as a number on the device.
+        every_frame: whether `losses` computes all padded frames, so that shapes depend on the batch's shape alone.
+    """
+
+    encode: Callable[..., tuple[Tensor, ...]]
+    losses: Callable[..., tuple[Tensor, ...]]
+    left_on_device: bool = False
+    every_frame: bool = False
+
+
 class Transducer(nn.Module):
     """The whole model. Parameter names are those of published Zipformer transducers."""
 
@@ -91,20 +107,10 @@ class Transducer(nn.Module):
         """Whole utterances -> (B, S, D) and lengths, masked as streaming would be.
 
         Args:
-            chunk, left_context: in frames of 20 ms, -1 for all there is; a tensor as for `attention.chunk_mask`.
+            chunk, left_context: in frames of 20 ms, -1 for all there is; a tensor as for `context_of_sequences`.
         """
         x_BTD, lens_B = self.encoder_embed(features_BTF, lens_B)
         return self.encoder(x_BTD, lens_B, chunk, left_context)
-
-    def capture_graphs(self, most: int = 256) -> None:
-        """From now on encoder and losses, in training on a GPU, replay captured graphs of at most so many shapes."""
-        parts: list[nn.Module] = [self.encoder_embed, self.encoder]
-        self.encode = Graphs(self.encode, parts, most, cast_together=True)  # type: ignore[method-assign,assignment]
-        if available_backend() == "torch":  # k2 waits for the device
-            parts = [self.decoder, self.joiner, self.simple_am_proj, self.simple_lm_proj]
-            self.transducer_losses = Graphs(  # type: ignore[method-assign,assignment]
-                self.transducer_losses, parts, most, cast_together=False
-            )
 
     def init_state(self, batch_size: int, left_context: int, device: torch.device | None = None) -> StreamState:
         """The state at the start of `batch_size` streams, left_context in frames of 20 ms."""
@@ -139,17 +145,23 @@ class Transducer(nn.Module):
         token_lens_B: Tensor,
         chunk: int = -1,
         left_context: int = -1,
+        passes: Passes | None = None,
     ) -> Losses:
         """The losses of a batch, -log p(tokens), one an utterance; infinite where no alignment exists.
 
         Args:
-            feature_lens_B, token_lens_B: on the CPU they save waits for the device.
+            features_BTF: log-mels, padded.
+            feature_lens_B, token_lens_B: valid frames and tokens; on the CPU they save waits for the device.
+            tokens_BU: ids, padded with any valid id.
+            chunk, left_context: as for `encode`.
+            passes: what runs in the place of the model's own methods; None runs these.
         """
+        passes = passes or Passes(self.encode, self.transducer_losses)
         lens_B = to_device(feature_lens_B, features_BTF.device)
         left: int | Tensor = left_context
-        if isinstance(self.encode, Graphs):  # as a number on the device, so that a graph serves them all
+        if passes.left_on_device:
             left = to_device(torch.tensor(visible_left_context(chunk, left_context)), features_BTF.device)
-        encoder_out_BSD, _ = self.encode(features_BTF, lens_B, chunk, left)
+        encoder_out_BSD, _ = passes.encode(features_BTF, lens_B, chunk, left)
         frames_B = units.output_frames(feature_lens_B)
         config, size = self.config, (encoder_out_BSD.shape[1], tokens_BU.shape[1])
         lattices = Lattices.of(
@@ -159,19 +171,25 @@ class Transducer(nn.Module):
             config.prune_range,
             config.rnnt_type,
             features_BTF.device,
-            every_frame=self.training and isinstance(self.transducer_losses, Graphs),  # graphs are of fixed shapes
+            every_frame=passes.every_frame,
         )
-        simple_B, pruned_B = self.transducer_losses(encoder_out_BSD, tokens_BU, *lattices)
+        simple_B, pruned_B = passes.losses(encoder_out_BSD, tokens_BU, *lattices)
         ctc_B = self._ctc_loss(encoder_out_BSD, frames_B, tokens_BU, token_lens_B) if config.ctc else None
         return Losses(simple_B, pruned_B, ctc_B)
 
-    def transducer_losses(self, encoder_out_BSD: Tensor, tokens_BU: Tensor, *lattices: Any) -> tuple[Tensor, Tensor]:
-        """Simple and pruned loss of each utterance, for the fields of `Lattices`."""
+    def transducer_losses(
+        self, encoder_out_BSD: Tensor, tokens_BU: Tensor, *lattices: Any, backend: str = "torch"
+    ) -> tuple[Tensor, Tensor]:
+        """Simple and pruned loss of each utterance, for the fields of `Lattices`.
+
+        Raises:
+            ValueError: as `pruned_loss.require_backend`.
+        """
         decoder_out_BUD = self.decoder(nn.functional.pad(tokens_BU, (1, 0)))
         config = self.config
         return LatticeLosses(
-            vocabulary_projection(self.simple_am_proj, encoder_out_BSD),
-            vocabulary_projection(self.simple_lm_proj, decoder_out_BUD),
+            vocabulary_projection(self.simple_am_proj, encoder_out_BSD, backend),
+            vocabulary_projection(self.simple_lm_proj, decoder_out_BUD, backend),
             self.joiner.encoder_proj(encoder_out_BSD),
             self.joiner.decoder_proj(decoder_out_BUD),
             self.joiner,
@@ -181,7 +199,7 @@ class Transducer(nn.Module):
             config.am_scale,
             config.rnnt_type,
             config.delay_penalty,
-        ).of_utterances()
+        ).of_utterances(backend)
 
     def _ctc_loss(self, encoder_out_BSD: Tensor, frames_B: Tensor, tokens_BU: Tensor, lens_B: Tensor) -> Tensor:
         log_probs_SBV = self.ctc_output(encoder_out_BSD).float().transpose(0, 1)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ssm_asr.encoder.modules import scaled_linear
 from ssm_asr.encoder.regularize import Balancer
+from ssm_asr.ops.linear import grouped_conv
 
 PREDICTOR_GROUP = 4  # channels that the predictor's convolution mixes
 
@@ -38,16 +39,7 @@ class Predictor(nn.Module):
         x_NDU = embedded.transpose(1, 2)
         if pad:
             x_NDU = nn.functional.pad(x_NDU, (self.context_size - 1, 0))
-        # cuDNN launches kernels for each of the many groups.
-        conv_NDU = grouped_product(x_NDU, self.conv) if x_NDU.is_cuda else self.conv(x_NDU)
-        return self.balance_out(conv_NDU.relu().transpose(1, 2))
-
-
-def grouped_product(x_NDU: Tensor, conv: nn.Conv1d) -> Tensor:
-    """A convolution without padding and bias as one product."""
-    x_NGIUC = x_NDU.unfold(2, conv.kernel_size[0], 1).unflatten(1, (conv.groups, -1))
-    weight_GOIC = conv.weight.unflatten(0, (conv.groups, -1))
-    return torch.einsum("ngiuc,goic->ngou", x_NGIUC, weight_GOIC).flatten(1, 2)
+        return self.balance_out(grouped_conv(self.conv, x_NDU).relu().transpose(1, 2))
 
 
 class Joiner(nn.Module):

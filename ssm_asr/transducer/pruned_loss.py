@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssm_asr.encoder.modules import linear
-from ssm_asr.ops import dispatch
 from ssm_asr.ops.devices import to_device
 from ssm_asr.ops.joiner_terms import JoinerTerms
 from ssm_asr.ops.lattice import check_boundary
+from ssm_asr.ops.linear import linear, linear_padded
 from ssm_asr.ops.precision import at_least_float32
 from ssm_asr.transducer.prune_ranges import window_length, window_starts
 from ssm_asr.transducer.rnnt_loss import (
@@ -36,10 +35,10 @@ from ssm_asr.transducer.rnnt_loss import (
 )
 
 __all__ = [
-    "available_backend",
     "do_rnnt_pruning",
     "get_rnnt_prune_ranges",
     "pruned_transducer_loss",
+    "require_backend",
     "rnnt_loss",
     "rnnt_loss_pruned",
     "rnnt_loss_simple",
@@ -48,11 +47,19 @@ __all__ = [
 ]
 
 BLANK = 0
+BACKENDS = ("torch", "k2")
 
 
-def available_backend() -> str:
-    """The backend that "auto" means: "k2" where it can be imported, else "torch"."""
-    return "torch" if _k2() is None else "k2"
+def require_backend(backend: str) -> None:
+    """Refuses a backend that cannot compute the losses here.
+
+    Raises:
+        ValueError: if it is unknown or not installed.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"loss backend {backend!r}: give one of {', '.join(BACKENDS)}")
+    if backend == "k2" and _k2() is None:
+        raise ValueError("loss backend 'k2': k2 cannot be imported here; install it, or use torch")
 
 
 @functools.cache
@@ -64,15 +71,9 @@ def _k2() -> ModuleType | None:
     return k2 if hasattr(k2, "rnnt_loss_smoothed") else None  # a directory of that name can be imported, too
 
 
-def vocabulary_projection(layer: nn.Linear, x: Tensor) -> Tensor:
-    """layer(x), for the simple loss; on a GPU for fast products with further tokens, whose logits are -inf."""
-    weight_VD: Tensor = layer.weight
-    bias_V: Tensor = layer.bias
-    padding = -len(weight_VD) % dispatch.MEMORY_LINE
-    if padding and dispatch.usable(x) and _k2() is None:
-        weight_VD = functional.pad(weight_VD, (0, 0, 0, padding))
-        bias_V = functional.pad(bias_V, (0, padding), value=-torch.inf)
-    return linear(x, weight_VD, bias_V)
+def vocabulary_projection(layer: nn.Linear, x: Tensor, backend: str = "torch") -> Tensor:
+    """layer(x), for the simple loss; with "torch" there may be further tokens, whose logits are -inf, for speed."""
+    return (linear_padded if backend == "torch" else linear)(x, layer.weight, layer.bias)
 
 
 def pruned_transducer_loss(
@@ -89,7 +90,7 @@ def pruned_transducer_loss(
     am_scale: float = 0.0,
     rnnt_type: str = "regular",
     delay_penalty: float = 0.0,
-    backend: str = "auto",
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """(simple losses (B,), pruned losses (B,)) of a batch, in float32, or float64 for such inputs.
 
@@ -111,7 +112,7 @@ def pruned_transducer_loss(
         am_scale: its am_only_scale.
         rnnt_type: see there.
         delay_penalty: see there; of both losses.
-        backend: "torch", "k2", or "auto", which is k2 where installed.
+        backend: "torch", or "k2" where that is installed.
 
     Raises:
         ValueError: as `checked_boundary`; for a backend that is unknown or not installed.
@@ -186,11 +187,14 @@ class LatticeLosses(NamedTuple):
     rnnt_type: str
     delay_penalty: float
 
-    def of_utterances(self, backend: str = "auto") -> tuple[Tensor, Tensor]:
-        """Simple and pruned losses. By "torch" it never waits for a GPU."""
-        if backend not in ("auto", "torch", "k2") or (backend == "k2" and _k2() is None):
-            raise ValueError(f"backend {backend!r} is unknown or not installed: give auto or torch")
-        k2 = None if backend == "torch" else _k2()
+    def of_utterances(self, backend: str = "torch") -> tuple[Tensor, Tensor]:
+        """Simple and pruned losses. By "torch" it never waits for a GPU.
+
+        Raises:
+            ValueError: as `require_backend`.
+        """
+        require_backend(backend)
+        k2 = _k2() if backend == "k2" else None
         given = self
         if self.symbols_BS.shape[1] == 0:  # only empty transcripts, but windows have two rows
             given = given._replace(

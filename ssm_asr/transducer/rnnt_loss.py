@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ssm_asr.ops import dispatch
-from ssm_asr.ops.joiner_terms import LogitTerms, SumJointTerms
+from ssm_asr.ops.joiner_terms import LogitTerms
 from ssm_asr.ops.lattice import LatticeScore, checked_boundary, lattice_score
 from ssm_asr.ops.precision import at_least_float32
+from ssm_asr.ops.sum_joint import smoothed_terms
 from ssm_asr.transducer.prune_ranges import do_rnnt_pruning, get_rnnt_prune_ranges
 
 __all__ = [
@@ -161,33 +161,6 @@ def rnnt_loss(
         reduction,
         use_hat_loss,
     )
-
-
-def smoothed_terms(
-    lm_BUV: Tensor, am_BTV: Tensor, symbols_BS: Tensor, blank: int, lm_scale: float, am_scale: float
-) -> tuple[Tensor, Tensor]:
-    """(symbol, blank) log-probabilities (B, T, U) of the simple joint, at least in float32; the last has no symbol."""
-    half = {am_BTV.dtype, lm_BUV.dtype} <= {torch.float16, torch.bfloat16}
-    if half and am_scale == 0.0 and dispatch.usable(am_BTV):
-        from ssm_asr.ops.sum_joint_kernel import SmoothedTerms  # only where Triton is installed
-
-        return SmoothedTerms.apply(am_BTV, lm_BUV, symbols_BS, blank, lm_scale)
-    lm_BUV, am_BTV = at_least_float32(lm_BUV), at_least_float32(am_BTV)
-    am_symbol_BTS, am_blank_BT, normaliser_BTU = SumJointTerms.apply(am_BTV, lm_BUV, symbols_BS, blank)
-    lm_symbol_BS, lm_blank_BU = lm_BUV[:, :-1].gather(2, symbols_BS[..., None])[..., 0], lm_BUV[:, :, blank]
-    joint_scale = 1.0 - lm_scale - am_scale
-    symbol_BTS = joint_scale * (am_symbol_BTS + lm_symbol_BS[:, None] - normaliser_BTU[:, :, :-1])
-    blank_BTU = joint_scale * (am_blank_BT[..., None] + lm_blank_BU[:, None] - normaliser_BTU)
-    if lm_scale != 0.0:
-        lm_normaliser_BU = lm_BUV.logsumexp(2)
-        symbol_BTS = symbol_BTS + lm_scale * (lm_symbol_BS - lm_normaliser_BU[:, :-1])[:, None]
-        blank_BTU = blank_BTU + lm_scale * (lm_blank_BU - lm_normaliser_BU)[:, None]
-    if am_scale != 0.0:
-        log_unigram_V = (lm_BUV.softmax(2).mean((0, 1)) + torch.finfo(lm_BUV.dtype).tiny).log()
-        am_normaliser_BT1 = (am_BTV + log_unigram_V).logsumexp(2, keepdim=True)
-        symbol_BTS = symbol_BTS + am_scale * (am_symbol_BTS + log_unigram_V[symbols_BS][:, None] - am_normaliser_BT1)
-        blank_BTU = blank_BTU + am_scale * (am_blank_BT[..., None] + log_unigram_V[blank] - am_normaliser_BT1)
-    return functional.pad(symbol_BTS, (0, 1), value=-torch.inf), blank_BTU
 
 
 def _hat_terms(logits_BTRV: Tensor, next_symbol_BTR: Tensor, blank: int) -> tuple[Tensor, Tensor]:

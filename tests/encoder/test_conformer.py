@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 
-from ssm_asr.encoder.attention import Context
 from ssm_asr.encoder.batch_norm import MaskedBatchNorm
 from ssm_asr.encoder.conformer import Conformer, ConformerConfig, RelativeAttention
 from ssm_asr.encoder.mixer import ConvMixer, DropInMixer, ReparameterizedMixer, StackedMixer
 from ssm_asr.encoder.state import leaves, select_states, stack_states, state_sizes
+from ssm_asr.ops.attention import Context
 from ssm_asr.ssm.s4d import DIRECT_TAPS
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}

@@ -1,6 +1,7 @@
 """Triton kernels of the encoder against the plain forms: on a GPU where there is one, else by Triton's interpreter."""
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -27,18 +28,17 @@ def test_the_whole_encoder(long_range, monkeypatch):
     """A training pass with all kernels, its decisions drawn outside, is about as near to float64 as the plain one."""
     results = []
     for use, dtype in ((False, torch.float64), (False, torch.float32), (True, torch.float32)):
-        monkeypatch.setattr(dispatch, "usable", lambda x, use=use: use)
+        monkeypatch.setattr(dispatch, "use_kernels", lambda x, use=use: use)
         torch.manual_seed(0)
         config = ZipformerConfig(**SMALL, long_range=long_range)
         model = torch.nn.ModuleList([ConvSubsampling(64, (2, 2, 4), 0.1), Zipformer(config)]).to(DEVICE, dtype)
         set_batch_count(model, 10000.0)  # where no rate of the schedules is 0
-        if use:
-            Draws(model, torch.device(DEVICE))
         features = torch.randn(2, 57, 80, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
         random.seed(0)
         torch.manual_seed(0)
-        x, lens = model[0](features, torch.tensor([57, 50], device=DEVICE))
-        out, _ = model[1](x, lens, 16, 32)
+        with Draws(torch.device(DEVICE)).in_use() if use else nullcontext():
+            x, lens = model[0](features, torch.tensor([57, 50], device=DEVICE))
+            out, _ = model[1](x, lens, 16, 32)
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
         parameters = [p for name, p in model.named_parameters() if not name.endswith("layers.0.bypass_scale")]
         names = [name for name, _ in model.named_parameters() if not name.endswith("layers.0.bypass_scale")]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_golden import stream
 
-from ssm_asr.encoder.regularize import set_batch_count
+from ssm_asr.encoder.schedule import set_batch_count
 from ssm_asr.encoder.state import select_states, stack_states, state_sizes
 from ssm_asr.encoder.zipformer import ZipformerConfig
 from ssm_asr.search.recognizer import encode_as_streamed, pad_to_chunks
@@ -73,7 +73,7 @@ def test_without_long_range_module_only_its_parameters_are_missing():
 
 
 def test_long_range_is_checked():
-    with pytest.raises(ValueError, match=r"encoder\.long_range is 'lstm'; give nonlin_attention, mamba2 or none"):
+    with pytest.raises(ValueError, match=r"encoder\.long_range is 'lstm'; give one of nonlin_attention, mamba2, none"):
         ZipformerConfig(long_range="lstm")
     with pytest.raises(ValueError, match="¾ of it must divide by mamba_heads"):
         ZipformerConfig(long_range="mamba2", mamba_heads=7)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from golden_model import golden_model
 
-from ssm_asr.encoder.attention import AttentionWeights, NonlinAttention
-from ssm_asr.encoder.regularize import set_batch_count
+from ssm_asr.encoder.attention import AttentionWeights
+from ssm_asr.encoder.long_range import NonlinAttention
+from ssm_asr.encoder.schedule import set_batch_count
 from ssm_asr.encoder.state import state_sizes
 from ssm_asr.encoder.zipformer import ZipformerConfig
 from ssm_asr.transducer.model import ModelConfig, Transducer

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_device import DEVICE
 
-from ssm_asr.encoder.attention import (
+from ssm_asr.ops.attention import (
     LARGE_SCORE,
     Context,
     chunk_mask,

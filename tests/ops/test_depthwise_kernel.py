@@ -57,7 +57,7 @@ def test_chunk_causal_conv(frames, chunk, kernel, channels, dtype, monkeypatch):
     results = []
     for module in (plain, conv):
         inputs = (x.double() if module is plain else x.to(DEVICE)).requires_grad_()
-        monkeypatch.setattr(dispatch, "usable", lambda x, module=module: module is conv)
+        monkeypatch.setattr(dispatch, "use_kernels", lambda x, module=module: module is conv)
         y = module(inputs, chunk)
         results.append([y, *torch.autograd.grad(y, [inputs, *module.parameters()], weight.to(y))])
     assert results[1][0].dtype == results[1][1].dtype == dtype
@@ -117,7 +117,7 @@ def test_front_end(half, monkeypatch):
     features, weight = torch.randn(1, 27, 80), torch.randn(1, 10, 8)
     results = []
     for use, dtype in ((False, torch.float64), (False, torch.float32), (True, torch.float32)):
-        monkeypatch.setattr(dispatch, "usable", lambda x, use=use: use)
+        monkeypatch.setattr(dispatch, "use_kernels", lambda x, use=use: use)
         torch.manual_seed(0)
         module = ConvSubsampling(8, (2, 2, 4), 0.0).eval().to(DEVICE, dtype)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=half and dtype == torch.float32):

@@ -5,7 +5,7 @@ import torch
 from kernel_device import DEVICE
 
 from ssm_asr.encoder.modules import scaled_linear
-from ssm_asr.ops import dispatch
+from ssm_asr.ops import dispatch, pieces, sum_joint
 from ssm_asr.ops import joiner_terms as log_probs
 from ssm_asr.ops import sum_joint_kernel as sum_joint_kernels
 from ssm_asr.transducer import pruned_loss, rnnt_loss
@@ -34,7 +34,7 @@ def joiner_batch(V, scale=1.0):
 
 def joiner_terms(batch, weights, dtype, matmul_dtype, use, monkeypatch, blank=2):
     """The terms (2, B, T, R) and the gradients of all leaves, weighted."""
-    monkeypatch.setattr(dispatch, "usable", lambda x: use)
+    monkeypatch.setattr(dispatch, "use_kernels", lambda x: use)
     leaves, *ids = batch
     leaves = [x.detach().clone().to(DEVICE, dtype).requires_grad_() for x in leaves]
     terms = torch.stack(log_probs.JoinerTerms.apply(*leaves, *(x.to(DEVICE) for x in ids), blank, matmul_dtype))
@@ -45,7 +45,7 @@ def joiner_terms(batch, weights, dtype, matmul_dtype, use, monkeypatch, blank=2)
 def test_joiner_terms(V, piece_frames, monkeypatch):
     batch, weights = joiner_batch(V), torch.randn(2, B, T, R)
     for device in ("CPU", "GPU"):
-        monkeypatch.setattr(log_probs, f"PIECE_NUMEL_{device}", piece_frames * R * max(V, J))
+        monkeypatch.setattr(pieces, f"PIECE_NUMEL_{device}", piece_frames * R * max(V, J))
     expected = joiner_terms(batch, weights, torch.float64, torch.float64, False, monkeypatch)
     plain = joiner_terms(batch, weights, torch.float32, torch.float32, False, monkeypatch)
     actual = joiner_terms(batch, weights, torch.float32, torch.float32, True, monkeypatch)
@@ -76,7 +76,7 @@ def test_joiner_terms_in_half_precision(monkeypatch):
     batch, weights = joiner_batch(100), torch.randn(2, B, T, R)
     batch[0][:2] = [x.bfloat16() for x in batch[0][:2]]
     expected = joiner_terms(batch, weights, torch.float64, torch.float64, False, monkeypatch)
-    monkeypatch.setattr(dispatch, "usable", lambda x: True)
+    monkeypatch.setattr(dispatch, "use_kernels", lambda x: True)
     leaves, *ids = batch
     leaves = [x.to(DEVICE).requires_grad_() for x in leaves]
     ids = [x.to(DEVICE) for x in ids]
@@ -123,7 +123,7 @@ def test_smoothed_terms(T, U, V, scale, monkeypatch):
     batch = simple_batch(T, U, V, scale)
     actual = smoothed_terms(by_kernels, *batch, torch.float32)
     smallest = torch.finfo(torch.float32).tiny
-    monkeypatch.setattr(log_probs, "smallest", lambda dtype: smallest)
+    monkeypatch.setattr(sum_joint, "smallest", lambda dtype: smallest)
     for ours, exact in zip(actual, smoothed_terms(by_torch, *batch, torch.float64), strict=True):
         # Two weights of at most 1 for each number, times factors that each have an error of up to 2^-16.
         torch.testing.assert_close(ours, exact, **(EXACT if DEVICE == "cpu" else dict(atol=2 * 3 * 2.0**-16, rtol=0)))
@@ -135,7 +135,7 @@ def test_smoothed_terms_in_half_precision(dtype, monkeypatch):
     leaves, *rest = simple_batch(19, 7, 100)
     leaves = [x.to(dtype) for x in leaves]
     double = smoothed_terms(by_torch, leaves, *rest, torch.float64)
-    monkeypatch.setattr(dispatch, "usable", lambda x: True)
+    monkeypatch.setattr(dispatch, "use_kernels", lambda x: True)
     actual = smoothed_terms(by_torch, leaves, *rest, dtype)
     for ours, exact in zip(actual[:2], double[:2], strict=True):
         torch.testing.assert_close(ours, exact, **EXACT)
@@ -155,7 +155,7 @@ def test_both_losses(V, am_scale, monkeypatch):
     symbols_BS = torch.randint(1, V, (B, U - 1))
     results = []
     for dtype, use in ((torch.float64, False), (torch.float32, True)):
-        monkeypatch.setattr(dispatch, "usable", lambda x, use=use: use)
+        monkeypatch.setattr(dispatch, "use_kernels", lambda x, use=use: use)
         am_proj, lm_proj, joiner = layers.to(DEVICE, dtype)
         inputs = [x.to(DEVICE, dtype).requires_grad_() for x in (encoder_BTD, decoder_BUD)]
         simple_B, pruned_B = pruned_loss.pruned_transducer_loss(

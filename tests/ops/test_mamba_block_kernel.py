@@ -80,7 +80,7 @@ def test_the_block(padded, monkeypatch):
     valid = torch.ones(2, 11, 1) if padding is None else ~padding[..., None].cpu()
     results = []
     for use, dtype in ((False, torch.float64), (True, torch.float32)):
-        monkeypatch.setattr(dispatch, "usable", lambda x, use=use: use)
+        monkeypatch.setattr(dispatch, "use_kernels", lambda x, use=use: use)
         block.to(dtype)
         leaf = u.to(DEVICE, dtype).requires_grad_()
         y, state = block(leaf, padding)

@@ -1,15 +1,17 @@
 """Kernels between a layer's modules against the plain forms: on a GPU where there is one, else by the interpreter."""
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
 from kernel_device import DEVICE
 
-from ssm_asr.encoder.modules import BiasNorm, Bypass, Downsample, Linear, add_masked, fork
-from ssm_asr.encoder.regularize import sequence_masks
+from ssm_asr.encoder.modules import BiasNorm, Bypass, Downsample, Linear
+from ssm_asr.encoder.regularize import LimitParameter, sequence_masks
 from ssm_asr.encoder.schedule import Draws, Schedule, Scheduled, set_batch_count
 from ssm_asr.ops import dispatch
+from ssm_asr.ops.residual import add_masked, fork
 from ssm_asr.ops.sums_kernel import column_sums
 
 
@@ -28,14 +30,13 @@ def compare(module, run, inputs, monkeypatch, draws=False, dtype=torch.float32, 
     weight = None
     results = []
     for use, kind in ((False, torch.float64), (True, dtype)):
-        monkeypatch.setattr(dispatch, "usable", lambda x, use=use: use)
+        monkeypatch.setattr(dispatch, "use_kernels", lambda x, use=use: use)
         module.to(DEVICE, kind if kind == torch.float64 else torch.float32)
-        if use and draws:
-            Draws(module, torch.device(DEVICE))
         random.seed(1)
         given = [x.to(DEVICE, dtype).to(kind).requires_grad_() for x in inputs]
         given = [x if x.stride(-1) == 1 else x.contiguous() for x in given]
-        y = run(module, *given)
+        with Draws(torch.device(DEVICE)).in_use() if use and draws else nullcontext():
+            y = run(module, *given)
         assert y.dtype == kind
         weight = strided(*y.shape).to(DEVICE, dtype) if weight is None else weight
         results.append([y, *torch.autograd.grad(y, [*given, *module.parameters()], weight.to(kind))])
@@ -56,7 +57,7 @@ def test_bias_norm(shape, dtype, tolerance, monkeypatch):
 @pytest.mark.parametrize("log_scale", [-2.0, 0.5, 2.0])
 def test_bias_norm_limits_its_scale(log_scale, monkeypatch):
     norm = BiasNorm(8)
-    norm.limit.prob = 1.0
+    norm.limit = LimitParameter(-1.5, 1.5, prob=1.0)
     torch.nn.init.constant_(norm.log_scale, log_scale)
     compare(norm, lambda module, x: module(x), [torch.randn(2, 3, 8)], monkeypatch, True)
 
@@ -73,8 +74,8 @@ def test_bypass(frames, factor, skips, dtype, tolerance, monkeypatch):
 
 def test_bypass_limits_its_scale(monkeypatch):
     bypass = Bypass(40)
+    bypass.limit = LimitParameter(Schedule((0, 0.9), (20000, 0.2)), 1.0, prob=1.0)
     set_batch_count(bypass, 10000.0)
-    bypass.limit.prob = 1.0
     torch.nn.init.uniform_(bypass.bypass_scale, -1.0, 2.0)
     inputs = torch.randn(2, 4, 40), torch.randn(2, 4, 40)
     compare(bypass, lambda module, *x: module(*x), inputs, monkeypatch, True)
@@ -83,13 +84,13 @@ def test_bypass_limits_its_scale(monkeypatch):
 @pytest.mark.parametrize("acts", [False, True])
 def test_limits_act_when_they_are_drawn_to(acts, monkeypatch):
     bypass = Bypass(3)
-    bypass.limit.prob = float(acts)
+    bypass.limit = LimitParameter(0.9, 1.0, prob=float(acts))
     torch.nn.init.constant_(bypass.bypass_scale, 3.0)
     bypass.to(DEVICE)
-    monkeypatch.setattr(dispatch, "usable", lambda x: True)
-    Draws(bypass, torch.device(DEVICE))
+    monkeypatch.setattr(dispatch, "use_kernels", lambda x: True)
     ones = torch.ones(1, 2, 3, device=DEVICE)
-    bypass(0 * ones, ones).backward(-ones)
+    with Draws(torch.device(DEVICE)).in_use():
+        bypass(0 * ones, ones).backward(-ones)
     assert bypass.bypass_scale.grad.tolist() == [2.0 if acts else -2.0] * 3
 
 
@@ -104,7 +105,7 @@ def test_add_masked_is_equal_to_the_last_bit(adds, by_channel, monkeypatch):
     mask = mask.to(y.dtype).repeat(1, 1, 2)[..., 70:] if by_channel else mask
     results = []
     for use in (False, True):
-        monkeypatch.setattr(dispatch, "usable", lambda x, use=use: use)
+        monkeypatch.setattr(dispatch, "use_kernels", lambda x, use=use: use)
         inputs = [z.clone().requires_grad_() for z in ([x, y] if adds else [y])]
         out = add_masked(inputs[0] if adds else None, inputs[-1], mask)
         results.append([out, *torch.autograd.grad(out, inputs, weight)])
@@ -114,7 +115,7 @@ def test_add_masked_is_equal_to_the_last_bit(adds, by_channel, monkeypatch):
 
 @pytest.mark.parametrize("used", range(6))
 def test_fork_adds_the_gradients_of_those_that_are_used(used, monkeypatch):
-    monkeypatch.setattr(dispatch, "usable", lambda x: True)
+    monkeypatch.setattr(dispatch, "use_kernels", lambda x: True)
     x = torch.randn(3, 35, 70, device=DEVICE, requires_grad=True)
     weights = [strided(*x.shape).to(DEVICE) for _ in range(used)]
     branches = fork(x, 5)
@@ -159,7 +160,7 @@ def test_linear(dtype, tolerance, monkeypatch):
 
 
 def test_linear_without_a_bias_to_train(monkeypatch):
-    monkeypatch.setattr(dispatch, "usable", lambda x: True)
+    monkeypatch.setattr(dispatch, "use_kernels", lambda x: True)
     x, plain = torch.randn(2, 3, device=DEVICE), Linear(3, 4, bias=False).to(DEVICE)
     assert torch.equal(plain(x), torch.nn.functional.linear(x, plain.weight))
     frozen = Linear(3, 4).to(DEVICE).requires_grad_(False)
@@ -175,9 +176,8 @@ class Skipping(Scheduled):
 @pytest.mark.parametrize("drawn", [False, True])
 def test_sequence_masks_have_their_own_rates(drawn):
     module = Skipping()
-    if drawn:
-        Draws(module, torch.device("cpu"))
-    masks = sequence_masks(module, torch.zeros(20000, 2, 3), *module.rates)
+    with Draws(torch.device("cpu")).in_use() if drawn else nullcontext():
+        masks = sequence_masks(module, torch.zeros(20000, 2, 3), *module.rates)
     assert drawn or masks[2] is None
     kept = [1.0 if mask is None else float(mask.float().mean()) for mask in masks]
     assert kept == pytest.approx([0.5, 0.8, 1.0], abs=0.01)

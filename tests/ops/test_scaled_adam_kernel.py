@@ -17,7 +17,7 @@ def test_steps(clipping_scale, monkeypatch):
     monkeypatch.setattr(optim, "ROW_ELEMENTS", 64)
     runs = []
     for use in (False, True):
-        monkeypatch.setattr(dispatch, "usable", lambda x, use=use: use)
+        monkeypatch.setattr(dispatch, "use_kernels", lambda x, use=use: use)
         torch.manual_seed(1)
         params = [torch.nn.Parameter((torch.randn(shape) * 0.3).to(DEVICE)) for shape in SHAPES]
         optimizer = ScaledAdam(params, clipping_scale=clipping_scale)

@@ -1,15 +1,15 @@
 """Triton kernels against the plain forms: on a GPU where there is one, else by Triton's interpreter where it is there.
 
-Shapes are those of ssm_asr/ssm/mamba2.py.
+Shapes are those of ssm_asr/ops/ssd.py.
 """
 
 import pytest
 import torch
 from kernel_device import DEVICE
 
-from ssm_asr.ops.dispatch import ssd as kernels
+from ssm_asr.ops import ssd_kernel as kernels
+from ssm_asr.ops.ssd import SsdInputs, ssd_recurrent
 from ssm_asr.ops.ssd_kernel import BLOCK_FRAMES, PASS_BLOCKS, ssd_kernel
-from ssm_asr.ssm.mamba2 import LEAST_LOG_DECAY, ssd_recurrent
 
 NAMES = ("y", "end", "dx", "ddt", "dA", "dB", "dC", "dD", "dstate")
 
@@ -46,9 +46,9 @@ def with_gradients(outputs, inputs):
 
 def assert_as_reference(inputs, tolerance=2e-5):
     """Values and gradients of the kernels in float32 against the recurrence in float64, each relative to its norm."""
-    expected = with_gradients(ssd_recurrent(*inputs), inputs)
+    expected = with_gradients(ssd_recurrent(SsdInputs(*inputs)), inputs)
     inputs32 = [x.detach().float().requires_grad_() for x in inputs]
-    actual = with_gradients(ssd_kernel(*inputs32, least_log_decay=LEAST_LOG_DECAY), inputs32)
+    actual = with_gradients(ssd_kernel(SsdInputs(*inputs32)), inputs32)
     for name, a, e in zip(NAMES, actual, expected, strict=True):
         assert a.isfinite().all(), name
         assert (a - e).norm() <= tolerance * e.norm() + 1e-12, (name, float((a - e).norm() / e.norm()))
@@ -95,7 +95,7 @@ def test_frames_without_a_step_change_nothing():
     inputs = operands(T=45)
     with torch.no_grad():
         inputs[1][:, 20:] = 0.0
-    state = ssd_kernel(*(x.detach().float() for x in inputs), least_log_decay=LEAST_LOG_DECAY)[1]
+    state = ssd_kernel(SsdInputs(*(x.detach().float() for x in inputs)))[1]
     start = [x.detach()[:, :20] if i in (0, 1, 3, 4) else x.detach() for i, x in enumerate(inputs)]
-    torch.testing.assert_close(state, ssd_recurrent(*start)[1].float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(state, ssd_recurrent(SsdInputs(*start))[1].float(), atol=1e-5, rtol=1e-5)
     assert_as_reference(inputs)

@@ -1,21 +1,21 @@
-"""The kernels for large states, by the functions of test_ssd_kernels.py. Shapes are those of ssm_asr/ssm/mamba2.py."""
+"""The kernels for large states, by the functions of test_ssd_kernel.py. Shapes are those of ssm_asr/ops/ssd.py."""
 
 import pytest
-import test_ssd_kernels
+import test_ssd_kernel
 from kernel_device import DEVICE
-from test_ssd_kernels import assert_as_reference, operands, seed  # noqa: F401
+from test_ssd_kernel import assert_as_reference, operands, seed  # noqa: F401
 
-from ssm_asr.ops.dispatch import ssd as ssd_kernels
-from ssm_asr.ops.dispatch import ssd_wide as kernels
+from ssm_asr.ops import ssd_kernel as ssd_kernels
+from ssm_asr.ops import ssd_wide_kernel as kernels
+from ssm_asr.ops.ssd import WIDE_STATES, SsdInputs, ssd
 from ssm_asr.ops.ssd_wide_kernel import BLOCK_FRAMES
-from ssm_asr.ssm.mamba2 import WIDE_STATES, ssd
 
 TILES = {name: getattr(kernels, name) for name in vars(kernels) if name.endswith(("_CHANNELS", "_STATES"))}
 
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    monkeypatch.setattr(test_ssd_kernels, "ssd_kernel", kernels.ssd_wide)
+    monkeypatch.setattr(test_ssd_kernel, "ssd_kernel", kernels.ssd_wide)
     if DEVICE == "cpu":  # the interpreter takes its time for every program and every tile, also of zeros
         monkeypatch.setattr(ssd_kernels, "PASS_NUMBERS", 4096)
         for name in TILES:
@@ -29,10 +29,10 @@ def take_frames(monkeypatch, frames):
 
 @pytest.mark.parametrize("N, name", [(WIDE_STATES - 1, "narrow"), (WIDE_STATES, "wide")])
 def test_large_states_take_these_kernels(monkeypatch, N, name):
-    monkeypatch.setattr("ssm_asr.ops.dispatch.usable", lambda x: True)
-    monkeypatch.setattr("ssm_asr.ops.ssd_kernel.ssd_kernel", lambda *inputs, least_log_decay: "narrow")
-    monkeypatch.setattr(kernels, "ssd_wide", lambda *inputs, least_log_decay: "wide")
-    assert ssd(*(x.float() for x in operands(N=N))) == name
+    monkeypatch.setattr("ssm_asr.ops.dispatch.use_kernels", lambda x: True)
+    monkeypatch.setattr("ssm_asr.ops.ssd_kernel.ssd_kernel", lambda inputs: "narrow")
+    monkeypatch.setattr(kernels, "ssd_wide", lambda inputs: "wide")
+    assert ssd(SsdInputs(*(x.float() for x in operands(N=N)))) == name
 
 
 @pytest.mark.parametrize("T", [1, BLOCK_FRAMES, BLOCK_FRAMES + 1, 2 * BLOCK_FRAMES + 5])
@@ -85,4 +85,4 @@ def test_slow_and_fast_decays(steps):
 
 
 def test_frames_without_a_step_change_nothing():
-    test_ssd_kernels.test_frames_without_a_step_change_nothing()
+    test_ssd_kernel.test_frames_without_a_step_change_nothing()

@@ -1,14 +1,16 @@
 """Triton kernels of elementwise chains against the plain forms: on a GPU, or without one by Triton's interpreter."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from kernel_device import DEVICE
 
-from ssm_asr.encoder.attention import NonlinAttention
 from ssm_asr.encoder.convolution import ConvolutionModule
+from ssm_asr.encoder.long_range import NonlinAttention
 from ssm_asr.encoder.modules import FeedForward, SwooshL, SwooshR
-from ssm_asr.encoder.regularize import Balancer, Dropout, Schedule
-from ssm_asr.encoder.schedule import Draws
+from ssm_asr.encoder.regularize import Balancer, Dropout, Schedule, Whiten
+from ssm_asr.encoder.schedule import Chance, Draws
 from ssm_asr.ops import dispatch
 from ssm_asr.ops.gates_kernel import gated, mixed
 from ssm_asr.ops.swoosh_kernel import balance
@@ -36,12 +38,8 @@ def uneven(*shape, channel_dim=-1):
 def balancer_and_settings(prob, **kwargs):
     """A balancer with fixed limits, and those as a kernel takes them."""
     balancer = Balancer(**LIMITS, prob=prob, **kwargs)
-    Draws(balancer, torch.device(DEVICE))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "usable", lambda x: True)
-        settings = balancer.settings(torch.ones(1, requires_grad=True))
-    balancer.draws = None
-    return balancer, settings
+    by = balancer.settings(torch.ones(1, requires_grad=True))
+    return balancer, torch.tensor(by.numbers, device=DEVICE)
 
 
 def compare(plain, kernel, inputs, dtype=torch.float32, tolerance=EXACT):
@@ -65,7 +63,7 @@ def compare(plain, kernel, inputs, dtype=torch.float32, tolerance=EXACT):
 @pytest.mark.parametrize("module", [SwooshL(), SwooshR()])
 def test_swoosh(module, dtype, tolerance, monkeypatch):
     def by_kernel(x):
-        monkeypatch.setattr(dispatch, "usable", lambda x: True)
+        monkeypatch.setattr(dispatch, "use_kernels", lambda x: True)
         return module(x)
 
     x = torch.cat([torch.randn(2000) * 10, torch.tensor([-1e4, 1e4, 0.0])])[None]
@@ -74,8 +72,9 @@ def test_swoosh(module, dtype, tolerance, monkeypatch):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, EXACT), (torch.bfloat16, ONE_ROUNDING)])
 @pytest.mark.parametrize("acts", [ACTS, RESTS])
-def test_balancer_swoosh_and_dropout(acts, dtype, tolerance, monkeypatch):
-    """In training with `Draws`, where one function does all three; x and the gradient are slices of wider tensors."""
+@pytest.mark.parametrize("drawn", [False, True])
+def test_balancer_swoosh_and_dropout(acts, drawn, dtype, tolerance, monkeypatch):
+    """One kernel does all three, with numbers of the host or drawn; x and its gradient are slices of wider tensors."""
     activation, balancer = SwooshL(), Balancer(**LIMITS, **acts)
     dropout = Dropout(Schedule((0, 0.3)), shared_dim=1)
 
@@ -83,9 +82,9 @@ def test_balancer_swoosh_and_dropout(acts, dtype, tolerance, monkeypatch):
         return dropout(activation(balancer(x[..., :70])))
 
     def by_kernel(x):
-        monkeypatch.setattr(dispatch, "usable", lambda x: True)
-        Draws(torch.nn.ModuleList([balancer, dropout]), torch.device(DEVICE))
-        return torch.cat([activation(x[..., :70], balancer, dropout), x[..., 70:]], dim=-1)[..., :70]
+        monkeypatch.setattr(dispatch, "use_kernels", lambda x: True)
+        with Draws(torch.device(DEVICE)).in_use() if drawn else nullcontext():
+            return torch.cat([activation(x[..., :70], balancer, dropout), x[..., 70:]], dim=-1)[..., :70]
 
     y, _ = compare(plain, by_kernel, [uneven(3, 75, 80)], dtype, tolerance)
     assert set((y == 0).all(dim=1).flatten().tolist()) == {True, False}
@@ -96,9 +95,9 @@ def test_balancer_and_swoosh_of_images(memory_format, monkeypatch):
     activation, balancer = SwooshR(), Balancer(**LIMITS, **ACTS, channel_dim=1)
 
     def by_kernel(x):
-        monkeypatch.setattr(dispatch, "usable", lambda x: True)
-        Draws(balancer, torch.device(DEVICE))
-        return activation(x, balancer)
+        monkeypatch.setattr(dispatch, "use_kernels", lambda x: True)
+        with Draws(torch.device(DEVICE)).in_use():
+            return activation(x, balancer)
 
     x = uneven(2, 6, 9, 5, channel_dim=1).contiguous(memory_format=memory_format)
     for tensor in compare(lambda x: activation(balancer(x)), by_kernel, [x]):
@@ -110,7 +109,7 @@ def test_swoosh_in_evaluation(monkeypatch):
     module = FeedForward(8, 12, Schedule((0, 0.3))).to(DEVICE).eval()
     x = torch.randn(2, 5, 8, device=DEVICE)
     expected = module(x)
-    monkeypatch.setattr(dispatch, "usable", lambda x: True)
+    monkeypatch.setattr(dispatch, "use_kernels", lambda x: True)
     torch.testing.assert_close(module(x), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -212,8 +211,8 @@ def _numbers(model, constant_rate):
     for module in model.modules():
         if isinstance(module, NonlinAttention):
             module.constant_rate = constant_rate
-        elif hasattr(module, "prob"):
-            module.prob = 1.0 if isinstance(module, Balancer) else 0.0
+        elif isinstance(module, Balancer | Whiten):
+            module.requests = (Chance(float(isinstance(module, Balancer))), *module.requests[1:])
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
@@ -238,13 +237,12 @@ def test_modules(kind, rate, monkeypatch):
     results = []
     x, weight = torch.randn(B, T, D), torch.randn(B, T, D)
     for use, dtype in ((False, torch.float64), (True, torch.float32)):
-        monkeypatch.setattr(dispatch, "usable", lambda x, use=use: use)
+        monkeypatch.setattr(dispatch, "use_kernels", lambda x, use=use: use)
         module.to(DEVICE, dtype)
-        if use:
-            Draws(module, torch.device(DEVICE))
         torch.manual_seed(3)
         leaf = x.to(DEVICE, dtype).requires_grad_()
-        y = run(leaf)
+        with Draws(torch.device(DEVICE)).in_use() if use else nullcontext():
+            y = run(leaf)
         results.append([y, *torch.autograd.grad(y, [leaf, *module.parameters()], weight.to(y))])
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(

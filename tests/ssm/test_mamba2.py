@@ -12,8 +12,9 @@ import torch
 from golden_model import load
 
 from ssm_asr.encoder.state import state_sizes
+from ssm_asr.ops.ssd import BLOCK_FRAMES, RECURRENT_FRAMES, SsdInputs, ssd, ssd_chunked, ssd_recurrent
 from ssm_asr.ssm import mamba2
-from ssm_asr.ssm.mamba2 import BLOCK_FRAMES, RECURRENT_FRAMES, Mamba2, Mamba2State, ssd, ssd_chunked, ssd_recurrent
+from ssm_asr.ssm.mamba2 import Mamba2, Mamba2State
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}  # in float64
 GOLDEN = load("ssm.npz")
@@ -77,16 +78,16 @@ def random_state(block, batch_size):
 @pytest.mark.parametrize("H, G", [(4, 1), (4, 2), (3, 3)])
 def test_forms_are_equal(T, H, G):
     inputs = operands(T=T, H=H, G=G)
-    expected = with_gradients(ssd_recurrent(*inputs), inputs)
-    assert_same(with_gradients(ssd_chunked(*inputs), inputs), expected, **EXACT)
-    assert_same(with_gradients(ssd(*inputs), inputs), expected, **EXACT)
+    expected = with_gradients(ssd_recurrent(SsdInputs(*inputs)), inputs)
+    assert_same(with_gradients(ssd_chunked(SsdInputs(*inputs)), inputs), expected, **EXACT)
+    assert_same(with_gradients(ssd(SsdInputs(*inputs)), inputs), expected, **EXACT)
 
 
 def test_recurrence_by_hand():
     def scalar(*values):
         return torch.tensor(values, dtype=torch.float64)
 
-    y, state = ssd_recurrent(
+    inputs = SsdInputs(
         scalar(2.0, 5.0).view(1, 2, 1, 1),
         scalar(math.log(2.0), 1.0).view(1, 2, 1),
         scalar(-1.0),
@@ -95,6 +96,7 @@ def test_recurrence_by_hand():
         scalar(0.5),
         scalar(8.0).view(1, 1, 1, 1),
     )
+    y, state = ssd_recurrent(inputs)
     first = 8.0 / 2 + math.log(2.0) * 2 * 3
     second = first / math.e + 5 * 7
     torch.testing.assert_close(y.flatten(), scalar(first + 1.0, -second + 2.5))
@@ -104,19 +106,19 @@ def test_recurrence_by_hand():
 @pytest.mark.parametrize("block_frames", [1, 2, 7, 36, 37, 38, 1000])
 def test_the_length_of_blocks_does_not_matter(block_frames):
     inputs = operands()
-    actual = with_gradients(ssd_chunked(*inputs, block_frames=block_frames), inputs)
-    assert_same(actual, with_gradients(ssd_recurrent(*inputs), inputs), **EXACT)
+    actual = with_gradients(ssd_chunked(SsdInputs(*inputs), block_frames=block_frames), inputs)
+    assert_same(actual, with_gradients(ssd_recurrent(SsdInputs(*inputs)), inputs), **EXACT)
 
 
 @pytest.mark.parametrize("form", [ssd_recurrent, functools.partial(ssd_chunked, block_frames=3)])
 def test_gradients_are_those_of_finite_differences(form):
-    assert torch.autograd.gradcheck(form, operands(B=1, T=5, H=2, P=2, G=1, N=2))
+    assert torch.autograd.gradcheck(lambda *inputs: form(SsdInputs(*inputs)), operands(B=1, T=5, H=2, P=2, G=1, N=2))
 
 
 @pytest.mark.parametrize("form", [ssd_recurrent, ssd_chunked, ssd])
 def test_no_frames_leave_the_state_as_it_is(form):
     *inputs, state = operands(T=0)
-    y, new_state = form(*inputs, state)
+    y, new_state = form(SsdInputs(*inputs, state))
     assert y.shape == inputs[0].shape
     assert torch.equal(new_state, state)
 
@@ -125,9 +127,9 @@ def test_no_frames_leave_the_state_as_it_is(form):
 def test_long_sequences_in_float32(G, N):
     inputs = operands(B=1, T=5000, H=16, P=9, G=G, N=N, dtype=torch.float32, dt_shift=-3.0)
     with torch.no_grad():
-        exact = ssd_recurrent(*(x.double() for x in inputs))
+        exact = ssd_recurrent(SsdInputs(*(x.double() for x in inputs)))
         for form in (ssd_recurrent, ssd_chunked):
-            assert_near(form(*inputs), exact, 1e-4)
+            assert_near(form(SsdInputs(*inputs)), exact, 1e-4)
 
 
 @pytest.mark.parametrize("form", [ssd_recurrent, ssd_chunked])
@@ -139,7 +141,8 @@ def test_extreme_step_sizes(form, dtype, tolerance):
     raw[:, 60:80:3] = 20.0
     inputs = (x, torch.nn.functional.softplus(raw).requires_grad_(), (4 * A).detach().requires_grad_(), *rest)
     wide = tuple(value.detach().double().requires_grad_() for value in inputs)
-    assert_near(with_gradients(form(*inputs), inputs), with_gradients(ssd_recurrent(*wide), wide), tolerance)
+    expected = with_gradients(ssd_recurrent(SsdInputs(*wide)), wide)
+    assert_near(with_gradients(form(SsdInputs(*inputs)), inputs), expected, tolerance)
 
 
 # The block against golden arrays
@@ -250,10 +253,10 @@ def test_autocast(half):
 
 
 def test_the_operation_is_in_float32_under_autocast(monkeypatch):
-    def checked(*inputs):
+    def checked(inputs):
         assert not torch.is_autocast_enabled("cpu")
         assert [x.dtype for x in inputs] == [torch.float32] * 7
-        return ssd(*inputs)
+        return ssd(inputs)
 
     monkeypatch.setattr(mamba2, "ssd", checked)
     with torch.autocast("cpu", torch.bfloat16):

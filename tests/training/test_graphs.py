@@ -12,6 +12,7 @@ from toy import experiment
 from ssm_asr.encoder.regularize import load_whitening_flags, whitening_flags
 from ssm_asr.encoder.schedule import Draws, set_batch_count
 from ssm_asr.ops.devices import to_host
+from ssm_asr.training.fast import Fast, make_passes
 from ssm_asr.training.graphs import _Weights
 from ssm_asr.transducer.model import Transducer
 from ssm_asr.transducer.pruned_loss import Lattices
@@ -27,19 +28,19 @@ def make_model(long_range="nonlin_attention", graphs=False, most=256):
     config.encoder = type(config.encoder)(**encoder)
     model = Transducer(config, 5).to(DEVICE)
     set_batch_count(model, BATCH_COUNT)
-    if graphs:
-        model.capture_graphs(most)
-    return model
+    return model, make_passes(model, Fast("", "", ""), "torch", most) if graphs else None
 
 
-def step(model, seed, frames=120, left_context=32):
+def step(model_and_passes, seed, frames=120, left_context=32):
     """The output, the gradients of the encoder's parameters and the whitening flags, for given random numbers."""
+    model, passes = model_and_passes
+    encode = passes.encode if passes else model.encode
     random.seed(seed)
     torch.manual_seed(seed)
     features = torch.randn(3, frames, 80, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     random.seed(seed)
     torch.manual_seed(seed)
-    out, lens = model.encode(features, torch.tensor([frames, frames - 10, frames - 30]).to(DEVICE), 16, left_context)
+    out, lens = encode(features, torch.tensor([frames, frames - 10, frames - 30]).to(DEVICE), 16, left_context)
     out.square().sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -73,16 +74,17 @@ def test_graphs_equal_the_plain_path(long_range):
     for seed, frames in ((1, 120), (2, 120), (3, 90), (4, 120), (5, 90)):
         expected, actual = step(plain, seed, frames), step(graphs, seed, frames)
         assert_close(actual, expected, 0.0 if DEVICE == "cpu" else 1e-4)
-        assert whitening_flags(graphs) == whitening_flags(plain)
+        assert whitening_flags(graphs[0]) == whitening_flags(plain[0])
 
 
-def losses(model, seed, tokens=32, left_context=32):
+def losses(model_and_passes, seed, tokens=32, left_context=32):
     """The losses of a batch, and the gradients of all parameters, for given random numbers."""
+    model, passes = model_and_passes
     random.seed(seed)
     torch.manual_seed(seed)
     features, tokens_BU = torch.randn(3, 120, 80).to(DEVICE), torch.randint(1, 5, (3, tokens)).to(DEVICE)
     lens_B, token_lens_B = torch.tensor([120, 100, 90]), torch.tensor([9, 4, tokens])
-    found = model(features, lens_B, tokens_BU, token_lens_B, 16, left_context)
+    found = model(features, lens_B, tokens_BU, token_lens_B, 16, left_context, passes)
     (0.5 * found.simple_B + found.pruned_B).masked_fill(found.simple_B.isposinf(), 0.0).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -93,13 +95,13 @@ def losses(model, seed, tokens=32, left_context=32):
 def test_graphs_of_the_losses_equal_the_plain_path(rnnt_type):
     """With other transcripts and left contexts at each call; in a modified lattice one utterance has no alignment."""
     plain, graphs = make_model(graphs=DEVICE == "cuda", most=0), make_model(graphs=True)
-    for model in (plain, graphs):
+    for model, _ in (plain, graphs):
         model.config.rnnt_type = rnnt_type
     for call in ((1, 32, 32), (2, 32, 16), (3, 48, 0), (4, 32, -1), (5, 48, 16)):
         expected, actual = losses(plain, *call), losses(graphs, *call)
         assert expected["simple"].isposinf().tolist() == [False, False, rnnt_type == "modified"]
         assert_close(actual, expected, 1e-4)
-    assert len(graphs.encode.graphs) == (DEVICE == "cuda")  # one for all left contexts
+    assert len(graphs[1].encode.graphs) == (DEVICE == "cuda")  # one for all left contexts
 
 
 def test_new_numbers_at_every_call():
@@ -111,10 +113,11 @@ def test_new_numbers_at_every_call():
 
 def test_schedules_go_on():
     model = make_model()
-    draws = Draws(model, torch.device(DEVICE))
-    step(model, 1)
+    draws = Draws(torch.device(DEVICE))
+    with draws.in_use():
+        step(model, 1)
     before = draws.all.clone()
-    set_batch_count(model, 0.0)
+    set_batch_count(model[0], 0.0)
     random.seed(1)
     draws.renew()
     assert not torch.equal(before, draws.all)
@@ -137,27 +140,29 @@ class RefuseNew(Refuse):
 
 
 def test_losses_wait_for_nothing():
-    model = make_model()
+    model, _ = make_model()
     features, tokens = torch.randn(3, 120, 80, device=DEVICE), torch.randint(1, 5, (3, 9), device=DEVICE)
     frames = torch.tensor([28, 25, 20])
     lattices = Lattices.of(frames, torch.tensor([9, 4, 7]), 28, 9, 5, "regular", features.device, every_frame=True)
-    Draws(model, torch.device(DEVICE))
+    draws = Draws(torch.device(DEVICE))
     for mode in (nullcontext(), RefuseNew()):  # the first pass finds the numbers of the predictor, which may wait
-        out_BSD = model.encode(features, torch.tensor([120, 110, 90], device=DEVICE))[0]
-        with mode, torch.autograd.set_multithreading_enabled(False):
+        with draws.in_use():
+            out_BSD = model.encode(features, torch.tensor([120, 110, 90], device=DEVICE))[0]
+        with mode, draws.in_use(), torch.autograd.set_multithreading_enabled(False):
             simple_B, pruned_B = model.transducer_losses(out_BSD, tokens, *lattices)
             (simple_B + pruned_B).sum().backward(inputs=[*model.decoder.parameters(), *model.joiner.parameters()])
 
 
 def test_nothing_waits_for_the_device():
     for long_range in ("nonlin_attention", "mamba2"):
-        model = make_model(long_range)
-        Draws(model, torch.device(DEVICE))
+        model, _ = make_model(long_range)
+        draws = Draws(torch.device(DEVICE))
         features, lens = torch.randn(3, 120, 80, device=DEVICE), torch.tensor([120, 110, 90], device=DEVICE)
-        model.encode(features, lens, 16, 32)  # finds the numbers, which may wait
+        with draws.in_use():
+            model.encode(features, lens, 16, 32)  # finds the numbers, which may wait
         flags = whitening_flags(model)
         load_whitening_flags(model, [True] * len(flags))
-        with Refuse(), torch.autograd.set_multithreading_enabled(False):
+        with Refuse(), draws.in_use(), torch.autograd.set_multithreading_enabled(False):
             model.encode(features, lens, 16, 32)[0].sum().backward()
 
 
@@ -173,7 +178,9 @@ def test_numbers_wait_for_nothing_later():
 
 
 def test_evaluation_is_the_plain_path():
-    plain, graphs = make_model().eval(), make_model(graphs=True).eval()
+    plain, graphs = make_model(), make_model(graphs=True)
+    for model, _ in (plain, graphs):
+        model.eval()
     for name, value in step(plain, 1).items():
         assert torch.equal(step(graphs, 1)[name], value)
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from kernel_device import DEVICE
 
-from ssm_asr.encoder.regularize import Whiten, whitening_flags, whitening_metric
+from ssm_asr.encoder.regularize import Whiten, whitening_flags
 from ssm_asr.encoder.schedule import Draws
 from ssm_asr.ops import dispatch
-from ssm_asr.ops.whitening_kernel import whiten
+from ssm_asr.ops.whiten import whitening_metric
+from ssm_asr.ops.whiten_kernel import whiten
 
 GRAD_SCALE = 0.5
 
@@ -132,12 +133,12 @@ def test_no_gradient_of_the_metric():
 
 def test_the_module(monkeypatch):
     """With decisions on the device, the module acts and takes note as its plain form does."""
-    monkeypatch.setattr(dispatch, "usable", lambda x: True)
+    monkeypatch.setattr(dispatch, "use_kernels", lambda x: True)
     x, grad = correlated(2, 40, 32)
     module = Whiten(1.0, 2, GRAD_SCALE, prob=1.0).to(DEVICE)
-    Draws(module, torch.device(DEVICE))
     leaf = x.clone().requires_grad_()
-    y = module(leaf)
+    with Draws(torch.device(DEVICE)).in_use():
+        y = module(leaf)
     y.backward(grad)
     assert torch.equal(y, x) and whitening_flags(module) == [True]
     torch.testing.assert_close(leaf.grad.double().cpu(), plain(x, grad, 2), atol=1e-5, rtol=0)
