@@ -41,5 +41,8 @@ def missing() -> str:
 
 
 def use_kernels(x: torch.Tensor) -> bool:
-    """Whether an operation on this tensor runs its kernel; the operation may have conditions of its own."""
-    return x.is_cuda and _wanted and not missing()
+    """Whether an operation on this tensor runs its kernel; the operation may have conditions of its own.
+
+    Kernels compute in float32, so that float64 is left to the plain forms.
+    """
+    return x.is_cuda and x.dtype != torch.float64 and _wanted and not missing()
