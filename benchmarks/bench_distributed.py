@@ -26,8 +26,8 @@ from ssm_asr.config import Experiment, load_experiment
 from ssm_asr.data.batches import shape_frames, shape_tokens
 from ssm_asr.encoder.schedule import set_batch_count
 from ssm_asr.training import distributed
+from ssm_asr.training.objective import PRECISIONS
 from ssm_asr.training.optim import ScaledAdam
-from ssm_asr.training.trainer import PRECISIONS
 from ssm_asr.transducer.model import Transducer
 
 BATCH_COUNT = 10000.0  # where the schedules stand
