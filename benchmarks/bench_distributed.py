@@ -27,8 +27,8 @@ from ssm_asr.data.batches import shape_frames, shape_tokens
 from ssm_asr.encoder.schedule import set_batch_count
 from ssm_asr.training import distributed
 from ssm_asr.training.fast import make_passes, resolve_fast
+from ssm_asr.training.objective import PRECISIONS
 from ssm_asr.training.optim import ScaledAdam
-from ssm_asr.training.trainer import PRECISIONS
 from ssm_asr.transducer.model import Transducer
 
 BATCH_COUNT = 10000.0  # where the schedules stand

@@ -1,4 +1,7 @@
-"""Several GPUs through torchrun, with one code path: with a single process every function here does nothing."""
+"""Several GPUs through torchrun, one process for each.
+
+A single process takes no other path through the program: the functions here then have nothing to do.
+"""
 
 import os
 from typing import NamedTuple
@@ -11,15 +14,22 @@ from ssm_asr.ops.devices import find_device
 
 
 class Place(NamedTuple):
-    """This process among all."""
+    """Says which of all processes this one is."""
 
-    rank: int
+    rank: int  # Ranks are counted from 0.
     world_size: int
     device: torch.device
 
 
 def join(device_name: str = "auto") -> Place:
-    """Joins the processes that torchrun started, if it did. See `find_device` for the name."""
+    """Joins the processes that torchrun started, if it did.
+
+    Args:
+        device_name: as for `find_device`; with several GPUs each process takes its own.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
     device = find_device(device_name)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
@@ -27,13 +37,13 @@ def join(device_name: str = "auto") -> Place:
         torch.cuda.set_device(device)
     if world_size == 1:
         return Place(0, 1, device)
-    # Numbers that the host needs go through gloo, so that it does not wait for the GPU.
+    # The host sends its own numbers through gloo, so that it need not wait for the GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Place(dist.get_rank(), world_size, device)
 
 
 def leave(place: Place) -> None:
-    """Ends what `join` began."""
+    """Leaves the processes that `join` joined."""
     if place.world_size > 1:
         dist.destroy_process_group()
 
@@ -45,7 +55,7 @@ def wait(place: Place) -> None:
 
 
 def share_weights(model: nn.Module, place: Place) -> None:
-    """Gives every process the weights of the first."""
+    """Copies weights and buffers from the first process to all others."""
     if place.world_size > 1:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
@@ -54,8 +64,8 @@ def share_weights(model: nn.Module, place: Place) -> None:
 def average_gradients(model: nn.Module, place: Place) -> None:
     """Replaces gradients by their mean over all processes, in one message.
 
-    A parameter that this process did not use counts with a zero gradient: modules are skipped at random, and not
-    the same ones everywhere.
+    A parameter that this process did not use counts with a zero gradient. Processes use different ones, since each
+    skips modules at random.
     """
     if place.world_size == 1:
         return
@@ -67,22 +77,19 @@ def average_gradients(model: nn.Module, place: Place) -> None:
     flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
     flat /= place.world_size
-    torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(_split(flat, grads), grads, strict=True)])
+    parts = flat.split([grad.numel() for grad in grads])
+    torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
 
 
 def total(value_N: Tensor, place: Place) -> Tensor:
-    """The sum of a tensor over all processes."""
+    """Returns the sum of a tensor over all processes; the tensor itself may be overwritten by it."""
     if place.world_size > 1:
         dist.all_reduce(value_N)
     return value_N
 
 
 def gather(flags: list[bool], place: Place) -> list[list[bool]]:
-    """The flags of every process, in the order of their ranks; all have the same number of them."""
+    """Returns the flags of every process, in the order of ranks. All processes must have equally many."""
     flags_RN = torch.zeros(place.world_size, len(flags), dtype=torch.int64)
     flags_RN[place.rank] = torch.tensor(flags)
     return total(flags_RN, place).bool().tolist()
-
-
-def _split(flat: Tensor, like: list[Tensor]) -> tuple[Tensor, ...]:
-    return flat.split([t.numel() for t in like])

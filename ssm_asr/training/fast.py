@@ -57,11 +57,15 @@ def resolve_fast(wanted: str, device: torch.device, *, fixed_shapes: bool, loss_
     return Fast(dispatch.missing(), graphs, loss_graphs)
 
 
+def plain_passes(model: Transducer, loss_backend: str) -> Passes:
+    """The passes as the model's own methods, with the losses by a backend."""
+    return Passes(model.encode, partial(model.transducer_losses, backend=loss_backend))
+
+
 def make_passes(model: Transducer, fast: Fast, loss_backend: str, most_graphs: int = MOST_GRAPHS) -> Passes:
     """The passes of a training step, captured where that is on. Turns kernels on or off for the process."""
     dispatch.set_kernels(not fast.kernels)
-    losses = partial(model.transducer_losses, backend=loss_backend)
-    passes = Passes(model.encode, losses)
+    passes = plain_passes(model, loss_backend)
     if not fast.encoder_graphs:
         parts: list[nn.Module] = [model.encoder_embed, model.encoder]
         passes = passes._replace(
@@ -69,5 +73,7 @@ def make_passes(model: Transducer, fast: Fast, loss_backend: str, most_graphs: i
         )
     if not fast.loss_graphs:
         parts = [model.decoder, model.joiner, model.simple_am_proj, model.simple_lm_proj]
-        passes = passes._replace(losses=Graphs(losses, parts, most_graphs, cast_together=False), every_frame=True)
+        passes = passes._replace(
+            losses=Graphs(passes.losses, parts, most_graphs, cast_together=False), every_frame=True
+        )
     return passes

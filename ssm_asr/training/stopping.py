@@ -5,19 +5,21 @@ import sys
 
 
 class StopOnSignal:
-    """Within it, the first interrupt or termination only asks to stop after the current batch."""
+    """Within its `with` block, the first SIGINT or SIGTERM only asks to stop, and the second interrupts at once."""
 
     asked = False
 
     def __enter__(self) -> "StopOnSignal":
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._former_handlers = {
+            number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._former_handlers.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: object) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True

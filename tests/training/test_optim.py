@@ -1,4 +1,4 @@
-"""ScaledAdam and Eden against golden trajectories, and the properties that a training run relies on."""
+"""ScaledAdam against golden trajectories, and the properties that a training run relies on."""
 
 import io
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssm_asr.training import optim
-from ssm_asr.training.optim import Eden, ScaledAdam
+from ssm_asr.training.optim import ScaledAdam
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "optim.npz")
 NAMES = ("a.weight", "b.weight", "a.bias", "scale", "log_scale")
@@ -50,27 +50,6 @@ def test_golden(run: int, clipping_scale: float | None, row_elements: int, monke
     statistics = optimizer.statistics()
     assert statistics["clipped_fraction"] == (0.02 if run == 0 else 0.0)  # the two outliers of the run
     assert statistics["nonfinite_steps"] == 0
-
-
-def test_eden_golden() -> None:
-    optimizer = ScaledAdam(golden_params().values(), lr=0.045)
-    scheduler = Eden(optimizer, lr_batches=7500, lr_epochs=3.5, warmup_batches=500, warmup_start=0.5)
-    for epoch, batch, lr in GOLDEN["eden"]:
-        assert scheduler.step(int(batch), epoch) == pytest.approx(lr, rel=1e-12)
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr, rel=1e-12)
-
-
-def test_eden_starts_training_at_a_tenth() -> None:
-    optimizer = ScaledAdam(golden_params().values(), lr=0.045)
-    assert Eden(optimizer, 7500, 3.5).step(0, 0) == pytest.approx(0.0045)
-
-
-def test_eden_base_rate_survives_resume() -> None:
-    first = ScaledAdam(golden_params().values(), lr=0.045)
-    Eden(first, 7500, 3.5).step(4000, 3)
-    second = ScaledAdam(golden_params().values(), lr=0.045)
-    second.load_state_dict(first.state_dict())
-    assert Eden(second, 7500, 3.5).step(4000, 3) == first.param_groups[0]["lr"]
 
 
 @pytest.mark.parametrize("stop", [1, 30, 60])  # 30: amid a size update's period

@@ -17,13 +17,13 @@ import pytest
 import torch
 import toy
 from lhotse import CutSet
-from tqdm import tqdm
 
 from ssm_asr import checkpoint
 from ssm_asr.cli import average, train
 from ssm_asr.data.batches import Batch, eval_batches
 from ssm_asr.training import distributed
 from ssm_asr.training.experiment_dir import resumable
+from ssm_asr.training.trainer import StepResult, Trainer
 
 BATCHES_AN_EPOCH = 7  # of the toy corpus
 CONFORMER = {
@@ -47,14 +47,14 @@ def straight(corpus: toy.Corpus) -> Path:
 
 def before_batch(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) -> None:
     """Does something once, when so many batches have been trained."""
-    real = train.Trainer._train_batch
+    real = Trainer.step
 
-    def train_batch(self: train.Trainer, *args: Any) -> bool:
-        if self.progress["batch"] == number:
+    def step(self: Trainer, *args: Any) -> StepResult:
+        if self.state.progress.batch == number:
             action()
         return real(self, *args)
 
-    monkeypatch.setattr(train.Trainer, "_train_batch", train_batch)
+    monkeypatch.setattr(Trainer, "step", step)
 
 
 def crash() -> None:
@@ -183,29 +183,28 @@ def test_a_second_interrupt_stops_at_once(
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def make_trainer(corpus: toy.Corpus, exp_dir: Path, cuts: CutSet, **sections: dict) -> train.Trainer:
+def make_trainer(corpus: toy.Corpus, exp_dir: Path, cuts: CutSet, **sections: dict) -> Trainer:
     exp_dir.mkdir(exist_ok=True)
     place = distributed.join("cpu")
-    return train.Trainer(toy.experiment(**sections), corpus.tokenizer, exp_dir, cuts, cuts, None, place)
+    return Trainer(toy.experiment(**sections), corpus.tokenizer, exp_dir, cuts, cuts, None, place)
 
 
-def loss_per_frame(trainer: train.Trainer, batch: Batch) -> float:
+def loss_per_frame(trainer: Trainer, batch: Batch) -> float:
     trainer.model.eval()
     with torch.no_grad():
-        return float(trainer._weighted(trainer._losses(batch)).sum() / batch.feature_lens_B.sum())
+        losses = trainer.objective.losses(batch)
+        return float(trainer.objective.weighted(losses).sum() / batch.feature_lens_B.sum())
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
 def test_four_utterances_are_learnt(corpus: toy.Corpus, tmp_path: Path, precision: str) -> None:
     cuts = CutSet.from_file(corpus.train_cuts).to_eager().subset(first=4)
     batch = next(eval_batches(cuts, corpus.tokenizer, max_duration_s=10.0))
-    quiet = {"log_every": 1000, "validate_every": 1000, "checkpoint_every": 1000}
-    trainer = make_trainer(corpus, tmp_path, cuts, train={"precision": precision, **quiet})
-    assert trainer.scaler.is_enabled() == (precision == "fp16")
+    trainer = make_trainer(corpus, tmp_path, cuts, train={"precision": precision})
+    assert trainer.state.scaler.is_enabled() == (precision == "fp16")
     before = loss_per_frame(trainer, batch)
-    stop = train.StopOnSignal()
     for _ in range(50 if precision == "float32" else 25):
-        trainer._train_batch(batch, tqdm(disable=True), stop)
+        trainer.step(batch)
     after = loss_per_frame(trainer, batch)
     assert after < before * (0.15 if precision == "float32" else 0.5), (before, after)
 
@@ -231,14 +230,13 @@ def test_a_batch_without_a_finite_loss_changes_nothing(corpus: toy.Corpus, tmp_p
     cuts = CutSet.from_file(corpus.train_cuts).to_eager().subset(first=4)
     trainer = make_trainer(corpus, tmp_path, cuts)
     batch = next(eval_batches(cuts, corpus.tokenizer, max_duration_s=10.0))
-    stop = train.StopOnSignal()
-    trainer._train_batch(batch, tqdm(disable=True), stop)
+    trainer.step(batch)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     batch.features_BTF[0, 3] = float("nan")
-    trainer._train_batch(batch, tqdm(disable=True), stop)
-    assert trainer.progress["batch"] == 2 and trainer.progress["bad_batches"] == 1
+    trainer.step(batch)
+    assert trainer.state.progress.batch == 2 and trainer.state.progress.bad_batches == 1
     assert toy.differing(before, trainer.model.state_dict()) == []
-    trainer._train_batch(batch._replace(features_BTF=batch.features_BTF.nan_to_num()), tqdm(disable=True), stop)
+    trainer.step(batch._replace(features_BTF=batch.features_BTF.nan_to_num()))
     assert len(toy.differing(before, trainer.model.state_dict())) > 50
 
 
@@ -267,7 +265,7 @@ def test_a_validation_loss_that_is_no_number_is_not_the_best(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_crash_ends_the_program_and_its_workers(corpus: toy.Corpus, tmp_path: Path, workers: int) -> None:
     """Workers ignore the signal by which Python would end them, and then waits for them."""
-    code = "import sys, test_train; test_train.train.Trainer._train_batch = lambda *_: test_train.crash()"
+    code = "import sys, test_train; test_train.Trainer.step = lambda *_: test_train.crash()"
     arguments = corpus.arguments(tmp_path / "exp", data={"num_workers": workers})
     command = [sys.executable, "-c", f"{code}; test_train.train.main(sys.argv[1:])", *arguments]
     paths = os.pathsep.join(filter(None, sys.path))
@@ -305,15 +303,17 @@ def test_what_was_changed_counts_when_a_run_goes_on(
     assert saved["progress"]["batch"] > 10 + 2 * 5  # 3 of the second epoch's 7, and then all of it in smaller batches
 
 
-def test_a_finished_run_is_left_alone_by_more_processes(corpus: toy.Corpus, straight: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_left_alone_by_more_processes(
+    corpus: toy.Corpus, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     exp_dir = shutil.copytree(straight, tmp_path / "straight")
     newest = exp_dir / "checkpoint-14.pt"
     saved = checkpoint.load(newest)
     saved["training"]["world_size"] = 2
     checkpoint.save(saved, newest)
     assert train.main(corpus.arguments(exp_dir)) == 0
-    with pytest.raises(SystemExit, match="was trained by 2 processes, now there are 1"):
-        train.main(corpus.arguments(exp_dir, train={"num_epochs": 3}))
+    assert train.main(corpus.arguments(exp_dir, train={"num_epochs": 3})) == 1
+    assert f"{newest}: was trained by 2 processes, now there are 1; use as many, or" in capsys.readouterr().err
 
 
 def test_other_texts_noises_and_tokens_are_another_run(
@@ -341,13 +341,14 @@ def test_initial_weights_are_taken_once(corpus: toy.Corpus, straight: Path, tmp_
     assert "best.pt: not used again, since training goes on" in out and "copied" not in out
 
 
-def test_many_bad_batches_in_a_row_end_the_run(corpus: toy.Corpus, tmp_path: Path) -> None:
+def test_many_bad_batches_in_a_row_end_the_run(
+    corpus: toy.Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cuts = toy.write_cuts(tmp_path / "data", "train", 9)
     toy.spoil(cuts, [cut.id for cut in CutSet.from_file(cuts)])
     arguments = corpus.arguments(tmp_path / "exp", train={"num_epochs": 20, "validate_every": 1000})
-    with pytest.raises(SystemExit) as caught:
-        train.main([*arguments, "--train-cuts", str(cuts)])
-    assert str(caught.value) == (
+    assert train.main([*arguments, "--train-cuts", str(cuts)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
         f"{tmp_path / 'exp'}: 20 batches in a row had no finite loss (see bad_batches.jsonl); "
         "lower optim.base_lr, or use train.precision=float32"
     )
@@ -362,19 +363,20 @@ def test_many_bad_batches_in_a_row_end_the_run(corpus: toy.Corpus, tmp_path: Pat
     ],
 )
 def test_gradients_that_are_never_finite_end_the_run(
-    corpus: toy.Corpus, tmp_path: Path, precision: str, message: str
+    corpus: toy.Corpus, tmp_path: Path, precision: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make = train.Trainer.__init__
+    make = Trainer.__init__
 
-    def spoilt(self: train.Trainer, *args: Any) -> None:
+    def spoilt(self: Trainer, *args: Any) -> None:
         make(self, *args)
         self.model.joiner.output_linear.weight.register_hook(lambda grad: grad * torch.nan)
 
     settings = {"num_epochs": 20, "validate_every": 1000, "precision": precision}
     arguments = corpus.arguments(tmp_path / "exp", train=settings)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match=message):
-        patch.setattr(train.Trainer, "__init__", spoilt)
-        train.main(arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "__init__", spoilt)
+        assert train.main(arguments) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_utterances_without_an_alignment_are_counted(
@@ -417,9 +419,9 @@ def test_what_to_do_next(corpus: toy.Corpus, straight: Path, capsys: pytest.Capt
     assert "trained 14 batches" in out
     command = next(line for line in out.splitlines() if line.startswith("next: "))
     words = shlex.split(command)
-    assert words[:4] == ["next:", "python", "-m", "ssm_asr.average"]
-    assert average.main(words[4:]) == 0
-    assert f"then: python -m ssm_asr.decode --checkpoint {straight}/averaged.pt --cuts" in out
+    assert words[:3] == ["next:", "ssm-asr", "average"]
+    assert average.main(words[3:]) == 0
+    assert f"then: ssm-asr decode --checkpoint {straight}/averaged.pt --cuts" in out
     assert (straight / "averaged.pt").exists()
 
 

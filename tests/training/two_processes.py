@@ -14,6 +14,7 @@ from torch import nn
 
 from ssm_asr.cli import train
 from ssm_asr.training import distributed
+from ssm_asr.training.trainer import StepResult, Trainer
 
 directory, arguments = Path(sys.argv[1]), sys.argv[2:]
 place = distributed.join("cpu")
@@ -34,30 +35,30 @@ def gradients() -> dict[str, torch.Tensor]:
 
 def run_training(exp_dir: Path, *more: str) -> int:
     """Trains, and leaves the last weights of each process in the directory."""
-    real_run = train.Trainer.run
+    real_run = Trainer.run
 
-    def run(self: train.Trainer) -> bool:
+    def run(self: Trainer) -> bool:
         finished = real_run(self)
-        state = {"weights": self.model.state_dict(), "progress": self.progress}
+        state = {"weights": self.model.state_dict(), "progress": self.state.progress.to_dict()}
         torch.save(state, directory / f"{exp_dir.name}-rank{place.rank}.pt")
         return finished
 
-    train.Trainer.run = run
+    Trainer.run = run
     status = train.main([*arguments, "--exp-dir", str(exp_dir), *more])
-    train.Trainer.run = real_run
+    Trainer.run = real_run
     return status
 
 
 def stop_second_process_at(number: int) -> Any:
     """Only one process gets the signal; both must stop."""
-    real = train.Trainer._train_batch
+    real = Trainer.step
 
-    def train_batch(self: train.Trainer, *args: Any) -> bool:
-        if place.rank == 1 and self.progress["batch"] == number:
+    def step(self: Trainer, *args: Any) -> StepResult:
+        if place.rank == 1 and self.state.progress.batch == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, *args)
 
-    train.Trainer._train_batch = train_batch
+    Trainer.step = step
     return real
 
 
@@ -70,12 +71,12 @@ torch.save(
     directory / f"sums-rank{place.rank}.pt",
 )
 
-# Several runs in the same two processes.
+# These two processes run several trainings, one after the other.
 train.distributed.join = lambda device: place
 train.distributed.leave = lambda place: None
 assert run_training(directory / "straight") == 0
 real = stop_second_process_at(3)
 assert run_training(directory / "stopped") == 130
-train.Trainer._train_batch = real
+Trainer.step = real
 assert run_training(directory / "stopped") == 0
 torch.distributed.destroy_process_group()
