@@ -75,6 +75,7 @@ def _make_trainer(options: argparse.Namespace, place: distributed.Place) -> Trai
     trainer = Trainer(experiment, tokenizer, options.exp_dir, cuts, valid_cuts, noise_cuts, place)
     if place.rank == 0:
         print(f"utterances to train on: {filter_report.summary()}")
+        print("\n".join(trainer.fast.lines()))
         make_ready(options.exp_dir, experiment, trainer.fingerprint)
         (options.exp_dir / "config.yaml").write_text(to_yaml(experiment), encoding="utf-8")
     distributed.wait(place)

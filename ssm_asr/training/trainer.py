@@ -76,15 +76,13 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = Transducer(experiment.model, tokenizer.vocab_size).to(place.device)
         distributed.share_weights(self.model, place)
-        fast = resolve_fast(
+        self.fast = resolve_fast(
             "auto" if settings.cuda_graphs else "off",
             place.device,
             fixed_shapes=experiment.data.fixed_shapes,
             loss_backend="torch",
         )
-        if place.rank == 0:
-            print("\n".join(fast.lines()))
-        passes = make_passes(self.model, fast, "torch")
+        passes = make_passes(self.model, self.fast, "torch")
         self.noisy_weights = noisy_weights(self.model, settings.weight_noise.parts)
         self.objective = Objective(self.model, experiment, place.device, passes)
         optimizer = ScaledAdam(
