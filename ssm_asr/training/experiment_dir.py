@@ -21,7 +21,7 @@ from ssm_asr.data.tokens import Tokenizer
 # Settings that decide how, or how long, a model is trained, but not what its weights are after so many batches.
 ASIDE = {
     "data.num_workers",
-    *("train.num_epochs", "train.cuda_graphs", "train.log_every", "train.validate_every"),
+    *("train.num_epochs", "train.fast", "train.log_every", "train.validate_every"),
     *("train.checkpoint_every", "train.keep_checkpoints"),
 }
 

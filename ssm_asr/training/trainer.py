@@ -57,7 +57,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = Transducer(experiment.model, tokenizer.vocab_size).to(place.device)
         distributed.share_weights(self.model, place)
-        if settings.cuda_graphs and place.device.type == "cuda":
+        if settings.fast == "auto" and experiment.data.fixed_shapes and place.device.type == "cuda":
             self.model.capture_graphs()
         self.noisy_weights = noisy_weights(self.model, settings.weight_noise.parts)
         self.average = RunningAverage(settings.average_period)
