@@ -1,4 +1,4 @@
-"""One experiment, whole: model, tokens, data, losses, optimiser, training and decoding, as dataclasses.
+"""An experiment is described whole, by dataclasses: model, tokens, data, losses, optimiser, training and decoding.
 
 A YAML file names only what differs from the defaults, or from the file that it calls its `base`; `--set a.b=value`
 changes single fields. The whole configuration is saved in the experiment directory and in every checkpoint.
@@ -32,7 +32,7 @@ REPLACED = {"train.cuda_graphs": "train.fast (auto or off); auto captures graphs
 
 @dataclass
 class TokensConfig(Section, name="tokens"):
-    """The token inventory, which is trained from the training transcripts."""
+    """The tokens are trained from the training transcripts, as these settings say."""
 
     # bpe, unigram and word are sentencepiece's models.
     kind: str = setting("bpe", choices=("bpe", "unigram", "word", "char"))
@@ -42,7 +42,7 @@ class TokensConfig(Section, name="tokens"):
 
 @dataclass
 class LossConfig(Section, name="loss"):
-    """How the transducer's losses are computed."""
+    """These settings say how the transducer's losses are computed."""
 
     # torch is this project's own computation. k2 is the package of that name, which must be installed.
     backend: str = setting("torch", choices=("torch", "k2"))
@@ -50,7 +50,7 @@ class LossConfig(Section, name="loss"):
 
 @dataclass
 class OptimConfig(Section, name="optim"):
-    """The optimiser ScaledAdam and Eden, the schedule of its learning rate."""
+    """The optimiser is ScaledAdam, and its learning rate follows Eden's schedule."""
 
     base_lr: float = setting(0.045, above=0, most=10)
     # The learning rate decays as so many batches and so many epochs have passed.
@@ -65,7 +65,7 @@ class OptimConfig(Section, name="optim"):
 
 @dataclass
 class WeightNoiseConfig(Section, name="train.weight_noise"):
-    """How much noise is put on the weights, from when on, and on which.
+    """Noise can be put on weights in training; these settings say how much, from when on, and on which.
 
     A common choice is 0.075 on the predictor, once training is stable.
     """
@@ -78,13 +78,13 @@ class WeightNoiseConfig(Section, name="train.weight_noise"):
     parts: tuple[str, ...] = ("decoder",)
 
     def deviation_at(self, batch: int) -> float:
-        """The deviation in the batch that follows after so many."""
+        """Gives the deviation in the batch that follows after so many."""
         return self.deviation if batch >= self.from_batch else 0.0
 
 
 @dataclass
 class TrainConfig(Section, name="train"):
-    """The training loop."""
+    """These settings are of the training loop."""
 
     num_epochs: int = setting(30, least=1, most=MOST_EPOCHS)
     seed: int = setting(42, least=0, most=2**63 - 1)
@@ -101,8 +101,8 @@ class TrainConfig(Section, name="train"):
     # The CTC loss of model.ctc has this scale.
     ctc_scale: float = setting(0.2, least=0, most=1000)
     weight_noise: WeightNoiseConfig = field(default_factory=WeightNoiseConfig)
-    # The running mean of the weights is updated after every so many batches. So is done what follows; validation is
-    # done at the end of every epoch as well.
+    # After every so many batches, the running mean of the weights is updated, losses are logged, the model is validated
+    # (at the end of every epoch, too), and a checkpoint is saved.
     average_period: int = setting(200, least=1, most=MOST_BATCHES)
     log_every: int = setting(50, least=1, most=MOST_BATCHES)
     validate_every: int = setting(3000, least=1, most=MOST_BATCHES)
@@ -113,7 +113,7 @@ class TrainConfig(Section, name="train"):
 
 @dataclass
 class DecodeConfig(Section, name="decode"):
-    """Which epochs are averaged, and how the result is decoded by default."""
+    """These settings say which epochs are averaged, and how the result is decoded by default."""
 
     # The last so many epochs are averaged.
     average_epochs: int = setting(10, least=1, most=MOST_EPOCHS)
@@ -126,7 +126,7 @@ class DecodeConfig(Section, name="decode"):
 
 @dataclass
 class Experiment(Section):
-    """All sections of a configuration file."""
+    """A configuration file has these sections."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)
@@ -235,7 +235,8 @@ class _Loader(yaml.SafeLoader):
 def _parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, or an endless number
+    # PyYAML raises the last two for dates that are none, and for endless numbers and lists.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
 
 

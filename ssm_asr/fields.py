@@ -25,7 +25,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a single value of a field must keep to; `setting` explains the attributes."""
+    """A single value of a field must keep to these; `setting` explains the attributes."""
 
     above: float | None = None
     least: float | None = None
@@ -35,7 +35,7 @@ class Bounds:
     unlimited: int | None = None
 
     def allow(self, value: Any) -> bool:
-        """Whether a value of the right type is one of the choices, or a number within the bounds."""
+        """Tells whether a value of the right type is one of the choices, or a number within the bounds."""
         if self.choices:
             return value in self.choices
         if self.unlimited is not None and value == self.unlimited:
@@ -48,7 +48,7 @@ class Bounds:
         )
 
     def remedy(self, kind: type) -> str:
-        """What to give instead, for a field whose values are of this type."""
+        """Says what to give instead, for a field whose values are of this type."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         text = NOUNS.get(kind, f"a {kind.__name__}")
@@ -85,7 +85,7 @@ def setting(
 
 
 class Section:
-    """The base of all dataclasses of a configuration.
+    """All dataclasses of a configuration are sections.
 
     A subclass gives the name of its section as `--set` takes it: `class TrainConfig(Section, name="train")`. Relations
     between fields are checked in its own `__post_init__`, which calls this one first and then `require`.
@@ -118,13 +118,13 @@ class Section:
 
 
 def field_types(cls: Any) -> dict[str, Any]:
-    """The types of the fields of a section, by name and in order."""
+    """Gives the types of the fields of a section, by name and in order."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it: in one line, no longer than LONGEST_SHOWN, tuples as the lists that YAML has."""
+    """Writes a value as messages show it: in one line, cut at LONGEST_SHOWN, with tuples as the lists that YAML has."""
     text = repr(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
@@ -142,7 +142,7 @@ def _check(name: str, value: Any, hint: Any, bounds: Bounds) -> None:
 
 
 def _is_of_type(value: Any, kind: type) -> bool:
-    """Whether a value is of the type: whole numbers are numbers as well, but true and false are not."""
+    """Tells whether a value is of the type. Whole numbers are numbers as well, but true and false are not."""
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
     return isinstance(value, (int, float) if kind is float else kind)

@@ -194,6 +194,7 @@ def test_wrong_overrides(tmp_path: Path, override: str, message: str) -> None:
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     assert refusal(tmp_path, "train: {a: [1, 2").startswith("not YAML: while parsing a flow")
+    assert refusal(tmp_path, "train: " + 5000 * "[").startswith("not YAML: maximum recursion depth exceeded")
     assert refusal(tmp_path, "train: {seed: 1}\ntrain: {seed: 2}").startswith("not YAML: 'train' is there twice")
     for path, message in (
         (tmp_path / "none.yaml", "no such configuration file"),

@@ -9,7 +9,7 @@ MOST_FRAMES = 100_000  # of features, more than a quarter of an hour
 
 @dataclass(frozen=True)
 class SpecAugmentConfig(Section, name="data.spec_augment"):
-    """SpecAugment (Park et al. 2019, arXiv 1904.08779): time warping, frequency masks and time masks."""
+    """SpecAugment (Park et al. 2019, arXiv 1904.08779) warps time, and masks frequencies and stretches of time."""
 
     # An utterance is augmented with this probability; 0 switches all of it off.
     probability: float = setting(0.9, least=0, most=1)
@@ -27,7 +27,7 @@ class SpecAugmentConfig(Section, name="data.spec_augment"):
 
 @dataclass(frozen=True)
 class DataConfig(Section, name="data"):
-    """How training batches are made.
+    """These settings say how training batches are made.
 
     Whether features are stored or computed on the fly, and whether there are speed-perturbed copies, is a
     property of the cuts (`python -m ssm_asr.prepare features`), so it is no setting here.

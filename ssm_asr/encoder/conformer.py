@@ -35,7 +35,7 @@ SUBSAMPLING = 2
 
 @dataclass
 class ConformerConfig(EncoderConfig):
-    """The size and shape of a Conformer. The defaults are size L of Gulati et al."""
+    """These settings give the size and shape of a Conformer. The defaults are size L of Gulati et al."""
 
     kind: str = "conformer"
     layers: int = setting(17, least=1, most=MOST_LAYERS)

@@ -1,4 +1,4 @@
-"""What every encoder must provide, and its configuration; registry.py lists the encoders that there are.
+"""Every encoder and its configuration must provide what is written here; registry.py lists the encoders that there are.
 
 The front end (subsampling.py) stands before every encoder and makes its frames, at 50 Hz. An encoder halves their rate
 once more, so that output comes at 25 Hz. Chunks and left contexts are counted in frames at 50 Hz, of 20 ms each.
@@ -30,7 +30,7 @@ MOST_LEFT_CONTEXT_FRAMES = 1_000_000
 
 @dataclass
 class EncoderConfig(Section, ABC, name="model.encoder"):
-    """The settings that all encoders have; each has its own beside them.
+    """All encoders have these settings, and each has its own beside them.
 
     A subclass gives `kind` its name as the default, which is how a configuration file chooses it. It provides the
     abstract properties as properties or as fields of the same names, as it sees fit.
@@ -57,21 +57,21 @@ class EncoderConfig(Section, ABC, name="model.encoder"):
     @property
     @abstractmethod
     def causal(self) -> bool:
-        """Whether the encoder can stream. If not, it is trained on whole utterances, and `stream` is never called."""
+        """Tells whether the encoder can stream. If not, it sees whole utterances, and `stream` is never called."""
 
     @property
     @abstractmethod
     def downsampling(self) -> tuple[int, ...]:
-        """The factors by which parts of the encoder run at lower rates than 50 Hz."""
+        """Gives the factors by which parts of the encoder run at lower rates than 50 Hz."""
 
     @property
     @abstractmethod
     def embed_dim(self) -> int:
-        """The width E of the frames that the front end makes for this encoder."""
+        """Gives the width E of the frames that the front end makes for this encoder."""
 
     @property
     def chunk_multiple(self) -> int:
-        """The least chunk in frames of 20 ms: one with whole frames at every rate. Other chunks are its multiples."""
+        """Gives the least chunk in frames of 20 ms, which has whole frames at every rate. Others are its multiples."""
         return math.lcm(units.OUTPUT_SUBSAMPLING, *self.downsampling)
 
     def draw_context(self) -> tuple[int, int]:

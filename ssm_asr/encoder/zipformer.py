@@ -37,7 +37,7 @@ DROPOUT = Schedule((0, 0.3), (20000, 0.1))
 
 @dataclass
 class ZipformerConfig(EncoderConfig):
-    """The size and shape of a Zipformer. Lists have one entry for each stack; the defaults are size M."""
+    """These settings give the size and shape of a Zipformer. Lists have one entry a stack; the defaults are size M."""
 
     kind: str = "zipformer"
     layers: tuple[int, ...] = setting((2, 2, 3, 4, 3, 2), least=1, most=MOST_LAYERS)
@@ -80,7 +80,7 @@ class ZipformerConfig(EncoderConfig):
 
     @property
     def embed_dim(self) -> int:
-        """The width of the 50 Hz frames that the front end makes."""
+        """Gives the width of the 50 Hz frames that the front end makes: the first stack's."""
         return self.dim[0]
 
 

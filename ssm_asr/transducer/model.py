@@ -27,7 +27,7 @@ from ssm_asr.transducer.pruned_loss import LatticeLosses, Lattices, available_ba
 
 @dataclass
 class ModelConfig(Section, name="model"):
-    """Everything about the model but the size of the vocabulary."""
+    """These settings say everything about the model but the size of its vocabulary."""
 
     encoder: EncoderConfig = field(default_factory=ZipformerConfig)
     predictor_dim: int = setting(512, least=PREDICTOR_GROUP, most=MOST_CHANNELS, multiple_of=PREDICTOR_GROUP)
