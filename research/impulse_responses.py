@@ -342,7 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
             before.load_state_dict(checkpoint.load(options.before)["model"])
         pairs = zip(mixers_of(loaded.model, options.checkpoint), mixers_of(before, options.checkpoint), strict=True)
         layers = [analyse(mixer, start, number) for number, (mixer, start) in enumerate(pairs, 1)]
-        mixer = loaded.experiment.model.encoder.mixer  # type: ignore[union-attr]
+        mixer = loaded.experiment.model.encoder.mixer  # type: ignore[attr-defined]
         out.mkdir(parents=True, exist_ok=True)
         fits, original = [], None
         if mixer == "conv":

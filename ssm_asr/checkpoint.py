@@ -1,15 +1,19 @@
-"""Checkpoints: everything needed to use, average or resume a model, in one file, written atomically.
+"""Checkpoints hold everything needed to use, average or resume a model, in one file that is written atomically.
 
 A checkpoint is a dictionary of tensors and plain values, so that `torch.load(weights_only=True)` can open it: opening
-one runs no code from it. Its entries:
+one runs no code from it. It has these entries:
 
-    format     version of this layout
+    format     the version of this layout
     config     the whole experiment, as nested dictionaries
     tokens     the tokenizer
-    model      weights, by published parameter names
-    average    the running mean of the weights (training checkpoints only)
-    progress   batches, epochs and hours of audio seen; validation losses
-    training   optimiser, what the data are, number of processes (files that a run can resume from only)
+    model      the weights, by published parameter names
+    average    the running mean of the weights (only in checkpoints of training)
+    progress   batches, epochs and hours of audio seen, and validation losses
+    training   the optimiser, what the data are, the number of processes (only in files that a run can resume from)
+
+Format 1 is version 0.1's. It differs in the configuration alone, which `load` converts: train.cuda_graphs is left out,
+since captured graphs now come with data.fixed_shapes unless train.fast is off. Version 0.1 cannot read format 2, whose
+configurations have fields that it does not know, and says so.
 """
 
 import os
@@ -26,22 +30,29 @@ from ssm_asr import config
 from ssm_asr.data.tokens import Tokenizer
 from ssm_asr.transducer.model import Transducer
 
-FORMAT = 1
+FORMAT = 2
+DAMAGED = "no checkpoint of this program, or a damaged one; was it copied whole?"
 
 
 class CheckpointError(ValueError):
-    """A file that is no checkpoint of this project, or does not fit; the message names file and remedy."""
+    """A file is no checkpoint of this project, or does not fit. The message names the file and the remedy."""
 
 
 class WarmStart(NamedTuple):
-    """What a warm start copied and what it left out, as parameter names."""
+    """What a warm start copied and what it left out.
+
+    Attributes:
+        copied: The names of the parameters that were copied.
+        kept: The names of the model's parameters that the checkpoint lacks, or has in another shape.
+        unused: The names of the checkpoint's parameters that the model lacks.
+    """
 
     copied: list[str]
-    kept: list[str]  # parameters of the model that the checkpoint lacks, or has in another shape
-    unused: list[str]  # parameters of the checkpoint that the model lacks
+    kept: list[str]
+    unused: list[str]
 
     def summary(self) -> str:
-        """A few lines for a reader; stacks and layers are counted, not named."""
+        """Describes the warm start in three lines, in which stacks and layers are counted, not named."""
         lines = [f"copied {len(self.copied)} weights"]
         for what, names in (("not in it, left as they start", self.kept), ("in it, of no use here", self.unused)):
             counts = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names)
@@ -50,7 +61,7 @@ class WarmStart(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A model ready for use, in evaluation mode, with all that belongs to it."""
+    """A model ready for use, in evaluation mode, and all that belongs to it."""
 
     model: Transducer
     experiment: config.Experiment
@@ -65,7 +76,7 @@ def pack(
     progress: dict[str, Any],
     **parts: Any,
 ) -> dict[str, Any]:
-    """The dictionary of a checkpoint; `parts` are the optional entries."""
+    """Makes the dictionary of a checkpoint; `parts` are its optional entries."""
     return {
         "format": FORMAT,
         "config": config.to_dict(experiment),
@@ -77,10 +88,10 @@ def pack(
 
 
 def save(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Writes the file whole or not at all: under a temporary name beside it, flushed to disk, then renamed.
+    """Writes the file whole or not at all: it gets a temporary name, is flushed to disk, and is then renamed.
 
     Raises:
-        CheckpointError: if it cannot be written.
+        CheckpointError: The file cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,10 +109,10 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint to the CPU.
+    """Reads a checkpoint of this or an older format to the CPU, in this version's form.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, or something else.
+        CheckpointError: The file is missing, damaged, no checkpoint, or of a newer format.
     """
     try:
         with open(path, "rb") as file:
@@ -114,14 +125,29 @@ def load(path: str | Path) -> dict[str, Any]:
         reason = "damaged, or holds more than tensors and plain values, which may be code"
         raise CheckpointError(f"{path}: refused: {reason}") from None
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise CheckpointError(f"{path}: no checkpoint of this program, or a damaged one; was it copied whole?")
-    if checkpoint["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format {checkpoint['format']}, this version reads {FORMAT}; train anew")
-    return checkpoint
+        raise CheckpointError(f"{path}: {DAMAGED}")
+    written = checkpoint["format"]
+    if type(written) is not int or written < 1:
+        raise CheckpointError(f"{path}: {DAMAGED}")
+    if written > FORMAT:
+        raise CheckpointError(
+            f"{path}: format {written} is of a newer version of ssm-asr, this one reads up to {FORMAT}; update ssm-asr"
+        )
+    return _converted(checkpoint)
+
+
+def _converted(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Brings a checkpoint of an older format into this one's form."""
+    if checkpoint["format"] < 2:
+        config_tree = checkpoint.get("config")
+        train = config_tree.get("train") if isinstance(config_tree, dict) else None
+        if isinstance(train, dict):
+            train.pop("cuda_graphs", None)
+    return {**checkpoint, "format": FORMAT}
 
 
 def _read(file: BinaryIO) -> Any:
-    """What torch.save wrote; None if the file is damaged or something else."""
+    """Reads what torch.save wrote; gives None if the file is damaged or something else."""
     try:
         with zipfile.ZipFile(file) as archive:
             whole = archive.testzip() is None  # torch itself does not compare the checksums
@@ -129,15 +155,15 @@ def _read(file: BinaryIO) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True) if whole else None
     except pickle.UnpicklingError:
         raise
-    except Exception:  # zipfile and torch raise many kinds
+    except Exception:  # zipfile and torch raise errors of many kinds
         return None
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
-    """The model of a checkpoint, built from the configuration it carries.
+    """Builds the model of a checkpoint from the configuration that it carries.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, something else, or of a version with another configuration.
+        CheckpointError: The file is missing, damaged, no checkpoint, or has entries that this version cannot use.
     """
     checkpoint = load(path)
     try:
@@ -145,19 +171,19 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
         tokenizer = Tokenizer.from_dict(checkpoint["tokens"])
         model = Transducer(experiment.model, tokenizer.vocab_size)
         model.load_state_dict(checkpoint["model"])
-    except (config.ConfigError, KeyError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path}: does not fit this version: {reason}") from None
     return Loaded(model.to(device).eval(), experiment, tokenizer, checkpoint["progress"])
 
 
 def warm_start(model: Transducer, path: str | Path) -> WarmStart:
-    """Copies every weight of a checkpoint that the model has by the same name and shape.
+    """Copies every weight of a checkpoint whose name and shape one of the model's weights has.
 
     Raises:
-        CheckpointError: if the file is no checkpoint, or nothing in it fits.
+        CheckpointError: The file is no checkpoint, or nothing in it fits.
     """
-    weights = load(path)["model"]
+    weights = load(path).get("model", {})
     state = model.state_dict()
     copied = [name for name in state if name in weights and weights[name].shape == state[name].shape]
     if not copied:

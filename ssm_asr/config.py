@@ -1,14 +1,12 @@
-"""One experiment, whole: model, tokens, data, optimiser, training and decoding, as dataclasses.
+"""An experiment is described whole, by dataclasses: model, tokens, data, losses, optimiser, training and decoding.
 
 A YAML file names only what differs from the defaults, or from the file that it calls its `base`; `--set a.b=value`
-changes single fields; the result is saved in the experiment directory and in every checkpoint.
+changes single fields. The whole configuration is saved in the experiment directory and in every checkpoint.
 """
 
 import contextlib
 import dataclasses
 import difflib
-import sys
-import types
 import typing
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,143 +16,133 @@ from typing import Any
 import yaml
 
 from ssm_asr.data.config import DataConfig
+from ssm_asr.encoder.contract import MOST_CHUNK_FRAMES, MOST_LEFT_CONTEXT_FRAMES, EncoderConfig
+from ssm_asr.encoder.registry import encoder_kind
+from ssm_asr.fields import ConfigError, Section, field_types, setting, shown
 from ssm_asr.transducer.model import ModelConfig
 
+__all__ = ["ConfigError", "Experiment", "from_dict", "load_experiment", "to_dict", "to_yaml"]
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the field, the value and the remedy."""
-
-
-POSITIVE = (
-    *("tokens.vocab_size", "data.max_duration_s", "data.num_buckets", "data.join_most"),
-    *("data.spec_augment.freq_mask_bins", "data.spec_augment.time_mask_frames"),
-    *("optim.base_lr", "optim.lr_batches", "optim.lr_epochs"),
-    *("train.num_epochs", "train.schedule_speed", "train.average_period", "train.log_every"),
-    *("train.validate_every", "train.checkpoint_every", "train.keep_checkpoints"),
-    *("decode.average_epochs", "decode.beam"),
-)
-NOT_NEGATIVE = (
-    *("data.num_workers", "data.join_pause_s", "train.seed", "data.spec_augment.time_warp_frames"),
-    *("data.spec_augment.num_freq_masks", "data.spec_augment.num_time_masks"),
-)
-SHARES = (
-    *("data.noise_probability", "data.join_probability"),
-    *("data.spec_augment.probability", "data.spec_augment.max_time_masked"),
-)
-TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+MOST_BATCHES = 10**12
+MOST_EPOCHS = 1_000_000
+# Fields of version 0.1 that have other names now. Files are refused rather than read as if nothing had changed, since
+# who wrote `cuda_graphs: false` meant it; old checkpoints, which hold every field, are converted (checkpoint.py).
+REPLACED = {"train.cuda_graphs": "train.fast (auto or off); auto captures graphs where data.fixed_shapes is true"}
 
 
 @dataclass
-class TokensConfig:
-    """The token inventory, trained from the training transcripts."""
+class TokensConfig(Section, name="tokens"):
+    """The tokens are trained from the training transcripts, as these settings say."""
 
-    kind: str = "bpe"  # bpe, unigram, word (sentencepiece) or char
-    vocab_size: int = 500  # of bpe and unigram; word and char take all there are
-
-
-@dataclass
-class OptimConfig:
-    """ScaledAdam and Eden."""
-
-    base_lr: float = 0.045
-    lr_batches: float = 7500.0
-    lr_epochs: float = 3.5
-    warmup_batches: int = 500
-    clipping_scale: float = 2.0
-    ssm_lr_scale: float = 0.1  # of the few parameters that set the dynamics of state-space models
+    # bpe, unigram and word are sentencepiece's models.
+    kind: str = setting("bpe", choices=("bpe", "unigram", "word", "char"))
+    # bpe and unigram make so many tokens; word and char take all there are.
+    vocab_size: int = setting(500, least=1, most=1_000_000)
 
 
 @dataclass
-class WeightNoiseConfig:
-    """How much noise, from when on, and on which weights. Common: 0.075 on the predictor, once training is stable."""
+class LossConfig(Section, name="loss"):
+    """These settings say how the transducer's losses are computed."""
 
-    deviation: float = 0.0  # of the noise, the same for all weights; 0: off
-    from_batch: int = 0  # batches trained before it begins
-    # Whose weights: the parts of the model, or any beginnings of parameter names. The predictor is named "decoder".
+    # torch is this project's own computation. k2 is the package of that name, which must be installed.
+    backend: str = setting("torch", choices=("torch", "k2"))
+
+
+@dataclass
+class OptimConfig(Section, name="optim"):
+    """The optimiser is ScaledAdam, and its learning rate follows Eden's schedule."""
+
+    base_lr: float = setting(0.045, above=0, most=10)
+    # The learning rate decays as so many batches and so many epochs have passed.
+    lr_batches: float = setting(7500.0, above=0, most=MOST_BATCHES)
+    lr_epochs: float = setting(3.5, above=0, most=MOST_EPOCHS)
+    warmup_batches: int = setting(500, least=0, most=MOST_BATCHES)
+    # Gradients are clipped at this multiple of their median norm.
+    clipping_scale: float = setting(2.0, above=0, most=1_000_000)
+    # The few parameters that set the dynamics of state-space models learn at this multiple of the rate.
+    ssm_lr_scale: float = setting(0.1, least=0, most=100)
+
+
+@dataclass
+class WeightNoiseConfig(Section, name="train.weight_noise"):
+    """Noise can be put on weights in training; these settings say how much, from when on, and on which.
+
+    A common choice is 0.075 on the predictor, once training is stable.
+    """
+
+    # The standard deviation of the noise is the same for all weights; 0 switches it off.
+    deviation: float = setting(0.0, least=0, most=10)
+    # It begins after so many batches.
+    from_batch: int = setting(0, least=0, most=MOST_BATCHES)
+    # It is put on the weights of these parts of the model, or whose names begin so. The predictor is named "decoder".
     parts: tuple[str, ...] = ("decoder",)
 
-    def __post_init__(self) -> None:
-        for name, value in (("deviation", self.deviation), ("from_batch", self.from_batch)):
-            if value < 0:
-                raise ValueError(f"train.weight_noise.{name} is {value}; give 0 or more")
-
     def deviation_at(self, batch: int) -> float:
-        """That of the next batch, after so many."""
+        """Gives the deviation in the batch that follows after so many."""
         return self.deviation if batch >= self.from_batch else 0.0
 
 
 @dataclass
-class TrainConfig:
-    """The training loop."""
+class TrainConfig(Section, name="train"):
+    """These settings are of the training loop."""
 
-    num_epochs: int = 30
-    seed: int = 42
-    precision: str = "float32"  # float32, bf16 or fp16 (autocast)
-    # On a GPU: capture the passes of encoder and losses once for every shape of batch, which wants data.fixed_shapes.
-    cuda_graphs: bool = False
+    num_epochs: int = setting(30, least=1, most=MOST_EPOCHS)
+    seed: int = setting(42, least=0, most=2**63 - 1)
+    # bf16 and fp16 are trained with autocast.
+    precision: str = setting("float32", choices=("float32", "bf16", "fp16"))
+    # On a GPU, auto uses kernels wherever it can. If data.fixed_shapes is set, it also captures the passes of encoder
+    # and losses as a graph for every shape of batch. off computes everything plainly.
+    fast: str = setting("auto", choices=("auto", "off"))
     # The regularisers' schedules are in batches of 600 s. A short run goes through them faster by this factor.
-    schedule_speed: float = 1.0
-    loss_warmup_batches: int = 2000  # over which simple_scale goes 1 -> simple_scale and the pruned scale .1 -> 1
-    simple_scale: float = 0.5
-    ctc_scale: float = 0.2  # with model.ctc
+    schedule_speed: float = setting(1.0, above=0, most=1_000_000)
+    # Over so many batches the simple loss's scale goes from 1 to simple_scale, and the pruned loss's from 0.1 to 1.
+    loss_warmup_batches: int = setting(2000, least=0, most=MOST_BATCHES)
+    simple_scale: float = setting(0.5, least=0, most=1000)
+    # The CTC loss of model.ctc has this scale.
+    ctc_scale: float = setting(0.2, least=0, most=1000)
     weight_noise: WeightNoiseConfig = field(default_factory=WeightNoiseConfig)
-    average_period: int = 200  # batches between updates of the running mean of the weights
-    log_every: int = 50  # batches
-    validate_every: int = 3000  # batches; also at the end of every epoch
-    checkpoint_every: int = 4000  # batches
-    keep_checkpoints: int = 5
+    # After every so many batches, the running mean of the weights is updated, losses are logged, the model is validated
+    # (at the end of every epoch, too), and a checkpoint is saved.
+    average_period: int = setting(200, least=1, most=MOST_BATCHES)
+    log_every: int = setting(50, least=1, most=MOST_BATCHES)
+    validate_every: int = setting(3000, least=1, most=MOST_BATCHES)
+    checkpoint_every: int = setting(4000, least=1, most=MOST_BATCHES)
+    # The last so many checkpoints are kept to resume from.
+    keep_checkpoints: int = setting(5, least=1, most=1_000_000)
 
 
 @dataclass
-class DecodeConfig:
-    """Which epochs are averaged, and how the result is decoded by default."""
+class DecodeConfig(Section, name="decode"):
+    """These settings say which epochs are averaged, and how the result is decoded by default."""
 
-    average_epochs: int = 10  # the last so many epochs
-    chunk_frames: int = 32  # of 20 ms
-    left_context_frames: int = 128
-    method: str = "greedy"  # greedy or beam
-    beam: int = 4
+    # The last so many epochs are averaged.
+    average_epochs: int = setting(10, least=1, most=MOST_EPOCHS)
+    # Both are in frames of 20 ms.
+    chunk_frames: int = setting(32, least=1, most=MOST_CHUNK_FRAMES, unlimited=-1)
+    left_context_frames: int = setting(128, least=0, most=MOST_LEFT_CONTEXT_FRAMES, unlimited=-1)
+    method: str = setting("greedy", choices=("greedy", "beam"))
+    beam: int = setting(4, least=1, most=1000)
 
 
 @dataclass
-class Experiment:
-    """A configuration file."""
+class Experiment(Section):
+    """A configuration file has these sections."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
-    def __post_init__(self) -> None:
-        for name, value, choices in (
-            ("tokens.kind", self.tokens.kind, ("bpe", "unigram", "word", "char")),
-            ("train.precision", self.train.precision, ("float32", "bf16", "fp16")),
-            ("decode.method", self.decode.method, ("greedy", "beam")),
-            ("model.rnnt_type", self.model.rnnt_type, ("regular", "modified", "constrained")),
-        ):
-            if value not in choices:
-                raise ConfigError(f"{name} is {value!r}; give one of {', '.join(choices)}")
-        checks: tuple[tuple[tuple[str, ...], float, float, str], ...] = (
-            (POSITIVE, sys.float_info.min, sys.float_info.max, "a positive number"),
-            (NOT_NEGATIVE, 0.0, sys.float_info.max, "0 or more"),
-            (SHARES, 0.0, 1.0, "a number from 0 to 1"),
-        )
-        for names, least, most, remedy in checks:
-            for name in names:
-                number: Any = self
-                for part in name.split("."):
-                    number = getattr(number, part)
-                if not least <= number <= most:  # NaN is not, either
-                    raise ConfigError(f"{name} is {number}; give {remedy}")
-
 
 def load_experiment(path: str | Path, overrides: typing.Sequence[str] = ()) -> Experiment:
-    """Reads a YAML file and applies `a.b=value` overrides (values in YAML).
+    """Reads a YAML file and applies `a.b=value` overrides, whose values are in YAML too.
 
     Raises:
-        ConfigError: for a missing file, an unknown field or a value of the wrong type.
+        ConfigError: The file cannot be read or is no YAML, or a field is unknown or has a value that cannot be. The
+            message names the file.
     """
     tree = _read(Path(path), ())
     for override in overrides:
@@ -166,7 +154,11 @@ def load_experiment(path: str | Path, overrides: typing.Sequence[str] = ()) -> E
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The tree of a file, laid over that of its base, whose path is relative to the file."""
+    """Reads the tree of a file and lays it over its base's, whose path is relative to the file.
+
+    Args:
+        seen: The files of which this one is the base, directly or not.
+    """
     if path.resolve() in seen:
         raise ConfigError(f"{path}: is its own base")
     try:
@@ -188,7 +180,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`under` with what `over` says, section by section; a section of another kind shares no fields, and replaces."""
+    """Lays one tree over another, section by section. A section of another kind shares no fields, so it replaces."""
     if "kind" in over and over["kind"] != under.get("kind"):
         return over
     merged = dict(under)
@@ -199,17 +191,21 @@ def _overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_dict(tree: dict[str, Any]) -> Experiment:
-    """An experiment from nested dictionaries, as in YAML or in a checkpoint."""
+    """Makes an experiment of nested dictionaries, as YAML files and checkpoints have them.
+
+    Raises:
+        ConfigError: A field is unknown or has a value that cannot be.
+    """
     return _build(Experiment, tree, "")
 
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:
-    """Nested dictionaries of plain values; the inverse of from_dict."""
+    """Turns an experiment into nested dictionaries of plain values, from which from_dict makes it again."""
     return _plain(dataclasses.asdict(experiment))
 
 
 def to_yaml(experiment: Experiment) -> str:
-    """The whole experiment, every default written out."""
+    """Writes the whole experiment as YAML, with every default."""
     return yaml.safe_dump(to_dict(experiment), sort_keys=False, default_flow_style=None, width=110)
 
 
@@ -226,7 +222,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what is there twice, of which the last would count."""
+    """Loads plain values only, as its base does, and refuses a key that is there twice: the last would count."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
@@ -238,8 +234,9 @@ class _Loader(yaml.SafeLoader):
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # makes plain values only, as its base does
-    except yaml.YAMLError as error:
+        return yaml.load(text, _Loader)
+    # PyYAML raises the last two for dates that are none, and for endless numbers and lists.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
 
 
@@ -252,48 +249,33 @@ def _plain(value: Any) -> Any:
 
 
 def _build(cls: Any, tree: Any, name: str) -> Any:
+    """Makes a section of a tree. What this does not convert is left as it is, for the section itself to refuse."""
     if not isinstance(tree, dict):
-        raise ConfigError(f"{name} is {tree!r}; a section with fields is expected")
-    hints = typing.get_type_hints(cls)
+        raise ConfigError(f"{name or 'the configuration'} is {shown(tree)}; a section with fields is expected")
+    if cls is EncoderConfig:
+        cls = (encoder_kind(tree["kind"]) if "kind" in tree else encoder_kind()).config
+    types = field_types(cls)
     values = {}
     for key, value in tree.items():
         full = f"{name}.{key}" if name else str(key)
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), list(hints), 1)
+        if full in REPLACED:
+            raise ConfigError(f"{full} is now {REPLACED[full]}")
+        if key not in types:
+            near = difflib.get_close_matches(str(key), list(types), 1)
             raise ConfigError(f"{full}: no such field" + (f"; did you mean {near[0]}?" if near else ""))
-        values[key] = _convert(hints[key], value, full)
-    try:
-        return cls(**values)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _of_kind(classes: tuple[Any, ...], tree: Any, name: str) -> Any:
-    """The dataclass whose `kind` a section names, by default the first."""
-    kinds = {cls.kind: cls for cls in classes}
-    kind = tree.get("kind", classes[0].kind) if isinstance(tree, dict) else classes[0].kind
-    if kind not in kinds:
-        raise ConfigError(f"{name}.kind is {kind!r}; give one of {', '.join(kinds)}")
-    return kinds[kind]
+        values[key] = _convert(types[key], value, full)
+    return cls(**values)
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return _build(_of_kind(arguments, value, name), value, name)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, name)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{name} is {value!r}; give a list")
-        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
-            raise ConfigError(f"{name} has {len(value)} entries; give {len(arguments)}")
-        return tuple(_convert(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
-    if hint is float and type(value) in (int, str):  # a number without a point, such as 1e-3, is a text in YAML
-        with contextlib.suppress(ValueError):
+    if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        entry_type = typing.get_args(hint)[0]
+        return tuple(_convert(entry_type, entry, f"{name}[{i}]") for i, entry in enumerate(value))
+    if hint is float and type(value) in (int, str):  # YAML takes a number without a point, such as 1e-3, for a text
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)
-    if type(value) is not hint:
-        raise ConfigError(f"{name} is {value!r}; give {TYPE_NAMES[hint]}")
+    if hint is str and value is False:  # YAML takes the word off for false
+        return "off"
     return value

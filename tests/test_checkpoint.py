@@ -18,6 +18,7 @@ from ssm_asr.checkpoint import CheckpointError
 from ssm_asr.config import Experiment
 from ssm_asr.data.tokens import Tokenizer
 from ssm_asr.encoder.zipformer import ZipformerConfig
+from ssm_asr.training.experiment_dir import make_ready, resumable
 from ssm_asr.transducer.model import ModelConfig, Transducer
 
 
@@ -147,10 +148,31 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     for value in ([1, 2], {"model": torch.zeros(1)}):
         torch.save(value, path)
         assert refusal(path) == broken
+    for version in ("2", 0, True, torch.ones(2)):
+        torch.save({"format": version}, path)
+        assert refusal(path) == broken
     torch.save({"format": 99}, path)
-    assert refusal(path) == "format 99, this version reads 1; train anew"
+    assert refusal(path) == "format 99 is of a newer version of ssm-asr, this one reads up to 2; update ssm-asr"
     assert refusal(tmp_path) == "cannot be read: Is a directory"
     assert refusal(tmp_path / "none.pt") == "no such checkpoint; train first, or give another path"
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_checkpoints_of_version_0_1_are_read_and_resumed(tmp_path: Path, cuda_graphs: bool) -> None:
+    """Their configuration has train.cuda_graphs, and neither train.fast nor a section for the losses."""
+    path = tmp_path / "checkpoint-4.pt"
+    now = toy.write_checkpoint(path)
+    old = {**checkpoint.load(path), "format": 1, "training": {"data": "data"}, "progress": {"epoch": 1}}
+    del old["config"]["loss"], old["config"]["train"]["fast"]
+    old["config"]["train"]["cuda_graphs"] = cuda_graphs
+    checkpoint.save(old, path)
+    again = checkpoint.load_model(path)
+    assert again.experiment == now.experiment
+    assert again.experiment.train.fast == "auto" and again.experiment.loss.backend == "torch"
+    assert toy.differing(dict(again.model.state_dict()), dict(now.model.state_dict())) == []
+    assert checkpoint.load(path)["format"] == checkpoint.FORMAT
+    make_ready(tmp_path, now.experiment, "data")
+    assert list(resumable(tmp_path).values()) == [path], "a run goes on from it"
 
 
 def test_checkpoints_of_another_version(tmp_path: Path) -> None:
@@ -160,9 +182,13 @@ def test_checkpoints_of_another_version(tmp_path: Path) -> None:
     without_tokens = {name: value for name, value in good.items() if name != "tokens"}
     other_field = {**good, "config": {**good["config"], "model": {"depth": 3}}}
     fewer_weights = {**good, "model": dict(list(good["model"].items())[1:])}
+    too_many_layers = {**good, "config": {**good["config"], "model": {"encoder": {"layers": [10**9]}}}}
     for changed, reason in (
         (without_tokens, "'tokens'"),
         (other_field, "model.depth: no such field"),
+        (too_many_layers, "model.encoder.layers[0] is 1000000000; give a whole number from 1 to 1000"),
+        ({**good, "config": [good["config"]]}, "the configuration is [{'model': "),
+        ({**good, "model": 5}, ""),
         (fewer_weights, "Error(s) in loading state_dict for Transducer: Missing key(s)"),
     ):
         checkpoint.save(changed, path)
@@ -196,6 +222,8 @@ def test_warm_start_copies_all_that_fits_and_says_what_it_left_out(tmp_path: Pat
 
 def test_warm_start_from_a_model_with_nothing_in_common(tmp_path: Path) -> None:
     path = tmp_path / "other.pt"
-    torch.save({"format": checkpoint.FORMAT, "model": {"w": torch.zeros(3)}}, path)
-    with pytest.raises(checkpoint.CheckpointError, match="none of its weights has the name and shape"):
-        checkpoint.warm_start(Transducer(ModelConfig(ZipformerConfig(), 24, 28), 5), path)
+    model = Transducer(ModelConfig(ZipformerConfig(), 24, 28), 5)
+    for content in ({"format": checkpoint.FORMAT, "model": {"w": torch.zeros(3)}}, {"format": checkpoint.FORMAT}):
+        torch.save(content, path)
+        with pytest.raises(checkpoint.CheckpointError, match="none of its weights has the name and shape"):
+            checkpoint.warm_start(model, path)

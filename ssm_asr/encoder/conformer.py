@@ -8,7 +8,6 @@ Shapes: B batch, T frames (at 50 Hz or 25 Hz, as said), E front-end dim, D chann
 before, K = L + T keys, P = K + T - 1 relative positions, H heads, Q dim of a head.
 """
 
-import random
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 
 from ssm_asr.encoder.attention import RelativePositions
 from ssm_asr.encoder.batch_norm import MaskedBatchNorm
-from ssm_asr.encoder.checks import check_contexts, check_sizes
+from ssm_asr.encoder.contract import MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_TAPS, Encoder, EncoderConfig
 from ssm_asr.encoder.mixer import MIXERS, make_mixer
+from ssm_asr.fields import setting
 from ssm_asr.ops.attention import Context, context_of_chunk, context_of_sequences, hidden, shift_relative
 from ssm_asr.ops.precision import at_least_float32
 from ssm_asr.ssm.s4d import PARAMETERISATIONS
@@ -28,59 +28,43 @@ SUBSAMPLING = 2
 
 
 @dataclass
-class ConformerConfig:
-    """Size and shape of a Conformer. The defaults are size L of Gulati et al."""
+class ConformerConfig(EncoderConfig):
+    """These settings give the size and shape of a Conformer. The defaults are size L of Gulati et al."""
 
     kind: str = "conformer"
-    layers: int = 17
-    dim: int = 512
-    heads: int = 8
-    feedforward_dim: int = 2048
-    embed_dim: int = 512  # of the 50 Hz frames from the front end
-    embed_channels: tuple[int, int, int] = (8, 32, 128)
-    mixer: str = "conv"  # none, conv, dir, com or rep
-    conv_kernel: int = 32  # taps of conv, and of the convolution in com
-    ssm_states: int = 4  # real numbers a channel, of dir, com and rep
-    ssm_param: str = "real"  # real or lin (complex pairs)
-    rep_length: int = 16  # taps of rep
-    dropout: float = 0.1
-    # Each training batch draws one chunk and one left context, in frames of 20 ms; -1 is all there is.
-    chunk_frames: tuple[int, ...] = (16, 32, 64, -1)
-    left_context_frames: tuple[int, ...] = (64, 128, 256, -1)
+    layers: int = setting(17, least=1, most=MOST_LAYERS)
+    dim: int = setting(512, least=2, most=MOST_CHANNELS)
+    heads: int = setting(8, least=1, most=MOST_HEADS)
+    feedforward_dim: int = setting(2048, least=1, most=MOST_CHANNELS)
+    # The front end makes 50 Hz frames of this width.
+    embed_dim: int = setting(512, least=1, most=MOST_CHANNELS)
+    mixer: str = setting("conv", choices=MIXERS)
+    # The convolutions of the mixers conv and com have so many taps.
+    conv_kernel: int = setting(32, least=2, most=MOST_TAPS)
+    # The state-space models of dir, com and rep have so many real numbers a channel as their state.
+    ssm_states: int = setting(4, least=1, most=MOST_CHANNELS)
+    # They are real, or lin: complex pairs.
+    ssm_param: str = setting("real", choices=PARAMETERISATIONS)
+    # The mixer rep has so many taps.
+    rep_length: int = setting(16, least=2, most=MOST_TAPS)
+    dropout: float = setting(0.1, least=0, most=1)
 
     def __post_init__(self) -> None:
-        states_fit = self.ssm_param != "lin" or self.ssm_states % 2 == 0
-        check_sizes(self)
-        check_contexts(self.chunk_frames, self.left_context_frames, self.chunk_multiple)
-        for name, good, remedy in (
-            ("dim", self.dim % (2 * self.heads) == 0, f"a multiple of {2 * self.heads}, twice encoder.heads"),
-            ("mixer", self.mixer in MIXERS, f"one of {', '.join(MIXERS)}"),
-            ("conv_kernel", self.conv_kernel > 1, "2 or more"),
-            ("rep_length", self.rep_length > 1, "2 or more"),
-            ("ssm_param", self.ssm_param in PARAMETERISATIONS, f"one of {', '.join(PARAMETERISATIONS)}"),
-            ("ssm_states", states_fit, "1 or more, for lin an even number"),
-        ):
-            if not good:
-                raise ValueError(f"encoder.{name} is {getattr(self, name)!r}; give {remedy}")
+        super().__post_init__()
+        multiple = 2 * self.heads
+        self.require(self.dim % multiple == 0, "dim", f"a multiple of {multiple}, twice model.encoder.heads")
+        paired = self.ssm_param != "lin" or self.ssm_states % 2 == 0
+        self.require(paired, "ssm_states", "an even number for ssm_param lin")
 
     @property
     def causal(self) -> bool:
-        """Whether the model can stream."""
+        """Every Conformer can stream."""
         return True
 
     @property
     def downsampling(self) -> tuple[int, ...]:
-        """Frame rates of the layers, below 50 Hz; a chunk is a multiple of each."""
+        """All layers run at 25 Hz."""
         return (SUBSAMPLING,)
-
-    @property
-    def chunk_multiple(self) -> int:
-        """A chunk has so many frames of 20 ms or a multiple."""
-        return SUBSAMPLING
-
-    def draw_context(self) -> tuple[int, int]:
-        """A chunk and a left context for one training batch, from Python's `random`."""
-        return random.choice(self.chunk_frames), random.choice(self.left_context_frames)
 
 
 class LayerState(NamedTuple):
@@ -212,8 +196,10 @@ class ConformerLayer(nn.Module):
         return self.norm_out(x_BTD + 0.5 * self.dropout(self.feed_forward2(x_BTD)))
 
 
-class Conformer(nn.Module):
+class Conformer(Encoder):
     """All layers, from 50 Hz frames of width embed_dim to 25 Hz frames of width dim."""
+
+    config: ConformerConfig
 
     def __init__(self, config: ConformerConfig) -> None:
         super().__init__()

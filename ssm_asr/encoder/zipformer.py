@@ -8,20 +8,19 @@ P relative positions.
 """
 
 import math
-import random
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from ssm_asr import units
 from ssm_asr.encoder.attention import AttentionWeights, RelativePositions, SelfAttention
-from ssm_asr.encoder.checks import check_contexts, check_sizes
+from ssm_asr.encoder.contract import MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_TAPS, Encoder, EncoderConfig
 from ssm_asr.encoder.convolution import ConvolutionModule
 from ssm_asr.encoder.long_range import LONG_RANGE, LongRange
 from ssm_asr.encoder.modules import BiasNorm, Bypass, Downsample, FeedForward, set_channels
 from ssm_asr.encoder.regularize import Balancer, Schedule, Scheduled, Whiten, sequence_masks
+from ssm_asr.fields import setting
 from ssm_asr.ops.attention import Context, context_of_chunk, context_of_sequences
 from ssm_asr.ops.residual import add_masked, fork
 
@@ -29,68 +28,52 @@ DROPOUT = Schedule((0, 0.3), (20000, 0.1))
 
 
 @dataclass
-class ZipformerConfig:
-    """Size and shape of a Zipformer; one entry a stack where there are several. The defaults are size M."""
+class ZipformerConfig(EncoderConfig):
+    """These settings give the size and shape of a Zipformer. Lists have one entry a stack; the defaults are size M."""
 
     kind: str = "zipformer"
-    layers: tuple[int, ...] = (2, 2, 3, 4, 3, 2)
-    downsampling: tuple[int, ...] = (1, 2, 4, 8, 4, 2)  # frame rate below 50 Hz
-    dim: tuple[int, ...] = (192, 256, 384, 512, 384, 256)
-    unmasked_dim: tuple[int, ...] = (192, 192, 256, 256, 256, 192)  # channels that training never masks
-    feedforward_dim: tuple[int, ...] = (512, 768, 1024, 1536, 1024, 768)
-    heads: tuple[int, ...] = (4, 4, 4, 8, 4, 4)
-    conv_kernel: tuple[int, ...] = (31, 31, 15, 15, 15, 31)
-    query_head_dim: int = 32
-    value_head_dim: int = 12
-    pos_head_dim: int = 4
-    pos_dim: int = 48
-    # What carries information over long stretches of time beside self-attention: nonlin_attention, mamba2 or none.
-    long_range: str = "nonlin_attention"
-    mamba_heads: int = 16
-    mamba_groups: int = 8
-    mamba_states: int = 16  # N; the state holds ¾·dim·N floats a layer
-    embed_channels: tuple[int, int, int] = (8, 32, 128)
+    layers: tuple[int, ...] = setting((2, 2, 3, 4, 3, 2), least=1, most=MOST_LAYERS)
+    # Each stack runs at 50 Hz divided by its factor.
+    downsampling: tuple[int, ...] = setting((1, 2, 4, 8, 4, 2), least=1, most=64)
+    dim: tuple[int, ...] = setting((192, 256, 384, 512, 384, 256), least=1, most=MOST_CHANNELS)
+    # Training never masks the first so many channels.
+    unmasked_dim: tuple[int, ...] = setting((192, 192, 256, 256, 256, 192), least=1, most=MOST_CHANNELS)
+    feedforward_dim: tuple[int, ...] = setting((512, 768, 1024, 1536, 1024, 768), least=1, most=MOST_CHANNELS)
+    heads: tuple[int, ...] = setting((4, 4, 4, 8, 4, 4), least=1, most=MOST_HEADS)
+    conv_kernel: tuple[int, ...] = setting((31, 31, 15, 15, 15, 31), least=1, most=MOST_TAPS)
+    query_head_dim: int = setting(32, least=1, most=MOST_CHANNELS)
+    value_head_dim: int = setting(12, least=1, most=MOST_CHANNELS)
+    pos_head_dim: int = setting(4, least=1, most=MOST_CHANNELS)
+    pos_dim: int = setting(48, least=2, most=MOST_CHANNELS, multiple_of=2)
+    # This module carries information over long stretches of time, beside self-attention.
+    long_range: str = setting("nonlin_attention", choices=tuple(LONG_RANGE))
+    mamba_heads: int = setting(16, least=1, most=MOST_HEADS)
+    mamba_groups: int = setting(8, least=1, most=MOST_HEADS)
+    # With N states a channel, a layer's state holds ¾·dim·N floats.
+    mamba_states: int = setting(16, least=1, most=MOST_CHANNELS)
     causal: bool = True
-    # Each training batch draws one chunk and one left context, in frames of 20 ms; -1 is all there is, and a left
-    # context of 0 lets attention see its own chunk only, so that no keys and values are kept.
-    chunk_frames: tuple[int, ...] = (16, 32, 64, -1)
-    left_context_frames: tuple[int, ...] = (64, 128, 256, -1)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         stacks = len(self.layers)
+        self.require(stacks > 0, "layers", "one entry for each stack")
         for name in ("downsampling", "dim", "unmasked_dim", "feedforward_dim", "heads", "conv_kernel"):
-            if len(getattr(self, name)) != stacks:
-                raise ValueError(
-                    f"encoder.{name} has {len(getattr(self, name))} entries; give {stacks}, as encoder.layers has"
-                )
-        check_sizes(self)
-        if any(unmasked > dim for unmasked, dim in zip(self.unmasked_dim, self.dim, strict=True)):
-            raise ValueError(f"encoder.unmasked_dim is {list(self.unmasked_dim)}; give at most encoder.dim each")
-        check_contexts(self.chunk_frames, self.left_context_frames, self.chunk_multiple if self.causal else 1)
-        if self.long_range not in LONG_RANGE:
-            raise ValueError(f"encoder.long_range is {self.long_range!r}; give one of {', '.join(LONG_RANGE)}")
+            remedy = f"{stacks} entries, as many as model.encoder.layers has"
+            self.require(len(getattr(self, name)) == stacks, name, remedy)
+        unmasked = all(unmasked <= dim for unmasked, dim in zip(self.unmasked_dim, self.dim, strict=True))
+        self.require(unmasked, "unmasked_dim", "at most model.encoder.dim each")
+        self.require(all(kernel % 2 for kernel in self.conv_kernel), "conv_kernel", "odd numbers")
         if self.long_range == "mamba2":
-            for dim in self.dim:
-                if dim * 3 // 4 % self.mamba_heads or dim * 3 // 4 % self.mamba_groups:
-                    raise ValueError(f"encoder.dim {dim}: ¾ of it must divide by mamba_heads and by mamba_groups")
-            if self.mamba_heads % self.mamba_groups:
-                raise ValueError(f"encoder.mamba_heads {self.mamba_heads}: give a multiple of mamba_groups")
-
-    @property
-    def chunk_multiple(self) -> int:
-        """A chunk has so many frames of 20 ms or a multiple: whole frames of every stack and of the output."""
-        return math.lcm(units.OUTPUT_SUBSAMPLING, *self.downsampling)
+            heads, groups = self.mamba_heads, self.mamba_groups
+            divides = all(dim * 3 // 4 % heads == 0 and dim * 3 // 4 % groups == 0 for dim in self.dim)
+            remedy = f"numbers ¾ of which divides by mamba_heads ({heads}) and by mamba_groups ({groups})"
+            self.require(divides, "dim", remedy)
+            self.require(heads % groups == 0, "mamba_heads", f"a multiple of mamba_groups, {groups}")
 
     @property
     def embed_dim(self) -> int:
-        """Width of the 50 Hz frames that the front end makes."""
+        """Gives the width of the 50 Hz frames that the front end makes: the first stack's."""
         return self.dim[0]
-
-    def draw_context(self) -> tuple[int, int]:
-        """A chunk and a left context for one training batch, from Python's `random`."""
-        if not self.causal:
-            return -1, -1
-        return random.choice(self.chunk_frames), random.choice(self.left_context_frames)
 
 
 class LayerState(NamedTuple):
@@ -316,8 +299,10 @@ class DownsampledStack(nn.Module):
         return self.out_combiner(x_BTD, y_BTD), state
 
 
-class Zipformer(Scheduled):
+class Zipformer(Scheduled, Encoder):
     """All stacks, from 50 Hz frames of width dim[0] to 25 Hz frames of width max(dim)."""
+
+    config: ZipformerConfig
 
     def __init__(self, config: ZipformerConfig) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ from torch import nn
 from ssm_asr.ops import dispatch
 from ssm_asr.training.graphs import Graphs
 from ssm_asr.transducer.model import Passes, Transducer
+from ssm_asr.transducer.pruned_loss import require_backend
 
 MOST_GRAPHS = 256  # shapes of batches, beyond which batches run without a graph
 
@@ -58,7 +59,12 @@ def resolve_fast(wanted: str, device: torch.device, *, fixed_shapes: bool, loss_
 
 
 def plain_passes(model: Transducer, loss_backend: str) -> Passes:
-    """The passes as the model's own methods, with the losses by a backend."""
+    """The passes as the model's own methods, with the losses by a backend.
+
+    Raises:
+        ValueError: as `pruned_loss.require_backend`.
+    """
+    require_backend(loss_backend)
     return Passes(model.encode, partial(model.transducer_losses, backend=loss_backend))
 
 

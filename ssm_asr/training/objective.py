@@ -33,7 +33,7 @@ class Objective:
         self.model = model
         self._experiment = experiment
         self._device = device
-        self._plain_passes = plain_passes(model, "torch")
+        self._plain_passes = plain_passes(model, experiment.loss.backend)
         self._passes = passes or self._plain_passes
 
     def losses(self, batch: Batch) -> Losses:

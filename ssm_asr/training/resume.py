@@ -25,7 +25,7 @@ from ssm_asr.training.state import Progress, TrainingState
 # These settings decide how, or how long, a model is trained, but not what its weights are after so many batches.
 IRRELEVANT_TO_WEIGHTS = {
     "data.num_workers",
-    *("train.num_epochs", "train.cuda_graphs", "train.log_every", "train.validate_every"),
+    *("train.num_epochs", "train.fast", "train.log_every", "train.validate_every"),
     *("train.checkpoint_every", "train.keep_checkpoints"),
 }
 

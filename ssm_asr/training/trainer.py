@@ -77,12 +77,12 @@ class Trainer:
         self.model = Transducer(experiment.model, tokenizer.vocab_size).to(place.device)
         distributed.share_weights(self.model, place)
         self.fast = resolve_fast(
-            "auto" if settings.cuda_graphs else "off",
+            settings.fast,
             place.device,
             fixed_shapes=experiment.data.fixed_shapes,
-            loss_backend="torch",
+            loss_backend=experiment.loss.backend,
         )
-        passes = make_passes(self.model, self.fast, "torch")
+        passes = make_passes(self.model, self.fast, experiment.loss.backend)
         self.noisy_weights = noisy_weights(self.model, settings.weight_noise.parts)
         self.objective = Objective(self.model, experiment, place.device, passes)
         optimizer = ScaledAdam(

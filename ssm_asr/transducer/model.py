@@ -13,42 +13,41 @@ import torch
 from torch import Tensor, nn
 
 from ssm_asr import units
-from ssm_asr.encoder.conformer import Conformer, ConformerConfig
+from ssm_asr.encoder.contract import MOST_CHANNELS, EncoderConfig
 from ssm_asr.encoder.modules import scaled_linear
+from ssm_asr.encoder.registry import make_encoder
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP, ConvSubsampling
-from ssm_asr.encoder.zipformer import DROPOUT, Zipformer, ZipformerConfig
+from ssm_asr.encoder.zipformer import DROPOUT, ZipformerConfig
+from ssm_asr.fields import Section, setting
 from ssm_asr.ops.attention import visible_left_context
 from ssm_asr.ops.devices import to_device
 from ssm_asr.transducer.predictor import PREDICTOR_GROUP, Joiner, Predictor
 from ssm_asr.transducer.pruned_loss import LatticeLosses, Lattices, vocabulary_projection
 
-EncoderConfig = ZipformerConfig | ConformerConfig
-
 
 @dataclass
-class ModelConfig:
-    """Everything about the model but the size of the vocabulary."""
+class ModelConfig(Section, name="model"):
+    """These settings say everything about the model but the size of its vocabulary."""
 
     encoder: EncoderConfig = field(default_factory=ZipformerConfig)
-    predictor_dim: int = 512
-    joiner_dim: int = 512
-    context_size: int = 2  # tokens that the predictor sees
-    ctc: bool = False  # a CTC head beside the transducer
-    rnnt_type: str = "regular"  # regular, modified, constrained
-    prune_range: int = 5
-    lm_scale: float = 0.25  # smoothing of the simple loss
-    am_scale: float = 0.0
-    delay_penalty: float = 0.0
+    predictor_dim: int = setting(512, least=PREDICTOR_GROUP, most=MOST_CHANNELS, multiple_of=PREDICTOR_GROUP)
+    joiner_dim: int = setting(512, least=1, most=MOST_CHANNELS)
+    # The predictor sees the last so many tokens.
+    context_size: int = setting(2, least=1, most=100)
+    # A CTC head is trained beside the transducer.
+    ctc: bool = False
+    rnnt_type: str = setting("regular", choices=("regular", "modified", "constrained"))
+    # The pruned loss keeps so many cells of the lattice a frame.
+    prune_range: int = setting(5, least=1, most=1000)
+    # The simple loss is smoothed by these shares of what the predictor and the encoder say alone.
+    lm_scale: float = setting(0.25, least=0, most=1)
+    am_scale: float = setting(0.0, least=0, most=1)
+    # This is added to a symbol's log-probability for each frame that it comes earlier.
+    delay_penalty: float = setting(0.0, least=0, most=10)
 
     def __post_init__(self) -> None:
-        grouped = self.predictor_dim > 0 and self.predictor_dim % PREDICTOR_GROUP == 0
-        for name, good, remedy in (
-            ("predictor_dim", grouped, f"a multiple of {PREDICTOR_GROUP}"),
-            ("joiner_dim", self.joiner_dim > 0, "1 or more"),
-            ("context_size", self.context_size > 0, "1 or more"),
-        ):
-            if not good:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; give {remedy}")
+        super().__post_init__()
+        self.require(self.lm_scale + self.am_scale <= 1, "am_scale", "at most 1 - model.lm_scale")
 
 
 class StreamState(NamedTuple):
@@ -91,7 +90,7 @@ class Transducer(nn.Module):
         self.config, self.vocab_size = config, vocab_size
         encoder = config.encoder
         self.encoder_embed = ConvSubsampling(encoder.embed_dim, encoder.embed_channels, DROPOUT)
-        self.encoder = Zipformer(encoder) if isinstance(encoder, ZipformerConfig) else Conformer(encoder)
+        self.encoder = make_encoder(encoder)
         width = self.encoder.out_channels
         self.decoder = Predictor(vocab_size, config.predictor_dim, config.context_size)
         self.joiner = Joiner(width, config.predictor_dim, config.joiner_dim, vocab_size)

@@ -15,8 +15,8 @@ from test_checkpoint import Bomb
 
 from ssm_asr import checkpoint
 from ssm_asr.cli import decode, import_icefall, stream, train
-from ssm_asr.cli.import_icefall import infer_config, read_weights
 from ssm_asr.config import load_experiment
+from ssm_asr.exporting.icefall import infer_config, read_weights
 from ssm_asr.exporting.weights import icefall_options
 from ssm_asr.transducer.model import Transducer
 

@@ -267,8 +267,8 @@ def test_half_precision_stays_close(mixer):
     [
         ({"dim": 100}, "encoder.dim is 100; give a multiple of 16"),
         ({"mixer": "lstm"}, "encoder.mixer is 'lstm'; give one of none, conv, dir, com, rep"),
-        ({"conv_kernel": 1}, "encoder.conv_kernel is 1; give 2 or more"),
-        ({"ssm_param": "lin", "ssm_states": 1}, "encoder.ssm_states is 1; give 1 or more, for lin an even number"),
+        ({"conv_kernel": 1}, "encoder.conv_kernel is 1; give a whole number from 2 to 4096"),
+        ({"ssm_param": "lin", "ssm_states": 1}, "encoder.ssm_states is 1; give an even number for ssm_param lin"),
         ({"ssm_param": "diag"}, "encoder.ssm_param is 'diag'; give one of real, lin"),
     ],
 )

@@ -75,7 +75,7 @@ def test_without_long_range_module_only_its_parameters_are_missing():
 def test_long_range_is_checked():
     with pytest.raises(ValueError, match=r"encoder\.long_range is 'lstm'; give one of nonlin_attention, mamba2, none"):
         ZipformerConfig(long_range="lstm")
-    with pytest.raises(ValueError, match="¾ of it must divide by mamba_heads"):
+    with pytest.raises(ValueError, match="give numbers ¾ of which divides by mamba_heads"):
         ZipformerConfig(long_range="mamba2", mamba_heads=7)
 
 

@@ -54,7 +54,7 @@ def test_streaming_state_of_size_m(left, floats):
 
 
 def test_config_refuses_lists_of_different_lengths():
-    with pytest.raises(ValueError, match=r"encoder\.dim has 2 entries; give 6"):
+    with pytest.raises(ValueError, match=r"encoder\.dim is \[192, 256\]; give 6 entries"):
         ZipformerConfig(dim=(192, 256))
 
 

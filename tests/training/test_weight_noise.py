@@ -71,7 +71,7 @@ def test_it_begins_after_so_many_batches():
     assert [noise.deviation_at(batch) for batch in range(5)] == [0.0, 0.0, 0.0, 0.1, 0.1]
     assert WeightNoiseConfig().deviation_at(10**6) == 0.0, "off unless asked for"
     for settings in ({"deviation": -0.1}, {"from_batch": -1}):
-        with pytest.raises(ValueError, match=r"train.weight_noise.\w+ is -[\d.]+; give 0 or more"):
+        with pytest.raises(ValueError, match=r"train.weight_noise.\w+ is -[\d.]+; give a (whole )?number from 0 to"):
             WeightNoiseConfig(**settings)
 
 
