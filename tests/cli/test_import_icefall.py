@@ -15,8 +15,8 @@ from test_checkpoint import Bomb
 
 from ssm_asr import checkpoint
 from ssm_asr.cli import decode, import_icefall, stream, train
-from ssm_asr.cli.import_icefall import infer_config, read_weights
 from ssm_asr.config import load_experiment
+from ssm_asr.exporting.icefall import infer_config, read_weights
 from ssm_asr.exporting.weights import icefall_options
 from ssm_asr.transducer.model import Transducer
 
@@ -329,4 +329,4 @@ def test_summary_and_help(tokens: Path, tmp_path: Path, capsys: Captured) -> Non
     assert isinstance(loaded.model, Transducer) and loaded.progress == {"imported_from": "pretrained.pt"}
     with pytest.raises(SystemExit):
         import_icefall.main(["--help"])
-    assert "python -m ssm_asr.import_icefall --in pretrained.pt" in capsys.readouterr().out
+    assert "ssm-asr import-icefall --in pretrained.pt" in capsys.readouterr().out
