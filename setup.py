@@ -1,14 +1,21 @@
 """Package metadata. tools/setup.sh installs the tested versions, those of tools/constraints.txt."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+PACKAGE = Path(__file__).parent / "ssm_asr"
 
 setup(
     name="ssm-asr",
-    version="0.2.0",
+    version=re.findall(r'__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text(encoding="utf-8"))[0],
     description="Streaming speech-recognition recipes: Zipformer and state-space encoders, pruned RNN-T",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ssm_asr", "ssm_asr.*"]),
+    package_data={"ssm_asr": ["py.typed"]},
+    entry_points={"console_scripts": ["ssm-asr = ssm_asr.cli:main"]},
     install_requires=[
         "torch>=2.11",
         "numpy",

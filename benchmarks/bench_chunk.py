@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssm_asr import units
+from ssm_asr.cli.arguments import frames
 from ssm_asr.cli.program import positive, run
 from ssm_asr.config import ConfigError, load_experiment
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP
@@ -161,9 +162,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", required=True, type=Path, help="YAML files of experiments")
     parser.add_argument(
-        "--chunk-frames", nargs="+", type=positive, default=[16, 32, 64], help="of 20 ms (default: 16 32 64)"
+        "--chunk-frames",
+        nargs="+",
+        type=frames,
+        metavar="TIME",
+        default=[16, 32, 64],
+        help="with units, such as 320ms, or in frames of 20 ms (default: 320ms 640ms 1280ms)",
     )
-    parser.add_argument("--left-context", type=int, default=128, help="likewise (default: 128)")
+    parser.add_argument(
+        "--left-context", type=frames, metavar="TIME", default="2560ms", help="likewise (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=positive, default=30, help="chunks timed of each side (default: 30)")
     parser.add_argument("--no-peer", action="store_true", help="without the package zipformer")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What a stream costs in sherpa-onnx on one core: python benchmarks/bench_stream.py [--config FILE …] [--left L,…]
+"""What a stream costs in sherpa-onnx on one core: python benchmarks/bench_stream.py [--config FILE …] [--left TIME,…]
 
 Models of the given configurations, with random weights, are exported and run by stock sherpa-onnx with one thread, each
 number of concurrent streams in a process of its own. In every round each stream gets the audio of one chunk, and all
@@ -22,11 +22,12 @@ import torch
 from tqdm import tqdm
 
 from ssm_asr import units
-from ssm_asr.cli.program import numbers, positive, positives, run
+from ssm_asr.cli.arguments import frames, frames_list
+from ssm_asr.cli.program import positive, positives, run
 from ssm_asr.config import Experiment, load_experiment
 from ssm_asr.exporting.onnx_files import PRECISIONS, convert, file_name, write_onnx
 from ssm_asr.exporting.parts import decoder, joiner, packed_encoder
-from ssm_asr.search.recognizer import streaming_context
+from ssm_asr.search.encoding import streaming_context
 from ssm_asr.transducer.model import Transducer
 
 CONF = Path(__file__).parent.parent / "egs" / "librispeech" / "conf"
@@ -122,10 +123,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", type=Path, default=CONFIGS, help="default: sammo_m and zipformer_m")
     parser.add_argument(
-        "--left", type=numbers, default="64,128,256", help="left contexts in frames of 20 ms (default: 64,128,256)"
+        "--left",
+        type=frames_list,
+        metavar="TIME,…",
+        default="1280ms,2560ms,5120ms",
+        help="left contexts, with units or in frames of 20 ms (default: %(default)s)",
     )
     parser.add_argument("--streams", type=positives, default="1,8,32,128", help="at once (default: 1,8,32,128)")
-    parser.add_argument("--chunk", type=int, default=16, help="frames of 20 ms (default: 16, which is 320 ms)")
+    parser.add_argument("--chunk", type=frames, metavar="TIME", default="320ms", help="likewise (default: %(default)s)")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="default: fp32")
     parser.add_argument("--vocab-size", type=positive, default=500, help="tokens (default: 500)")
     parser.add_argument("--seconds", type=float, default=15.0, help="time for each row (default: 15)")

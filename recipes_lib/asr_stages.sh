@@ -226,7 +226,7 @@ _compare() { # trains the other model with the same overrides, and compares the 
     _make_tokens 11 "$compare_with"
     _train_and_average 11 11 "$compare_with" "$(dirname "${models[1]}")"
     run_stage 11 compare --inputs "${models[@]}" "${cuts[@]}" --outputs "$exp_dir/compare/results.json" -- \
-        python -m ssm_asr.compare --checkpoints "${models[@]}" --chunks 160,320,640,1280,2560 --left 64,128 \
+        python -m ssm_asr.compare --checkpoints "${models[@]}" --chunks 160ms,320ms,640ms,1280ms,2560ms --left 1280ms,2560ms \
         --cuts "${cuts[@]}" --limit "$stream_limit" --jobs "$jobs" --note "$note" --out "$exp_dir/compare"
 }
 

@@ -33,7 +33,7 @@ def part_of(path: Path) -> str:
 def allowed(part: str) -> set[str]:
     """The parts of ssm_asr that a part may import, itself included."""
     if part == PROGRAMS:
-        return {*SPINE, *ASIDE, PROGRAMS}
+        return {*SPINE, *ASIDE, PROGRAMS, "__version__"}
     if part in SHIMS:
         return {PROGRAMS}
     if part in ASIDE:

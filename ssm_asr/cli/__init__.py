@@ -1,13 +1,15 @@
-"""The programs: `ssm-asr VERB`, or `python -m ssm_asr VERB`, or for most `python -m ssm_asr.VERB`.
+"""The programs: `ssm-asr VERB`, or `python -m ssm_asr VERB`, and for most also `python -m ssm_asr.VERB`.
 
-Each is a module of this package with a function `main`, and only starts what the libraries do.
+Each is a module of this package with a function `main`, which reads the command line and starts what libraries do.
 """
 
 import importlib
+import io
 import sys
 from typing import NoReturn
 
 VERBS = {
+    "transcribe": "turn audio files or live audio into text",
     "prepare": "check a corpus, compute features, make tokens and noises",
     "train": "train a transducer, or go on with it",
     "average": "average the weights over the last epochs",
@@ -28,16 +30,24 @@ def start(verb: str) -> NoReturn:
     """Runs a program with the arguments of this process, and ends the process with its exit status."""
     from ssm_asr.cli.program import run
 
-    sys.argv[0] = f"ssm-asr {verb}"  # what argparse calls it
+    sys.argv[0] = f"ssm-asr {verb}"  # argparse calls the program so
+    for stream in (sys.stdout, sys.stderr):  # names of files and texts may hold what a terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(importlib.import_module(f"ssm_asr.cli.{verb.replace('-', '_')}").main))
 
 
 def main() -> NoReturn:
-    """The command `ssm-asr`."""
+    """Runs the command `ssm-asr`."""
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in VERBS:
         del sys.argv[1]
         start(verb)
+    if verb == "--version":
+        from ssm_asr import __version__
+
+        print(f"ssm-asr {__version__}")
+        sys.exit(0)
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {name:{width}}  {text}" for name, text in VERBS.items())
     usage = f"usage: ssm-asr VERB [options]\n\n{verbs}\n\n`ssm-asr VERB --help` lists the options of one."

@@ -1,10 +1,10 @@
 """Check an export in stock sherpa-onnx: ssm-asr check-export --checkpoint FILE --export DIR --cuts FILE
 
-sherpa_onnx.OnlineRecognizer, as pip installs it, decodes every utterance, several streams at once, and the
-recognizer decodes the same audio: in fp32, all token sequences must be equal. Then the utterances go into one stream,
-joined with pauses, with endpoints detected as in production: tokens must be equal again, and the resident memory flat.
-In fp16 and int8, where tokens may differ, the error rate must not be more than 0.3 % (absolute) above that of the
-reference, as far as the size of the test set can tell (95 %).
+sherpa_onnx.OnlineRecognizer, as pip installs it, decodes every utterance, several streams at once, and our own
+recogniser decodes the audio as well: in fp32, all token sequences must be equal. Then the utterances go into one
+stream, joined with pauses, with endpoints detected as in production: tokens must be equal again, and the resident
+memory flat. In fp16 and int8, where tokens may differ, the error rate must not be more than 0.3 % (absolute) above the
+one of our own recogniser, as far as the size of the test set can tell (95 %).
 """
 
 import argparse
@@ -24,7 +24,7 @@ from ssm_asr.search.recognizer import StreamingRecognizer
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path, help="what was exported")
     parser.add_argument("--export", required=True, type=Path, help="directory of an export in format sherpa")

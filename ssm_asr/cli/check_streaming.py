@@ -1,7 +1,7 @@
 """Check that streaming equals the chunk-masked pass: ssm-asr check-streaming --checkpoint FILE --cuts FILE
 
 For each chunk size, encodes whole utterances twice from the same features: chunk after chunk with explicit state, and
-in one pass masked to chunks. Prints the worst absolute difference of the outputs; fails if one is above 1e-4.
+in one pass masked to chunks. Prints the worst absolute difference of the outputs, and fails if one is above 1e-4.
 """
 
 import argparse
@@ -10,23 +10,33 @@ from pathlib import Path
 
 from ssm_asr import units
 from ssm_asr.checkpoint import load_model
-from ssm_asr.cli.program import numbers
+from ssm_asr.cli.arguments import frames, frames_list
 from ssm_asr.data.batches import load_features
 from ssm_asr.data.store import read_cuts
 from ssm_asr.evaluation.check_streaming import TOLERANCE, worst_difference
 from ssm_asr.ops.devices import find_device
-from ssm_asr.search.recognizer import streaming_context
+from ssm_asr.search.encoding import streaming_context
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint of a causal model")
     parser.add_argument("--cuts", required=True, type=Path, help="lhotse cuts")
     parser.add_argument(
-        "--chunks", type=numbers, default="8,16,32,64,128", help="in frames of 20 ms (default: 8,16,32,64,128)"
+        "--chunks",
+        type=frames_list,
+        metavar="TIME,…",
+        default="160ms,320ms,640ms,1280ms,2560ms",
+        help="with their units, or as bare numbers of frames of 20 ms (default: %(default)s)",
     )
-    parser.add_argument("--left", type=int, default=64, help="left context in frames of 20 ms (default: 64)")
+    parser.add_argument(
+        "--left",
+        type=frames,
+        metavar="TIME",
+        default="1280ms",
+        help="left context, written likewise (default: %(default)s)",
+    )
     parser.add_argument("--limit", type=int, default=20, help="first so many utterances; 0 is all (default: 20)")
     parser.add_argument("--device", default="cpu", help="auto, cpu or cuda (default: cpu)")
     options = parser.parse_args(arguments)

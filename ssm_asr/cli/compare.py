@@ -5,7 +5,7 @@ Recognises all cuts with every model, chunk by chunk as in use, at every chunk w
   chunk_width.png .svg  error rate against chunk width, with 95 % intervals
   state_bytes.png .svg  error rate against the state that a stream takes
   table.md              the tables
-  results.json .csv     a row a cell (model × chunk × left context × cuts); in .json the significance, too
+  results.json .csv     a row for each cell (model × chunk × left context × cuts); in .json the significance, too
   cells/                what was recognised; run the same command again, and only what is missing is decoded
 """
 
@@ -13,14 +13,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from ssm_asr.cli.program import numbers
+from ssm_asr.cli.arguments import frames_list
 from ssm_asr.evaluation.compare import cells
 from ssm_asr.evaluation.compare.report import write_report
 from ssm_asr.ops.devices import find_device
 
+LEAST_MS = 160  # so many frames would be a chunk of 3.2 s
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line."""
     options = _parser().parse_args(arguments)
     try:
         device = str(find_device(options.device))
@@ -41,6 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _chunk_widths(text: str) -> list[int]:
+    """A type of arguments as `frames_list`, but for numbers that can only be meant in ms, as they once were here."""
+    for part in text.split(","):
+        if part.isdecimal() and int(part) >= LEAST_MS:
+            raise argparse.ArgumentTypeError(f"{part}: a bare number is frames of 20 ms; write {part}ms")
+    return frames_list(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "ssm-asr compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -51,15 +61,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, type=Path, help="directory for the results")
     parser.add_argument(
         "--chunks",
-        type=numbers,
-        default="160,320,640,1280,2560",
-        help="chunk widths in ms (default: 160,320,640,1280,2560)",
+        type=_chunk_widths,
+        metavar="TIME,…",
+        default="160ms,320ms,640ms,1280ms,2560ms",
+        help="with their units, or as bare numbers of frames of 20 ms (default: %(default)s)",
     )
     parser.add_argument(
         "--left",
-        type=numbers,
-        default="64,128,256",
-        help="left contexts in frames of 20 ms, for models trained with one (default: 64,128,256)",
+        type=frames_list,
+        metavar="TIME,…",
+        default="1280ms,2560ms,5120ms",
+        help="left contexts, written likewise, for models trained with one (default: %(default)s)",
     )
     parser.add_argument("--limit", type=int, default=0, help="first so many utterances of each manifest; 0 is all")
     parser.add_argument("--unit", choices=["word", "char"], help="error rate of (default: char for char tokens)")

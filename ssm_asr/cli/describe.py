@@ -1,4 +1,4 @@
-"""Describe a model: ssm-asr describe --config FILE --vocab-size V [--chunk C --left L] [--json]
+"""Describe a model: ssm-asr describe --config FILE --vocab-size V [--chunk TIME --left TIME] [--json]
 
 Prints parameters by part, the streaming state that each stream costs, frame rates and look-ahead. No weights are made.
 With --yaml instead of --vocab-size, prints the whole configuration: every field, also those that have their defaults.
@@ -8,20 +8,20 @@ import argparse
 import json
 import sys
 
+from ssm_asr.cli.arguments import chunk_arguments
 from ssm_asr.config import load_experiment, to_yaml
 from ssm_asr.evaluation.describe import as_text, describe
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the experiment")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="change one field")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--vocab-size", type=int, help="tokens, blank included")
     asked.add_argument("--yaml", action="store_true", help="print the whole configuration, and nothing of the model")
-    parser.add_argument("--chunk", type=int, help="frames of 20 ms: 16 is 320 ms (default: decode.chunk_frames)")
-    parser.add_argument("--left", type=int, help="left context, frames of 20 ms (default: decode.left_context_frames)")
+    chunk_arguments(parser, default="the configuration's")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""Export a model: ssm-asr export --checkpoint FILE --format FORMAT --out DIR [--chunk C] [--left L]
+"""Export a model: ssm-asr export --checkpoint FILE --format FORMAT --out DIR [--chunk TIME] [--left TIME]
 
 Formats:
   sherpa          streaming transducer for sherpa-onnx: encoder, decoder and joiner in ONNX, tokens.txt
@@ -15,20 +15,20 @@ import sys
 from pathlib import Path
 
 from ssm_asr.checkpoint import load_model
+from ssm_asr.cli.arguments import chunk_arguments
 from ssm_asr.exporting.directory import whole_directory
 from ssm_asr.exporting.formats import CARRIERS, FORMATS, STREAMING, Settings, write_export
 from ssm_asr.exporting.onnx_files import PRECISIONS
-from ssm_asr.search.recognizer import streaming_context
+from ssm_asr.search.encoding import streaming_context
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint, best from average")
     parser.add_argument("--format", required=True, choices=list(FORMATS), help="see above")
     parser.add_argument("--out", required=True, type=Path, help="directory to make; an earlier export is replaced")
-    parser.add_argument("--chunk", type=int, help="frames of 20 ms: 16 is 320 ms (default: the checkpoint's)")
-    parser.add_argument("--left", type=int, help="left context in frames of 20 ms (default: the checkpoint's)")
+    chunk_arguments(parser)
     parser.add_argument(
         "--precision",
         nargs="+",

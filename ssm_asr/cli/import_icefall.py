@@ -23,7 +23,7 @@ from ssm_asr.exporting.icefall import import_weights
 
 
 def summary(experiment: Experiment, tokenizer: Tokenizer, weights: dict[str, Tensor], out: Path) -> str:
-    """What was found, what was taken for granted, and what can be done next."""
+    """Says what was found, what was taken for granted, and what can be done next."""
     encoder = experiment.model.encoder
     assert isinstance(encoder, ZipformerConfig)
     directory = shlex.quote(str(out))
@@ -50,7 +50,7 @@ def summary(experiment: Experiment, tokenizer: Tokenizer, weights: dict[str, Ten
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--in", required=True, type=Path, dest="path", metavar="FILE", help="weights, .pt or .safetensors"

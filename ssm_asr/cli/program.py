@@ -1,6 +1,7 @@
-"""What programs share: counts as arguments, and how they end, in one line where a file is wrong or on Ctrl-C."""
+"""What all programs share: counts as arguments, and how programs end, in one line after a fault or on Ctrl-C."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -16,26 +17,27 @@ def positive(text: str) -> int:
 
 
 def positives(text: str) -> list[int]:
-    """The same with commas between them."""
+    """A type of arguments: whole numbers from 1 on, with commas between them."""
     return [positive(part) for part in text.split(",")]
 
 
-def numbers(text: str) -> list[int]:
-    """Any whole numbers with commas between them."""
-    return [int(part) for part in text.split(",")]
-
-
-numbers.__name__ = "list of numbers"  # in the message of argparse
-
-
 def run(main: Callable[[], int | None]) -> int:
-    """The exit status of a program: its own, 130 after Ctrl-C, 2 after an error of the system that concerns a file."""
+    """Runs a program and returns its exit status.
+
+    The status is 130 after Ctrl-C, 141 if the reader of its output has gone, 2 after an error of the system that
+    concerns a file, else the program's own.
+    """
     try:
-        return main() or 0
+        status = main() or 0
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except CutError as error:  # those of a loader's worker have its traceback in front
+    except BrokenPipeError:  # as after `| head`; Python would write at exit what is still in its buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except CutError as error:  # if a loader's worker raised it, its traceback stands in front
         print(str(error).strip().splitlines()[-1].partition("CutError: ")[2] or error, file=sys.stderr)
         return 2
     except OSError as error:

@@ -12,7 +12,7 @@ from ssm_asr.evaluation.report import find_summaries, pairs, table
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exp-dir", required=True, type=Path, help="directory with results of decode and stream")
     parser.add_argument("--pairs", type=int, default=4, help="references and hypotheses to show (default: 4)")

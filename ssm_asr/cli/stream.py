@@ -1,7 +1,8 @@
-"""Recognise audio chunk by chunk: ssm-asr stream --checkpoint FILE --wav FILE … | --cuts FILE
+"""Recognise audio chunk by chunk: ssm-asr stream --checkpoint FILE --wav FILE … | --cuts FILE …
 
 As in production, audio goes in in blocks of 100 ms, features are computed as it comes, and text comes out after every
-chunk. With --wav, partial results are printed as they change; with --cuts, all cuts are recognised and scored.
+chunk. With --wav, partial results are printed as they change, with the time that they took; `ssm-asr transcribe` prints
+text alone. With --cuts, all cuts are recognised and scored.
 """
 
 import argparse
@@ -10,21 +11,20 @@ from pathlib import Path
 
 import torch
 from lhotse import CutSet
+from tqdm import tqdm
 
 from ssm_asr import units
-from ssm_asr.checkpoint import Loaded, load_model
-from ssm_asr.cli.arguments import decoding_arguments, result_dir
+from ssm_asr.checkpoint import load_model
+from ssm_asr.cli.arguments import decoding_arguments, result_dir, scoring_arguments
 from ssm_asr.data.features import AudioError, read_audio
-from ssm_asr.encoder.state import state_sizes
-from ssm_asr.evaluation.describe import FLOAT_BYTES
 from ssm_asr.evaluation.results import rate_text, write_results
-from ssm_asr.evaluation.streaming import Timing, recognise, stream_cuts
+from ssm_asr.evaluation.streaming import Timing, recognise, stream_cuts, timing_text
 from ssm_asr.evaluation.test_sets import marked_texts, read_test_sets, scoring_unit
 from ssm_asr.ops.devices import find_device
 from ssm_asr.search.recognizer import StreamingRecognizer
 
 
-def stream_files(recognizer: StreamingRecognizer, paths: list[Path]) -> int:
+def _stream_files(recognizer: StreamingRecognizer, paths: list[Path]) -> int:
     """Recognises audio files and prints what comes; a file that cannot be read is reported and passed over."""
     failed = 0
     for path in paths:
@@ -37,40 +37,31 @@ def stream_files(recognizer: StreamingRecognizer, paths: list[Path]) -> int:
         print(f"{path} ({len(samples_S) / units.SAMPLE_RATE_HZ:.2f} s)")
         timing = Timing()
         text = recognise(recognizer, samples_S, timing, show=True)
-        print(f"  final      {text}\n  {timing.text(recognizer.chunk)}")
+        print(f"  final      {text}\n  {timing_text(timing.facts(recognizer.chunk))}")
     return 2 if failed else 0
 
 
 def _score_cuts(
-    loaded: Loaded, recognizer: StreamingRecognizer, sets: dict[str, CutSet], options: argparse.Namespace
+    recognizer: StreamingRecognizer, sets: dict[str, CutSet], unit: str, options: argparse.Namespace
 ) -> None:
-    state = recognizer.open().state
-    asked = recognizer.chunk, recognizer.left_context, recognizer.method, recognizer.beam
-    outs = {name: result_dir(options, f"stream-{name}", *asked) for name in sets}
+    """Recognises and scores test sets."""
+    settings = recognizer.chunk, recognizer.left_context, recognizer.method, recognizer.beam
+    outs = {name: result_dir(options, f"stream-{name}", *settings) for name in sets}
     for name, cuts in sets.items():
         if options.limit:
             print(f"{name}: the first {len(cuts)} utterances")
-        refs, hyps, timing = stream_cuts(recognizer, cuts)
-        facts = {
-            "mode": "streaming",
-            "cuts": name,
-            "chunk_frames": recognizer.chunk,
-            "left_context_frames": recognizer.left_context,
-            "method": recognizer.method,
-            "beam": recognizer.beam if recognizer.method == "beam" else None,
-            "state_bytes": FLOAT_BYTES * sum(state_sizes(state).values()),
-            "device": str(recognizer.device),
-            "checkpoint": str(options.checkpoint.resolve()),
-        } | timing.facts(recognizer.chunk)
-        out = outs[name]
-        summary = write_results(out, refs, hyps, scoring_unit(loaded, options.unit), facts, marked_texts(cuts))
-        print(f"{name}: {rate_text(summary)}; details in {out}\n  {timing.text(recognizer.chunk)}")
+        with tqdm(total=len(cuts), desc="stream", unit="utt") as bar:
+            refs, hyps, facts = stream_cuts(recognizer, cuts, bar.update)
+        facts |= {"cuts": name, "checkpoint": str(options.checkpoint.resolve())}
+        summary = write_results(outs[name], refs, hyps, unit, facts, marked_texts(cuts))
+        print(f"{name}: {rate_text(summary)}; details in {outs[name]}\n  {timing_text(facts)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     decoding_arguments(parser)
+    scoring_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--wav", nargs="+", type=Path, help="audio files (wav, flac, …)")
     what.add_argument("--cuts", nargs="+", type=Path, help="lhotse cuts with transcripts, to be scored")
@@ -89,6 +80,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if options.wav:
-        return stream_files(recognizer, options.wav)
-    _score_cuts(loaded, recognizer, sets, options)
+        return _stream_files(recognizer, options.wav)
+    _score_cuts(recognizer, sets, scoring_unit(loaded, options.unit), options)
     return 0

@@ -1,4 +1,7 @@
-"""Whether an export, run by stock sherpa-onnx, finds the tokens that the model itself finds."""
+"""Checks that an export, run by stock sherpa-onnx, finds the tokens that the model itself finds.
+
+Shapes: S samples.
+"""
 
 import itertools
 import os
@@ -10,25 +13,30 @@ import sherpa_onnx
 from tqdm import tqdm
 
 from ssm_asr import units
+from ssm_asr.data.features import cut_samples
 from ssm_asr.data.filtering import text_of
 from ssm_asr.evaluation.scoring import paired_bootstrap, score
 from ssm_asr.exporting.onnx_files import file_name
 from ssm_asr.search.recognizer import StreamingRecognizer
 
 BLOCK_SAMPLES = units.SAMPLE_RATE_HZ // 10
-PAUSE_S = 1.6  # longer than what ends a segment with words, 1.2 s
+PAUSE_S = 1.6  # a pause of 1.2 s ends a segment that has words
 # An endpoint without words makes sherpa-onnx forget the last tokens and the encoder's state, so that what follows may
-# differ: such endpoints, by default after 2.4 s, are put off for ever.
+# differ. These endpoints, by default after 2.4 s, are put off for ever.
 WORDLESS_ENDPOINT_S = 1e6
-MOST_WORSE = 0.003  # error rate of other precisions above that of the reference
-MOST_GROWTH_MB = 8.0  # of resident memory in the last two thirds of a long stream
+MOST_WORSE = 0.003  # how far the error rate of another precision may be above the one of the reference
+MOST_GROWTH_MB = 8.0  # how much the resident memory may grow in the last two thirds of a long stream
 
 
 def open_export(directory: Path, precision: str, endpoints: bool) -> sherpa_onnx.OnlineRecognizer:
-    """The recognizer that any user of sherpa-onnx would make.
+    """Opens an export as any user of sherpa-onnx would.
+
+    Args:
+        precision: fp32, fp16 or int8.
+        endpoints: whether pauses end a segment.
 
     Raises:
-        ValueError: if a file is missing, which would end the process.
+        ValueError: if a file is missing, for which sherpa-onnx would end the process.
     """
     files = {part: directory / file_name(part, precision) for part in ("encoder", "decoder", "joiner")}
     files["tokens"] = directory / "tokens.txt"
@@ -46,22 +54,29 @@ def open_export(directory: Path, precision: str, endpoints: bool) -> sherpa_onnx
 
 
 class Client:
-    """One stream of sherpa-onnx: its tokens, and how many chunks were decoded."""
+    """A stream of sherpa-onnx.
+
+    Attributes:
+        chunks: the number of chunks decoded.
+        endpoints: the number of segments that have ended.
+    """
 
     def __init__(self, recognizer: sherpa_onnx.OnlineRecognizer) -> None:
         self.recognizer, self.stream = recognizer, recognizer.create_stream()
         self.chunks = self.endpoints = 0
-        self._ended: list[str] = []  # tokens of segments that ended
+        self._ended: list[str] = []  # tokens of segments that have ended
 
     @property
     def tokens(self) -> list[str]:
+        """The tokens recognised so far, in all segments."""
         return [*self._ended, *self.recognizer.tokens(self.stream)]
 
     def accept(self, samples_S: np.ndarray) -> None:
+        """Takes more audio, at 16 kHz."""
         self.stream.accept_waveform(units.SAMPLE_RATE_HZ, samples_S)
 
     def end_segment(self) -> None:
-        """As applications do after every chunk."""
+        """Begins a new segment if there was an endpoint, as applications do after every chunk."""
         if self.recognizer.is_endpoint(self.stream):
             self._ended += self.recognizer.tokens(self.stream)
             self.endpoints += 1
@@ -69,7 +84,7 @@ class Client:
 
 
 def decode_ready(clients: list[Client]) -> None:
-    """Decodes until no stream has a chunk, all that have one together."""
+    """Decodes until no stream has a chunk left; the streams that have one are decoded together."""
     while ready := [client for client in clients if client.recognizer.is_ready(client.stream)]:
         ready[0].recognizer.decode_streams([client.stream for client in ready])
         for client in ready:
@@ -78,7 +93,7 @@ def decode_ready(clients: list[Client]) -> None:
 
 
 def blocks(samples_S: np.ndarray, tail_S: np.ndarray) -> Iterator[np.ndarray]:
-    """The audio and the silence after it, 100 ms at a time."""
+    """Yields the audio and the silence after it, 100 ms at a time."""
     padded_S = np.concatenate([samples_S, tail_S])
     for start in range(0, len(padded_S), BLOCK_SAMPLES):
         yield padded_S[start : start + BLOCK_SAMPLES]
@@ -87,13 +102,13 @@ def blocks(samples_S: np.ndarray, tail_S: np.ndarray) -> Iterator[np.ndarray]:
 def decode_together(
     recognizer: sherpa_onnx.OnlineRecognizer, utterances: list[np.ndarray], tail_S: np.ndarray, streams: int
 ) -> list[Client]:
-    """Decodes all utterances, so many streams at once; a new one starts as soon as another has ended."""
+    """Decodes all utterances, `streams` of them at once; a new one starts as soon as another has ended."""
     clients = [Client(recognizer) for _ in utterances]
     waiting = list(zip(clients, (blocks(samples_S, tail_S) for samples_S in utterances), strict=True))
     active: list[tuple[Client, Iterator[np.ndarray]]] = []
     with tqdm(total=len(waiting), desc="sherpa-onnx", unit="utt") as bar:
         while waiting or active:
-            if waiting and len(active) < streams:  # one a round, so that streams are of different ages
+            if waiting and len(active) < streams:  # one in each round, so that streams are of different ages
                 active.append(waiting.pop(0))
             for pair in list(active):
                 block_S = next(pair[1], None)
@@ -111,28 +126,33 @@ def decode_together(
 def reference_tokens(
     recognizer: StreamingRecognizer, audio: Iterator[np.ndarray], symbols: list[str], chunks: int
 ) -> list[str]:
-    """Tokens of the same audio, as many chunks of it as the runtime decoded, as the runtime spells them."""
+    """Recognises as many chunks of audio as the runtime has decoded, and spells the tokens as the runtime does."""
     stream = recognizer.open()
-    left = chunks
+    remaining = chunks
     for block_S in audio:
         stream.accept(block_S)
-        while left and recognizer.ready(stream):
+        while remaining and recognizer.ready(stream):
             recognizer.decode([stream])
-            left -= 1
+            remaining -= 1
     recognizer.finish(stream)
-    for _ in range(left):
+    for _ in range(remaining):
         recognizer.decode([stream])
     return [symbols[token].replace("▁", " ") for token in recognizer.tokens(stream)]
 
 
 def long_audio(cuts: list, hours: float, what: str) -> Iterator[np.ndarray]:
-    """Utterances with pauses between them, again and again for so many hours, 0 for each once; with a progress bar."""
+    """Yields utterances with pauses between them, 100 ms at a time, and shows a progress bar.
+
+    Args:
+        hours: the utterances are repeated for so long; 0 takes each once.
+        what: the name of the progress bar.
+    """
     pause_S = np.zeros(int(PAUSE_S * units.SAMPLE_RATE_HZ), dtype=np.float32)
     total_s = 3600 * hours or sum(cut.duration + PAUSE_S for cut in cuts)
     given_s = 0.0
     with tqdm(total=round(total_s), desc=what, unit="s") as bar:
         for cut in itertools.cycle(cuts) if hours else cuts:
-            yield from blocks(cut.load_audio()[0], pause_S)
+            yield from blocks(cut_samples(cut), pause_S)
             given_s += cut.duration + PAUSE_S
             bar.update(min(round(given_s), bar.total or 0) - bar.n)
             if hours and given_s >= total_s:
@@ -140,12 +160,12 @@ def long_audio(cuts: list, hours: float, what: str) -> Iterator[np.ndarray]:
 
 
 def resident_mb() -> float:
-    """Memory of this process that is in RAM."""
+    """Returns the memory of this process that is in RAM, in MB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def decode_long(recognizer: sherpa_onnx.OnlineRecognizer, audio: Iterator[np.ndarray]) -> tuple[Client, list[float]]:
-    """One stream, never opened anew: the client, and the resident memory in MB after every minute of audio."""
+    """Decodes audio in one stream; returns it, and the resident memory in MB after every minute of audio."""
     client, resident = Client(recognizer), []
     for count, block_S in enumerate(audio, start=1):
         client.accept(block_S)
@@ -158,8 +178,17 @@ def decode_long(recognizer: sherpa_onnx.OnlineRecognizer, audio: Iterator[np.nda
 def check_utterances(
     export: Path, precision: str, reference: StreamingRecognizer, cuts: list, streams: int, unit: str
 ) -> bool:
-    """Every utterance, several at once. Prints what came out; True if it is as it should be."""
-    utterances = [cut.load_audio()[0] for cut in cuts]
+    """Checks every utterance by itself, several at once, and prints what came out.
+
+    Args:
+        streams: the number of streams at once.
+        unit: word or char.
+
+    Returns:
+        Whether all tokens are equal (fp32), or the error rate is not significantly above the reference's by more than
+        MOST_WORSE (other precisions).
+    """
+    utterances = [cut_samples(cut) for cut in cuts]
     # A chunk is decoded when one frame more than it takes is there.
     tail_S = np.zeros((reference.frames_needed + 1) * units.FRAME_SHIFT_SAMPLES, dtype=np.float32)
     clients = decode_together(open_export(export, precision, False), utterances, tail_S, streams)
@@ -186,7 +215,11 @@ def check_utterances(
 
 
 def check_long(export: Path, reference: StreamingRecognizer, cuts: list, hours: float) -> bool:
-    """All utterances in one stream with endpoints, in fp32. Prints what came out; True if it is as it should be."""
+    """Checks all utterances in one stream with endpoints, in fp32, and prints what came out.
+
+    Returns:
+        Whether all tokens are equal, endpoints were found, and the memory did not grow.
+    """
     client, resident = decode_long(open_export(export, "fp32", True), long_audio(cuts, hours, "one stream"))
     audio = long_audio(cuts, hours, "reference")
     expected = reference_tokens(reference, audio, reference.tokenizer.symbols, client.chunks)

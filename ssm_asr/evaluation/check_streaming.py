@@ -1,9 +1,9 @@
-"""How far streaming is from the pass that is masked to chunks."""
+"""How far the encoder's output from streaming is from its output in one pass that is masked to chunks."""
 
 import torch
 from tqdm import tqdm
 
-from ssm_asr.search.recognizer import encode_as_streamed, encode_by_chunks
+from ssm_asr.search.encoding import encode_as_streamed, encode_by_chunks
 from ssm_asr.transducer.model import Transducer
 
 TOLERANCE = 1e-4
@@ -13,10 +13,10 @@ TOLERANCE = 1e-4
 def worst_difference(
     model: Transducer, utterances: list[torch.Tensor], chunk: int, left_context: int
 ) -> tuple[float, float]:
-    """Largest absolute difference over all utterances and frames, and the largest absolute output.
+    """Returns the largest absolute difference over all utterances and frames, and the largest absolute output.
 
     Args:
-        utterances: features (T, F) of each.
+        utterances: the features (T, F) of each.
         chunk, left_context: in frames of 20 ms.
     """
     worst = largest = 0.0

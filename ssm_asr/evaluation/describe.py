@@ -1,4 +1,4 @@
-"""What a model costs: parameters, streaming state, frame rates and look-ahead, without making its weights."""
+"""What a model costs: parameters, streaming state, frame rates and look-ahead. Its weights are not made."""
 
 from typing import Any
 
@@ -8,18 +8,27 @@ from ssm_asr import units
 from ssm_asr.config import Experiment
 from ssm_asr.encoder.state import state_sizes
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP
-from ssm_asr.search.recognizer import streaming_context
+from ssm_asr.search.encoding import streaming_context
 from ssm_asr.transducer.model import Transducer
 
 FLOAT_BYTES = 4
 
 
+def state_bytes(state: Any) -> int:
+    """Returns the bytes that a stream's state takes in float32."""
+    return FLOAT_BYTES * sum(state_sizes(state).values())
+
+
 def describe(experiment: Experiment, vocab_size: int, chunk: int, left_context: int) -> dict[str, Any]:
-    """Sizes and rates of a model; chunk and left context in frames of 20 ms.
+    """Computes the sizes and rates of a model.
+
+    Args:
+        vocab_size: the number of tokens, blank included.
+        chunk, left_context: in frames of 20 ms.
 
     Returns:
-        parameters, parameters_by_part; for a causal model also state_floats, state_bytes (in float32),
-        state_floats_by_kind and the times of a chunk.
+        parameters and parameters_by_part; for a causal model also state_floats, state_bytes (in float32),
+        state_floats_by_kind, and the times of a chunk.
 
     Raises:
         ValueError: if the model cannot stream with this chunk or left context.
@@ -49,13 +58,13 @@ def describe(experiment: Experiment, vocab_size: int, chunk: int, left_context: 
         "look_ahead_ms": look_ahead_ms,
         "largest_delay_ms": units.chunk_ms(chunk) + look_ahead_ms,
         "state_floats": sum(sizes.values()),
-        "state_bytes": FLOAT_BYTES * sum(sizes.values()),
+        "state_bytes": state_bytes(state),
         "state_floats_by_kind": sizes,
     }
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """The same for a reader."""
+    """Says for a reader what `describe` returned."""
     lines = [f"parameters {facts['parameters']:>14,}   (vocabulary of {facts['vocab_size']})"]
     lines += [f"  {name:<22} {count:>12,}" for name, count in facts["parameters_by_part"].items()]
     rates = ", ".join(f"{rate:g}" for rate in facts["frame_rates_hz"])

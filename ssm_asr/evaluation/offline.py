@@ -1,47 +1,36 @@
-"""Recognition of whole utterances, masked to chunks as streaming would be."""
+"""Recognition of test sets by whole utterances, masked to chunks as streaming would be."""
 
 import time
 
-import torch
 from lhotse import CutSet
 from tqdm import tqdm
 
-from ssm_asr.checkpoint import Loaded
 from ssm_asr.data.batches import eval_batches
-from ssm_asr.search import Search
-from ssm_asr.search.recognizer import encode_as_streamed
+from ssm_asr.evaluation.results import Decoded, settings_facts
+from ssm_asr.search.offline import OfflineRecognizer
 
 
-@torch.inference_mode()
-def decode_cuts(
-    loaded: Loaded,
-    cuts: CutSet,
-    chunk: int,
-    left_context: int,
-    search: Search,
-    max_duration_s: float,
-) -> tuple[dict[str, str], dict[str, str], float]:
-    """Decodes every cut.
+def decode_cuts(recognizer: OfflineRecognizer, cuts: CutSet, max_duration_s: float) -> Decoded:
+    """Decodes every cut, in batches of at most `max_duration_s` seconds of audio.
 
-    Args:
-        chunk, left_context: in frames of 20 ms; chunk -1 for whole utterances.
-
-    Returns:
-        References and hypotheses by cut id, and the seconds of computation.
+    Raises:
+        CutError: if the audio or features of a cut cannot be read.
     """
-    device = next(loaded.model.parameters()).device
     refs: dict[str, str] = {}
     hyps: dict[str, str] = {}
     begin = time.perf_counter()
     with tqdm(total=len(cuts), desc="decode", unit="utt") as bar:
-        for batch in eval_batches(cuts, loaded.tokenizer, max_duration_s=max_duration_s):
-            batch = batch.to(device)
-            encoder_out, lens = encode_as_streamed(
-                loaded.model, batch.features_BTF, batch.feature_lens_B, chunk, left_context
-            )
-            states = search.step(loaded.model.joiner.encoder_proj(encoder_out), lens, [search.start() for _ in lens])
-            for i, text, state in zip(batch.ids, batch.texts, states, strict=True):
-                refs[i] = text
-                hyps[i] = loaded.tokenizer.decode(search.tokens(state))
-            bar.update(len(lens))
-    return refs, hyps, time.perf_counter() - begin
+        for batch in eval_batches(cuts, recognizer.tokenizer, max_duration_s=max_duration_s):
+            results = recognizer.recognise(batch.features_BTF, batch.feature_lens_B)
+            for i, text, result in zip(batch.ids, batch.texts, results, strict=True):
+                refs[i], hyps[i] = text, result.text
+            bar.update(len(results))
+    seconds, audio_s = time.perf_counter() - begin, sum(cut.duration for cut in cuts)
+    facts = {
+        "mode": "chunk-masked" if recognizer.chunk > 0 else "whole utterance",
+        **settings_facts(recognizer),
+        "state_bytes": None,
+        "audio_s": audio_s,
+        "real_time_factor": seconds / audio_s,
+    }
+    return Decoded(refs, hyps, facts)

@@ -1,4 +1,4 @@
-"""One table of what decode and stream left in an experiment directory."""
+"""The table of what decode and stream left in an experiment directory."""
 
 import json
 import math
@@ -9,11 +9,11 @@ from ssm_asr import units
 from ssm_asr.evaluation.results import SUMMARY, interval_text, read_texts
 
 COLUMNS = ("cuts", "mode", "search", "chunk ms", "left context ms")
-FLUENT = "fluent CER % [95 % interval]"  # with disfluencies counting for nothing
+FLUENT = "fluent CER % [95 % interval]"  # disfluencies do not count
 
 
 def find_summaries(exp_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """(directory, summary) of every decoding under an experiment directory, by cuts, mode, chunk and left context."""
+    """Returns the directory and summary of every decoding, sorted by cuts, mode, search, chunk and left context."""
     found = [(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in exp_dir.glob(f"*/{SUMMARY}")]
 
     def order(item: tuple[Path, dict[str, Any]]) -> list[str | float]:
@@ -28,7 +28,7 @@ def find_summaries(exp_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def table(summaries: list[dict[str, Any]]) -> str:
-    """The Markdown table of summaries."""
+    """Makes the Markdown table of summaries."""
     rates = {"word": "WER", "char": "CER"}
     units_used = {s["unit"] for s in summaries}
     names = " or ".join(rates[unit] for unit in rates if unit in units_used)
@@ -52,7 +52,7 @@ def table(summaries: list[dict[str, Any]]) -> str:
 
 
 def pairs(directory: Path, count: int) -> str:
-    """References above hypotheses, spread evenly over a decoding's utterances."""
+    """Shows `count` references above their hypotheses, spread evenly over the utterances of a decoding."""
     refs, hyps = read_texts(directory)
     step = max(1, len(refs) // max(1, count))
     return "\n".join(f"  {i}\n    ref {refs[i]}\n    hyp {hyps[i]}" for i in list(refs)[::step][:count])

@@ -1,15 +1,35 @@
-"""What decoding leaves behind: hypotheses, alignments and a summary, in one directory a run."""
+"""What decoding leaves behind: hypotheses, alignments and a summary, in a directory for each run."""
 
 import csv
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ssm_asr.evaluation.scoring import Counts, Score, align_text, bootstrap_interval, fluent_errors, score
+from ssm_asr.search.recognizer import Recognizer
 
 SUMMARY = "summary.json"
 HYPOTHESES = "hypotheses.tsv"
+
+
+class Decoded(NamedTuple):
+    """What the decoding of a test set gave: texts by utterance id, and how they came about."""
+
+    refs: dict[str, str]
+    hyps: dict[str, str]
+    facts: dict[str, Any]
+
+
+def settings_facts(recognizer: Recognizer) -> dict[str, Any]:
+    """Returns the settings of a recogniser that go into a summary."""
+    return {
+        "chunk_frames": recognizer.chunk,
+        "left_context_frames": recognizer.left_context,
+        "method": recognizer.method,
+        "beam": recognizer.beam if recognizer.method == "beam" else None,
+        "device": str(recognizer.device),
+    }
 
 
 def write_results(
@@ -23,14 +43,19 @@ def write_results(
     """Scores hypotheses and writes hypotheses.tsv, errors.txt and summary.json.
 
     Args:
+        out: the directory, which is made if it is missing.
+        refs, hyps: references and recognised texts by utterance id.
         unit: word or char.
-        facts: how the hypotheses came about; becomes part of the summary.
-        marked_refs: the references with disfluencies in parentheses; with them, for all references and unit char, the
-            summary also has the fluent error rate, in which disfluencies count for nothing.
+        facts: how the hypotheses came about; they become a part of the summary.
+        marked_refs: the references with disfluencies in parentheses. If all references have one and the unit is char,
+            the summary also holds the fluent error rate, in which disfluencies do not count.
 
     Returns:
         The summary: `facts`, the error rate with its 95 % bootstrap interval (null for a single utterance), and the
         counts.
+
+    Raises:
+        ValueError: if a hypothesis has no reference, or the references are empty.
     """
     refs = dict(sorted(refs.items()))  # so that the bootstrap draws the same utterances whatever the order of decoding
     result = score(refs, hyps, unit)
@@ -58,7 +83,7 @@ def write_results(
 
 
 def _fluent_summary(marked_refs: dict[str, str], hyps: dict[str, str]) -> dict[str, Any]:
-    """The fluent error rate and what belongs to it; nothing if no reference has a character that was meant."""
+    """The fluent error rate with its interval and counts; empty if no reference has a fluent character."""
     errors_U, totals_U = fluent_errors(marked_refs, hyps)
     errors, total = int(errors_U.sum()), int(totals_U.sum())
     if not total:
@@ -77,19 +102,19 @@ def _interval(errors_U: Counts, totals_U: Counts) -> list[float] | None:
 
 
 def read_texts(directory: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """References and hypotheses that `write_results` wrote, by utterance id in alphabetical order."""
+    """Reads the references and hypotheses that `write_results` wrote, by utterance id in alphabetical order."""
     with open(directory / HYPOTHESES, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     return {row["id"]: row["reference"] for row in rows}, {row["id"]: row["hypothesis"] for row in rows}
 
 
 def read_score(directory: Path, unit: str) -> Score:
-    """The score of what `write_results` wrote, utterance by utterance."""
+    """Scores the texts that `write_results` wrote."""
     return score(*read_texts(directory), unit)
 
 
 def rate_text(summary: dict[str, Any]) -> str:
-    """The error rate of a summary in per cent, with its interval and counts."""
+    """Says in one line the error rate of a summary in per cent, with its interval and counts."""
     name = "WER" if summary["unit"] == "word" else "CER"
     fluent = ""
     if "fluent_error_rate" in summary:
@@ -103,7 +128,7 @@ def rate_text(summary: dict[str, Any]) -> str:
 
 
 def interval_text(summary: dict[str, Any], key: str = "interval") -> str:
-    """The 95 % interval of a summary in per cent."""
+    """Says the 95 % interval of a summary in per cent."""
     if summary[key] is None:
         return "[no interval]"
     low, high = summary[key]

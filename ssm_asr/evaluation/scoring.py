@@ -1,4 +1,4 @@
-"""Error rates of recognised text: counts, confidence intervals, significance, readable alignments.
+"""Error rates of recognised text, with counts, confidence intervals, significance and readable alignments.
 
 Shapes: U utterances, H characters of a hypothesis.
 """
@@ -15,10 +15,14 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Score:
-    """Errors of a set of utterances, in words or characters.
+    """The errors of a set of utterances, in words or characters.
 
-    The counts per utterance (errors_U, totals_U) follow the order of ids; total is the length of the
-    references. The utterances in missing had no hypothesis: all of them is deleted.
+    Attributes:
+        unit: word or char.
+        ids: the utterances.
+        errors_U, totals_U: errors and reference length of each utterance, in the order of ids.
+        insertions, deletions, substitutions: the errors of all utterances, by kind.
+        missing: the utterances without a hypothesis, of which every unit counts as deleted.
     """
 
     unit: str
@@ -32,20 +36,22 @@ class Score:
 
     @property
     def errors(self) -> int:
+        """The number of errors of all utterances."""
         return self.insertions + self.deletions + self.substitutions
 
     @property
     def total(self) -> int:
+        """The length of all references."""
         return int(self.totals_U.sum())
 
     @property
     def rate(self) -> float:
-        """Errors relative to the length of the references: 0.05 is 5 %."""
+        """The errors relative to the length of the references: 0.05 is 5 %."""
         return self.errors / self.total
 
 
 def split_units(text: str, unit: str) -> list[str]:
-    """The words of a text, or its characters without the spaces.
+    """Splits a text into its words, or into its characters without the spaces.
 
     Raises:
         ValueError: if unit is neither "word" nor "char".
@@ -59,7 +65,7 @@ def split_units(text: str, unit: str) -> list[str]:
 
 
 def score(refs: dict[str, str], hyps: dict[str, str], unit: str = "word") -> Score:
-    """Count the errors of hypotheses by their edit distance from the references.
+    """Counts the errors of hypotheses by their edit distance from the references.
 
     Args:
         refs: utterance id -> reference text.
@@ -91,24 +97,24 @@ def score(refs: dict[str, str], hyps: dict[str, str], unit: str = "word") -> Sco
 
 
 def all_said(marked: str) -> str:
-    """A text with its disfluencies, from one that has them in parentheses: "(uh) yes" -> "uh yes"."""
+    """Returns a text with the disfluencies that it has in parentheses: "uh yes" for "(uh) yes"."""
     return re.sub("[()]", "", marked)
 
 
 def only_meant(marked: str) -> str:
-    """A text without its disfluencies, from one that has them in parentheses: "(uh) yes" -> " yes"."""
+    """Returns a text without the disfluencies that it has in parentheses: " yes" for "(uh) yes"."""
     return re.sub(r"\([^()]*\)", "", marked)
 
 
 def fluent_errors(marked_refs: dict[str, str], hyps: dict[str, str]) -> tuple[Counts, Counts]:
-    """Errors in characters of hypotheses as transcripts of what was meant, whether they hold disfluencies or not.
+    """Counts errors in characters, where a hypothesis may hold the disfluencies or leave them out.
 
-    Characters of a reference that are in parentheses are optionally deletable, as in NIST's sclite: to leave them out
-    is no error, and neither is a hypothesis that has them. The reference's length is that without them.
+    Characters of a reference that are in parentheses are optionally deletable, as in NIST's sclite: a hypothesis is
+    right with them and without them. They do not count for the length of the reference.
 
     Args:
         marked_refs: utterance id -> reference with its disfluencies in parentheses, "(えー)京都で(しゃ)写真を".
-        hyps: utterance id -> recognised text, a missing one counts as empty.
+        hyps: utterance id -> recognised text; a missing one counts as empty.
 
     Returns:
         errors_U and totals_U, in the order of the references.
@@ -119,10 +125,10 @@ def fluent_errors(marked_refs: dict[str, str], hyps: dict[str, str]) -> tuple[Co
 
 
 def _fluent_errors(marked: str, hyp: str) -> int:
-    """The edit distance in which characters within parentheses can be deleted for nothing."""
+    """The edit distance in which the deletion of characters within parentheses is no error."""
     hyp_H = np.array(split_units(hyp, "char"), dtype=str)
     columns = np.arange(len(hyp_H) + 1)
-    costs = columns.copy()  # of every beginning of the hypothesis, against what of the reference was passed
+    costs = columns.copy()  # of every prefix of the hypothesis, against the prefix of the reference seen so far
     deletion = 1
     for char in split_units(marked, "char"):
         if char in "()":
@@ -135,7 +141,7 @@ def _fluent_errors(marked: str, hyp: str) -> int:
 
 
 def _resampled_rates(errors_U: Counts, totals_U: Counts, resamples: int, seed: int) -> NDArray[np.float64]:
-    """Error rates of `resamples` sets of U utterances drawn with replacement, but for sets without a word."""
+    """Error rates of `resamples` sets of U utterances drawn with replacement; sets without a word are left out."""
     rng = np.random.default_rng(seed)
     block = max(1, 4_000_000 // len(errors_U))  # sets drawn at a time, to bound the memory to some 100 MB
     rates = []
@@ -149,19 +155,19 @@ def _resampled_rates(errors_U: Counts, totals_U: Counts, resamples: int, seed: i
 def bootstrap_interval(
     errors_U: Counts, totals_U: Counts, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Confidence interval of an error rate, by drawing utterances with replacement.
+    """Computes the confidence interval of an error rate, by drawing utterances with replacement.
 
-    The percentile bootstrap of Bisani and Ney, ICASSP 2004: utterances, not words, are the independent draws.
+    This is the percentile bootstrap of Bisani and Ney (ICASSP 2004): utterances, not words, are drawn independently.
 
     Args:
-        errors_U: errors of each utterance.
-        totals_U: reference length of each utterance.
-        confidence: probability that the interval covers.
-        resamples: number of sets drawn.
-        seed: of the draws.
+        errors_U: the errors of each utterance.
+        totals_U: the reference length of each utterance.
+        confidence: the probability that the interval covers.
+        resamples: the number of sets drawn.
+        seed: seeds the draws.
 
     Returns:
-        Lower and upper bound of the rate; NaN for fewer than two utterances, which say nothing of the spread.
+        The lower and upper bound of the rate; NaN for fewer than two utterances, which say nothing about the spread.
     """
     if len(errors_U) < 2:
         return float("nan"), float("nan")
@@ -173,19 +179,19 @@ def bootstrap_interval(
 def paired_bootstrap(
     errors_a_U: Counts, errors_b_U: Counts, totals_U: Counts, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, tuple[float, float], float]:
-    """Is system b better or worse than system a on the same utterances?
+    """Tests whether system b differs from system a on the same utterances.
 
-    Both systems are scored on each drawn set (Bisani and Ney, ICASSP 2004), so what is hard for both cancels.
+    Both systems are scored on each drawn set (Bisani and Ney, ICASSP 2004), so that what is hard for both cancels.
 
     Args:
-        errors_a_U, errors_b_U: errors of each utterance of the two systems.
-        totals_U: reference length of each utterance.
-        resamples: number of sets drawn.
-        seed: of the draws.
+        errors_a_U, errors_b_U: the errors of each utterance of the two systems.
+        totals_U: the reference length of each utterance.
+        resamples: the number of sets drawn.
+        seed: seeds the draws.
 
     Returns:
-        Error rate of b less that of a; its 95 % interval; the two-sided p-value of no difference, at least
-        2 / (resamples + 1). NaN for interval and p-value if there are fewer than two utterances.
+        The error rate of b minus the error rate of a; its 95 % interval; the two-sided p-value of no difference, at
+        least 2 / (resamples + 1). Interval and p-value are NaN for fewer than two utterances.
     """
     differences_U = errors_b_U - errors_a_U
     difference = float(differences_U.sum() / totals_U.sum())
@@ -199,7 +205,7 @@ def paired_bootstrap(
 
 
 def align_text(ref: str, hyp: str, unit: str = "word") -> str:
-    """One line that shows where hyp departs from ref.
+    """Shows in one line where a hypothesis departs from its reference.
 
     A substitution is [right->wrong], a deletion [-word], an insertion [+word].
     """

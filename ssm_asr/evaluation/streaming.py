@@ -1,33 +1,47 @@
-"""Recognition chunk by chunk, as in production, with the time that it takes."""
+"""Recognition of recordings chunk by chunk, as in production, with the time that it takes.
+
+Shapes: S samples.
+"""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from lhotse import CutSet
-from tqdm import tqdm
 
 from ssm_asr import units
 from ssm_asr.data.features import cut_samples
 from ssm_asr.data.filtering import text_of
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP
-from ssm_asr.search.recognizer import Stream, StreamingRecognizer
+from ssm_asr.evaluation.describe import state_bytes
+from ssm_asr.evaluation.results import Decoded, settings_facts
+from ssm_asr.search.audio_stream import AudioStream
+from ssm_asr.search.recognizer import StreamingRecognizer
 
-BLOCK_SAMPLES = units.SAMPLE_RATE_HZ // 10
+BLOCK_SAMPLES = units.SAMPLE_RATE_HZ // 10  # audio comes 100 ms at a time
 
 
 @dataclass
 class Timing:
-    """Computation of every chunk and of the features, and the audio that it was for."""
+    """The time that the chunks and the features of some audio took to compute.
+
+    Attributes:
+        chunk_ms: the computation of every chunk.
+        features_ms: the computation of all features.
+        audio_s: the duration of the audio.
+    """
 
     chunk_ms: list[float] = field(default_factory=list)
     features_ms: float = 0.0
     audio_s: float = 0.0
 
     def facts(self, chunk_frames: int) -> dict[str, float]:
-        """Milliseconds a chunk, real-time factor, and lag: how long after the first sound of a chunk its text is there.
+        """Returns milliseconds a chunk, real-time factor, and lag.
 
-        The lag takes a slow chunk, the 95 % quantile.
+        The lag is the time from the first sound of a chunk until its text is there, if its computation takes as long
+        as the 95 % quantile of all.
         """
         times_ms = np.array(self.chunk_ms or [0.0])
         wait_ms = units.chunk_ms(chunk_frames) + CHUNK_OVERLAP * units.FRAME_SHIFT_MS
@@ -39,17 +53,22 @@ class Timing:
             "audio_s": self.audio_s,
         }
 
-    def text(self, chunk_frames: int) -> str:
-        """`facts` for a reader."""
-        facts = self.facts(chunk_frames)
-        return (
-            f"{facts['chunk_compute_ms_median']:.1f} ms a chunk (95 % below {facts['chunk_compute_ms_p95']:.1f}), "
-            f"lag {facts['lag_ms']:.0f} ms, real-time factor {facts['real_time_factor']:.3f}"
-        )
+
+def timing_text(facts: dict[str, Any]) -> str:
+    """Says for a reader what `Timing.facts` holds."""
+    return (
+        f"{facts['chunk_compute_ms_median']:.1f} ms a chunk (95 % below {facts['chunk_compute_ms_p95']:.1f}), "
+        f"lag {facts['lag_ms']:.0f} ms, real-time factor {facts['real_time_factor']:.3f}"
+    )
 
 
 def recognise(recognizer: StreamingRecognizer, samples_S: np.ndarray, timing: Timing, show: bool) -> str:
-    """Streams one recording; with `show`, prints every partial result that differs from the last."""
+    """Streams one recording in blocks of 100 ms, and returns its text.
+
+    Args:
+        timing: the times of this recording are added to it.
+        show: whether to print every partial result that differs from the last.
+    """
     stream = recognizer.open()
     shown = ""
     for start in range(0, len(samples_S), BLOCK_SAMPLES):
@@ -65,7 +84,7 @@ def recognise(recognizer: StreamingRecognizer, samples_S: np.ndarray, timing: Ti
 
 
 def _decode_ready(
-    recognizer: StreamingRecognizer, stream: Stream, timing: Timing, shown: str, print_at_s: float | None
+    recognizer: StreamingRecognizer, stream: AudioStream, timing: Timing, shown: str, print_at_s: float | None
 ) -> str:
     while recognizer.ready(stream):
         begin = time.perf_counter()
@@ -78,12 +97,26 @@ def _decode_ready(
     return shown
 
 
-def stream_cuts(recognizer: StreamingRecognizer, cuts: CutSet) -> tuple[dict[str, str], dict[str, str], Timing]:
-    """Recognises cuts one after the other: references and hypotheses by cut id, and the timing."""
+def stream_cuts(recognizer: StreamingRecognizer, cuts: CutSet, advance: Callable[[], Any]) -> Decoded:
+    """Streams cuts one after the other.
+
+    Args:
+        advance: is called after every cut.
+
+    Raises:
+        CutError: if the audio of a cut cannot be read.
+    """
     timing = Timing()
     refs: dict[str, str] = {}
     hyps: dict[str, str] = {}
-    for cut in tqdm(cuts, total=len(cuts), desc="stream", unit="utt"):
+    for cut in cuts:
         refs[cut.id] = text_of(cut)
         hyps[cut.id] = recognise(recognizer, cut_samples(cut), timing, show=False)
-    return refs, hyps, timing
+        advance()
+    facts = {
+        "mode": "streaming",
+        **settings_facts(recognizer),
+        "state_bytes": state_bytes(recognizer.open().state),
+        **timing.facts(recognizer.chunk),
+    }
+    return Decoded(refs, hyps, facts)

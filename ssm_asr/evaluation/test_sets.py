@@ -1,4 +1,4 @@
-"""Test sets: the cuts that are recognised and scored, and what they are scored in."""
+"""Test sets: the cuts that are recognised and scored, and the unit of their error rate."""
 
 import re
 from collections import Counter
@@ -13,25 +13,24 @@ from ssm_asr.data.store import read_cuts
 
 
 def scoring_unit(loaded: Loaded, asked: str | None) -> str:
-    """Words, or characters for character tokens, unless the user says."""
+    """Returns the unit of the error rate: the one asked for, else char for character tokens and word for others."""
     return asked or ("char" if loaded.tokenizer.kind == "char" else "word")
 
 
 def cuts_name(path: Path) -> str:
-    """A short name of a manifest: cuts_test-clean.jsonl.gz -> test-clean."""
+    """Returns the short name of a manifest: test-clean for cuts_test-clean.jsonl.gz."""
     return re.sub(r"(\.jsonl(\.gz)?|\.shar)$", "", path.name).removeprefix("cuts_")
 
 
 def read_test_cuts(path: Path, *, from_audio: bool = False, limit: int = 0) -> CutSet:
-    """The cuts of a manifest, or the first so many of them, to be recognised and scored.
+    """Reads the cuts of a manifest that are to be recognised and scored.
 
     Args:
-        from_audio: whether their audio is to be recognised, not stored features.
-        limit: 0 takes all.
+        from_audio: whether the audio of the cuts is to be recognised, not their stored features.
+        limit: the number of cuts to take; 0 takes all.
 
     Raises:
-        ValueError: if they cannot be read, have no transcripts or no audio, are not of audio at 16 kHz, or two have one
-            id.
+        ValueError: if the cuts cannot be read, have no transcripts or no audio, are not at 16 kHz, or share an id.
     """
     if limit < 0:
         raise ValueError(f"--limit {limit}: give a number of utterances, 0 for all")
@@ -55,10 +54,10 @@ def read_test_cuts(path: Path, *, from_audio: bool = False, limit: int = 0) -> C
 
 
 def read_test_sets(paths: list[Path], *, from_audio: bool = False, limit: int = 0) -> dict[str, CutSet]:
-    """The cuts of several manifests by their short names.
+    """Reads the cuts of several manifests, by their short names. The options are those of `read_test_cuts`.
 
     Raises:
-        ValueError: as `read_test_cuts`, or if two have one name.
+        ValueError: as `read_test_cuts` does, and if two manifests have one name.
     """
     sets: dict[str, CutSet] = {}
     for path in paths:
@@ -70,6 +69,6 @@ def read_test_sets(paths: list[Path], *, from_audio: bool = False, limit: int = 
 
 
 def marked_texts(cuts: CutSet) -> dict[str, str]:
-    """Transcripts with their disfluencies in parentheses, by cut id, of the cuts that carry one: custom["marked"]."""
+    """Returns transcripts with disfluencies in parentheses, by cut id, of the cuts whose custom["marked"] has one."""
     segments = {cut.id: cut.supervisions[0].custom or {} for cut in cuts if len(cut.supervisions) == 1}
     return {i: custom["marked"] for i, custom in segments.items() if "marked" in custom}

@@ -1,4 +1,4 @@
-"""Search over a transducer's output."""
+"""Searches over a transducer's output, and the recognisers that are built on them."""
 
 from typing import Any, Protocol
 
@@ -10,23 +10,37 @@ from ssm_asr.search.scorer import Scorer
 
 
 class Search(Protocol):
-    """What all searches share. A stream's state is opaque, small, and never changed in place."""
+    """What every search offers.
+
+    The state of a stream is opaque to its users, small, and never changed in place.
+
+    Shapes: B streams, T output frames, J joiner dim.
+    """
 
     def start(self) -> Any:
-        """The state of a new stream."""
+        """Returns the state of a new stream."""
 
     def step(self, encoder_BTJ: Tensor, lens: list[int], states: list[Any]) -> list[Any]:
-        """New states after each stream's first `lens` frames of projected encoder output."""
+        """Searches the first `lens[b]` frames of each stream's projected encoder output, and returns the new states."""
 
     def tokens(self, state: Any) -> tuple[int, ...]:
-        """The tokens found so far."""
+        """Returns the ids of the tokens found so far."""
+
+    def emitted_frames(self, state: Any) -> tuple[int, ...]:
+        """Returns the output frame (40 ms) in which each of `tokens` was emitted, counted from the stream's start."""
+
+    def settled(self, state: Any) -> int:
+        """Returns how many of the first `tokens` no later audio can change."""
 
 
 def make_search(method: str, scorer: Scorer, beam: int = 4) -> Search:
-    """The search of a name: greedy or beam.
+    """Makes the search that a method names, greedy or beam.
+
+    Args:
+        beam: the number of hypotheses that beam search keeps.
 
     Raises:
-        ValueError: for any other name.
+        ValueError: if the method has another name, or the beam is below 1.
     """
     if method == "greedy":
         return GreedySearch(scorer)

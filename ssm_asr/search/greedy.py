@@ -1,4 +1,4 @@
-"""Greedy search: the best symbol of each frame, at most one a frame.
+"""Greedy search: it takes the best symbol of each frame, at most one a frame.
 
 Shapes: B streams, T output frames, J joiner dim.
 """
@@ -13,46 +13,54 @@ from ssm_asr.search.scorer import Scorer, context_of, context_tensor
 
 @dataclass(frozen=True)
 class GreedyState:
-    """What greedy search knows of one stream. Never changed in place."""
+    """What greedy search knows of one stream. It is never changed in place."""
 
     tokens: tuple[int, ...] = ()
-    emitted_frames: tuple[int, ...] = ()  # the output frame of each token, from the start of the stream
+    emitted_frames: tuple[int, ...] = ()  # the output frame of each token, counted from the start of the stream
     frames: int = 0  # output frames seen
 
 
 class GreedySearch:
-    """Blank and `<unk>` emit nothing, as in common runtimes."""
+    """Emits the best symbol of each frame. Blank and `<unk>` emit nothing, as in common runtimes."""
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
 
     def start(self) -> GreedyState:
-        """The state of a new stream."""
+        """Returns the state of a new stream."""
         return GreedyState()
 
     def step(self, encoder_BTJ: Tensor, lens: list[int], states: list[GreedyState]) -> list[GreedyState]:
-        """Takes each stream's first `lens` frames of projected encoder output."""
+        """Searches the first `lens[b]` frames of each stream's projected encoder output, and returns the new states."""
         scorer = self._scorer
         tokens = [list(state.tokens) for state in states]
         emitted = [list(state.emitted_frames) for state in states]
         decoder_BJ = scorer.predict(context_tensor([context_of(row, scorer) for row in tokens]))
         for t in range(max(lens, default=0)):
             best = scorer.join(encoder_BTJ[:, t], decoder_BJ).argmax(dim=-1).tolist()
-            spoken = [
+            emitting = [
                 b for b, token in enumerate(best) if t < lens[b] and token not in (scorer.blank_id, scorer.unk_id)
             ]
-            if not spoken:
+            if not emitting:
                 continue
-            for b in spoken:
+            for b in emitting:
                 tokens[b].append(best[b])
                 emitted[b].append(states[b].frames + t)
-            changed = scorer.predict(context_tensor([context_of(tokens[b], scorer) for b in spoken]))
-            decoder_BJ = decoder_BJ.index_copy(0, torch.tensor(spoken, device=decoder_BJ.device), changed)
+            changed = scorer.predict(context_tensor([context_of(tokens[b], scorer) for b in emitting]))
+            decoder_BJ = decoder_BJ.index_copy(0, torch.tensor(emitting, device=decoder_BJ.device), changed)
         return [
             GreedyState(tuple(row), tuple(frames), state.frames + n)
             for row, frames, state, n in zip(tokens, emitted, states, lens, strict=True)
         ]
 
     def tokens(self, state: GreedyState) -> tuple[int, ...]:
-        """The tokens found so far."""
+        """Returns the ids of the tokens found so far."""
         return state.tokens
+
+    def emitted_frames(self, state: GreedyState) -> tuple[int, ...]:
+        """Returns the output frame (40 ms) in which each token was emitted, counted from the start of the stream."""
+        return state.emitted_frames
+
+    def settled(self, state: GreedyState) -> int:
+        """Returns the number of tokens, since greedy search takes none back."""
+        return len(state.tokens)

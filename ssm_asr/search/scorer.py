@@ -1,4 +1,4 @@
-"""What a search needs of a transducer, so that PyTorch and exported models serve the same search.
+"""What a search needs of a transducer, so that models in PyTorch and exported ones serve the same searches.
 
 Shapes: N hypotheses, B streams, T output frames, D encoder width, J joiner dim, V vocabulary, C context size.
 """
@@ -12,17 +12,22 @@ from ssm_asr.transducer.model import Transducer
 
 
 class Scorer(Protocol):
-    """Predictor and joiner, with both projections to the joiner's dimension made before."""
+    """A predictor and a joiner, each after its projection to the joiner's dimension.
+
+    Attributes:
+        context_size: the number of tokens that the predictor sees.
+        blank_id, unk_id: the ids of the tokens that emit nothing.
+    """
 
     context_size: int
     blank_id: int
     unk_id: int
 
     def predict(self, tokens_NC: Tensor) -> Tensor:
-        """The last C tokens of each hypothesis, as `context_of` gives them -> (N, J)."""
+        """Returns the predictor's output (N, J) after the last C tokens of each hypothesis, given by `context_of`."""
 
     def join(self, encoder_NJ: Tensor, decoder_NJ: Tensor) -> Tensor:
-        """Logits (N, V)."""
+        """Returns the logits (N, V) of the next symbol."""
 
 
 class TransducerScorer:
@@ -34,25 +39,28 @@ class TransducerScorer:
         self.unk_id, self.blank_id = unk_id, blank_id
 
     def project(self, encoder_out_BTD: Tensor) -> Tensor:
-        """Encoder output -> (B, T, J), as `join` takes it."""
+        """Projects encoder output to (B, T, J), as `join` takes it."""
         return self._model.joiner.encoder_proj(encoder_out_BTD)
 
     def predict(self, tokens_NC: Tensor) -> Tensor:
-        """See Scorer."""
+        """Returns the predictor's output (N, J) after the last C tokens of each hypothesis, given by `context_of`."""
         tokens_NC = tokens_NC.to(self._model.joiner.decoder_proj.weight.device)
         return self._model.joiner.decoder_proj(self._model.decoder(tokens_NC, pad=False)[:, 0])
 
     def join(self, encoder_NJ: Tensor, decoder_NJ: Tensor) -> Tensor:
-        """See Scorer."""
+        """Returns the logits (N, V) of the next symbol, in float32."""
         return self._model.joiner(encoder_NJ, decoder_NJ, project_input=False).float()
 
 
 def context_of(tokens: list[int] | tuple[int, ...], scorer: Scorer) -> list[int]:
-    """The last C tokens; before the first come, as in training, a blank and before it nothing (-1)."""
+    """Returns the last C of the tokens.
+
+    As in training, a blank stands before the first token, and nothing (-1) before that.
+    """
     start = [-1] * (scorer.context_size - 1) + [scorer.blank_id]
     return [*start, *tokens[-scorer.context_size :]][-scorer.context_size :]
 
 
 def context_tensor(contexts: list[list[int]]) -> Tensor:
-    """(N, C) int64."""
+    """Returns contexts as a tensor (N, C) of int64."""
     return torch.tensor(contexts, dtype=torch.int64)

@@ -48,4 +48,4 @@ def test_rows(tool: ModuleType, tmp_path: Path, capsys: Captured) -> None:
 
 def test_a_chunk_that_does_not_fit(tool: ModuleType, capsys: Captured) -> None:
     assert tool.main(["--chunk", "12"]) == 2
-    assert capsys.readouterr().err == "chunk of 12 frames: give a multiple of 8 (frames of 20 ms)\n"
+    assert capsys.readouterr().err == "chunk of 12 frames (240 ms): give a multiple of 8 frames (160 ms)\n"

@@ -113,7 +113,11 @@ def test_a_failed_check_leaves_nothing(
 @pytest.mark.parametrize(
     ("encoder", "options", "message"),
     [
-        ("zipformer", ["--format", "sherpa", "--chunk", "15"], "chunk of 15 frames: give a multiple of 2"),
+        (
+            "zipformer",
+            ["--format", "sherpa", "--chunk", "15"],
+            "chunk of 15 frames (300 ms): give a multiple of 2 frames",
+        ),
         ("sammo", ["--format", "sherpa", "--carrier", "zipformer2"], "use the packed carrier"),
         ("conformer", ["--format", "sherpa", "--left", "-1"], "left context of -1 frames"),
         (

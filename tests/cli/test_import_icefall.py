@@ -329,4 +329,4 @@ def test_summary_and_help(tokens: Path, tmp_path: Path, capsys: Captured) -> Non
     assert isinstance(loaded.model, Transducer) and loaded.progress == {"imported_from": "pretrained.pt"}
     with pytest.raises(SystemExit):
         import_icefall.main(["--help"])
-    assert "python -m ssm_asr.import_icefall --in pretrained.pt" in capsys.readouterr().out
+    assert "ssm-asr import-icefall --in pretrained.pt" in capsys.readouterr().out

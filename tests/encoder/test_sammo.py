@@ -7,7 +7,7 @@ from test_golden import stream
 from ssm_asr.encoder.schedule import set_batch_count
 from ssm_asr.encoder.state import select_states, stack_states, state_sizes
 from ssm_asr.encoder.zipformer import ZipformerConfig
-from ssm_asr.search.recognizer import encode_as_streamed, pad_to_chunks
+from ssm_asr.search.encoding import encode_as_streamed, pad_to_chunks
 from ssm_asr.transducer.model import ModelConfig, Transducer
 
 TINY = {

@@ -7,7 +7,7 @@ from test_golden import stream
 
 from ssm_asr.encoder.state import leaves, select_states, stack_states, state_sizes
 from ssm_asr.ops.attention import chunk_mask, shift_relative
-from ssm_asr.search.recognizer import encode_as_streamed, pad_to_chunks
+from ssm_asr.search.encoding import encode_as_streamed, pad_to_chunks
 from ssm_asr.units import embed_frames, output_frames
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}

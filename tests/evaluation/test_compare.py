@@ -14,12 +14,14 @@ import pytest
 import toy
 
 from ssm_asr.cli import compare, stream
+from ssm_asr.evaluation import streaming
 from ssm_asr.evaluation.compare import cells
+from ssm_asr.evaluation.streaming import recognise
 
 Captured = pytest.CaptureFixture[str]
 ENCODER = toy.EXPERIMENT["model"]["encoder"]
 CURRENT_COMMIT = cells.current_commit
-CHUNKS = ["--chunks", "160,2560", "--left", "128,64"]
+CHUNKS = ["--chunks", "160ms,2.56s", "--left", "128,1280ms"]
 
 
 class Setting:
@@ -96,7 +98,7 @@ def test_numbers_are_those_of_stream(setting: Setting, tmp_path: Path) -> None:
 
 
 def test_characters_and_processes(setting: Setting, tmp_path: Path, capsys: Captured) -> None:
-    options = ["--unit", "char", "--limit", "2", "--jobs", "2", "--chunks", "2560"]
+    options = ["--unit", "char", "--limit", "2", "--jobs", "2", "--chunks", "2560ms"]
     assert compare.main(setting.arguments(tmp_path, *options)) == 0
     rows = results(tmp_path)["cells"]
     assert [(row["unit"], row["utterances"], row["chunk_ms"]) for row in rows] == [("char", 2, 2560)] * 2
@@ -117,7 +119,7 @@ def test_a_finished_comparison_is_not_decoded_again(setting: Setting, copy: Path
 
 
 def test_a_model_beside_itself(setting: Setting, tmp_path: Path) -> None:
-    options = ["--chunks", "2560", "--limit", "2", "--checkpoints", str(setting.attention), str(setting.attention)]
+    options = ["--chunks", "2560ms", "--limit", "2", "--checkpoints", str(setting.attention), str(setting.attention)]
     assert compare.main(setting.arguments(tmp_path, *options, "--names", "one", "again")) == 0
     rows = results(tmp_path)["cells"]
     assert rows[0]["directory"] == rows[1]["directory"] and len(list((tmp_path / "cells").iterdir())) == 1
@@ -132,9 +134,9 @@ def test_stopping_loses_one_cell(
         heard.append(1)
         if len(heard) == 8:  # of 5 utterances a cell
             raise KeyboardInterrupt
-        return stream.recognise(*args, **options)
+        return recognise(*args, **options)
 
-    monkeypatch.setattr(cells, "recognise", stopped)
+    monkeypatch.setattr(streaming, "recognise", stopped)
     with pytest.raises(KeyboardInterrupt):
         compare.main(setting.arguments(tmp_path))
     assert len(modified(tmp_path)) == 1 and not (tmp_path / "results.json").exists()
@@ -169,7 +171,7 @@ def test_a_half_written_cell_is_not_taken_for_finished(
 def test_other_inputs_are_other_cells(setting: Setting, tmp_path: Path) -> None:
     def names(checkpoint: Path, cuts: Path, limit: int, unit: str) -> set[str]:
         models, sets = cells.load_models([checkpoint], ["name"], unit), cells.load_test_sets([cuts], limit)
-        return {cell.directory for cell in cells.plan(models, sets, [160], [64], "cpu")}
+        return {cell.directory for cell in cells.plan(models, sets, [8], [64], "cpu")}
 
     other_cuts = toy.write_cuts(tmp_path, "tones", 5, seed=7)
     toy.write_checkpoint(tmp_path / "model.pt", train={"seed": 1})
@@ -260,8 +262,7 @@ def test_texts_are_escaped(setting: Setting, copy: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--chunks", "150"], "chunk of 150 ms: give a positive multiple of 20 ms"),
-        (["--chunks", "160,180"], "attention/model.pt at 180 ms: chunk of 9 frames: give a multiple of 2"),
+        (["--chunks", "160ms,180ms"], "attention/model.pt at 180 ms: chunk of 9 frames (180 ms): give a multiple of 2"),
         (["--left=-1"], "attention/model.pt at 160 ms: left context of -1 frames: with chunks, give 0 or more"),
         (["--checkpoints", "none.pt"], "none.pt: no such checkpoint"),
         (["--checkpoints", "full.pt"], "full.pt at 160 ms: this model was trained without chunks"),

@@ -10,13 +10,9 @@ import toy
 from ssm_asr.checkpoint import Loaded
 from ssm_asr.data.features import OnlineFbank, make_fbank
 from ssm_asr.search import make_search
-from ssm_asr.search.recognizer import (
-    Stream,
-    StreamingRecognizer,
-    encode_as_streamed,
-    encode_by_chunks,
-    streaming_context,
-)
+from ssm_asr.search.audio_stream import AudioStream
+from ssm_asr.search.encoding import encode_as_streamed, encode_by_chunks, streaming_context
+from ssm_asr.search.recognizer import StreamingRecognizer
 from ssm_asr.search.scorer import TransducerScorer
 from ssm_asr.units import LOG_MEL_SILENCE, NUM_MELS, output_frames
 
@@ -33,17 +29,15 @@ def recording(words: int, seed: int = 0) -> np.ndarray:
 
 def recognise(
     recognizer: StreamingRecognizer, samples_S: np.ndarray, block_samples: int
-) -> tuple[tuple[int, ...], Stream]:
+) -> tuple[tuple[int, ...], AudioStream]:
     """Tokens of one recording that is pushed in blocks of a size."""
     stream = recognizer.open()
     for start in range(0, len(samples_S), block_samples):
         stream.accept(samples_S[start : start + block_samples])
-        while recognizer.ready(stream):
-            recognizer.decode([stream])
+        recognizer.decode_ready([stream])
     recognizer.finish(stream)
-    while recognizer.ready(stream):
-        recognizer.decode([stream])
-    return recognizer._search.tokens(stream.search_state), stream
+    recognizer.decode_ready([stream])
+    return recognizer.tokens(stream), stream
 
 
 def offline_tokens(loaded: Loaded, features_TF: torch.Tensor, chunk: int, left_context: int) -> tuple[int, ...]:
@@ -101,7 +95,7 @@ def test_streams_of_different_ages_share_a_batch(loaded: Loaded) -> None:
     recognizer = StreamingRecognizer(loaded, 16, 64)
     recordings = [recording(words, seed) for seed, words in enumerate((9, 2, 5, 1, 7))]
     expected = [recognise(recognizer, samples_S, 1600)[0] for samples_S in recordings]
-    streams: list[Stream] = []
+    streams: list[AudioStream] = []
     sizes = set()
     for step in range(60):
         if step % 5 == 0 and len(streams) < len(recordings):
@@ -115,7 +109,7 @@ def test_streams_of_different_ages_share_a_batch(loaded: Loaded) -> None:
         while step % 4 == 0 and (ready := [stream for stream in streams if recognizer.ready(stream)]):
             recognizer.decode(ready)
             sizes.add(len(ready))
-    assert [recognizer._search.tokens(stream.search_state) for stream in streams] == expected
+    assert [recognizer.tokens(stream) for stream in streams] == expected
     assert sizes >= {1, 2, 3}
 
 
@@ -180,9 +174,9 @@ def test_a_stream_that_is_not_ready_is_refused(loaded: Loaded) -> None:
 @pytest.mark.parametrize(
     ("chunk", "left", "message"),
     [
-        (0, 64, "chunk of 0 frames: give a multiple of 2 (frames of 20 ms)"),
-        (-1, 64, "chunk of -1 frames: give a multiple of 2 (frames of 20 ms)"),
-        (15, 64, "chunk of 15 frames: give a multiple of 2 (frames of 20 ms)"),
+        (0, 64, "chunk of 0 frames (0 ms): give a multiple of 2 frames (40 ms)"),
+        (-1, 64, "chunk of -1, which is the whole utterance: streaming needs a chunk, such as 320ms"),
+        (15, 64, "chunk of 15 frames (300 ms): give a multiple of 2 frames (40 ms)"),
         (16, -1, "left context of -1 frames: with chunks, give 0 or more (frames of 20 ms)"),
     ],
 )

@@ -99,12 +99,47 @@ def test_a_wide_beam_finds_the_sum_over_all_alignments(seed: int) -> None:
     assert sum(map(math.exp, expected.values())) == pytest.approx(1.0)
     search = make_search("beam", scorer, beam=VOCAB**4)
     (state,) = search.step(encoder_BTJ, [4], [search.start()])
-    found = {hypothesis.tokens: hypothesis.log_prob for hypothesis in state}
+    found = {hypothesis.tokens: hypothesis.log_prob for hypothesis in state.hypotheses}
     assert found.keys() == expected.keys()
     for tokens, log_prob in expected.items():
         assert found[tokens] == pytest.approx(log_prob, abs=1e-5)
     best = max(expected, key=lambda tokens: expected[tokens] / (len(tokens) + scorer.context_size))
     assert search.tokens(state) == best
+
+
+def frames_of_the_more_probable(scorer: RandomScorer, encoder_TJ: Tensor) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """For every token sequence, its emission frames if nothing is pruned: of merging hypotheses, the likelier's."""
+    found: dict[tuple[int, ...], tuple[float, tuple[int, ...]]] = {(): (1.0, ())}
+    for t, encoder_J in enumerate(encoder_TJ):
+        ways: dict[tuple[int, ...], list[tuple[float, tuple[int, ...]]]] = {}
+        for tokens, (probability, frames) in found.items():
+            for symbol, log_prob in enumerate(scorer.log_probs_V(encoder_J, tokens)):
+                way = probability * math.exp(log_prob), frames + (t,) * len(emits(symbol))
+                ways.setdefault(tokens + emits(symbol), []).append(way)
+        found = {tokens: (sum(p for p, _ in those), max(those)[1]) for tokens, those in ways.items()}
+    return {tokens: frames for tokens, (_, frames) in found.items()}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_emission_frames_are_those_of_the_more_probable_hypothesis(seed: int) -> None:
+    scorer = RandomScorer(seed=seed, sharpness=1.0)
+    encoder_BTJ = encoder_out(1, 4, seed=seed)
+    search = make_search("beam", scorer, beam=VOCAB**4)
+    (state,) = search.step(encoder_BTJ, [4], [search.start()])
+    expected = frames_of_the_more_probable(scorer, encoder_BTJ[0])
+    assert {hypothesis.tokens: hypothesis.emitted_frames for hypothesis in state.hypotheses} == expected
+    assert search.emitted_frames(state) == expected[search.tokens(state)]
+    assert len({frames for tokens, frames in expected.items() if len(tokens) == 2}) > 2  # not all are alike
+
+
+def test_a_beam_of_one_emits_where_greedy_search_does() -> None:
+    scorer = RandomScorer()
+    encoder_BTJ = encoder_out(1, 30)
+    (greedy,), (beam,) = (
+        search.step(encoder_BTJ, [30], [search.start()])
+        for search in (make_search("greedy", scorer), make_search("beam", scorer, 1))
+    )
+    assert beam.hypotheses[0].emitted_frames == greedy.emitted_frames and len(greedy.emitted_frames) > 3
 
 
 def test_a_wider_beam_is_no_worse() -> None:
@@ -118,7 +153,7 @@ def test_a_wider_beam_is_no_worse() -> None:
         for beam in gaps:
             search = make_search("beam", scorer, beam)
             (state,) = search.step(encoder_BTJ, [4], [search.start()])
-            assert len(state) <= beam
+            assert len(state.hypotheses) <= beam
             if beam == 1:
                 assert search.tokens(state) == brute_force_greedy(scorer, encoder_BTJ[0])[0]
             gaps[beam] += max(score.values()) - score[search.tokens(state)]
@@ -136,6 +171,7 @@ class TestBothSearches:
         for b, length in enumerate(lens):
             (alone,) = search.step(encoder_BTJ[b : b + 1], [length], [search.start()])
             assert search.tokens(states[b]) == search.tokens(alone)
+            assert search.emitted_frames(states[b]) == search.emitted_frames(alone)
         assert search.tokens(states[1]) == ()
 
     def test_chunked_equals_whole(self, method: str) -> None:
@@ -152,8 +188,23 @@ class TestBothSearches:
             assert [repr(state) for state in before] == copies  # states are never changed in place
         assert [search.tokens(state) for state in states] == [search.tokens(state) for state in whole]
         assert len(search.tokens(whole[0])) > 3
-        if method == "greedy":
-            assert states == whole
+        for state, other in zip(states, whole, strict=True):
+            assert search.emitted_frames(state) == search.emitted_frames(other)
+            assert len(search.emitted_frames(state)) == len(search.tokens(state)) and state.frames == other.frames
+
+    def test_what_is_settled_stays(self, method: str) -> None:
+        unsettled = 0
+        for seed in range(5):
+            search = make_search(method, RandomScorer(seed=seed))
+            encoder_BTJ, state, settled = encoder_out(1, 40, seed=seed), search.start(), ()
+            for t in range(40):
+                (state,) = search.step(encoder_BTJ[:, t : t + 1], [1], [state])
+                tokens = search.tokens(state)
+                assert tokens[: len(settled)] == settled and search.settled(state) >= len(settled)
+                settled = tokens[: search.settled(state)]
+                unsettled += len(tokens) > len(settled)
+            assert len(settled) > 3
+        assert (unsettled > 0) == (method == "beam")
 
     def test_blank_and_unk_emit_nothing(self, method: str) -> None:
         for symbol in (BLANK, UNK, 4):

@@ -1,7 +1,7 @@
-"""The cells of a comparison, model × test set × chunk width × left context: planned, decoded, kept.
+"""The cells of a comparison, model × test set × chunk width × left context, are planned, decoded and kept.
 
-A finished cell is a directory, there whole or not at all, named by what it depends on: a run that was stopped goes on
-where it was, and a cell is decoded anew when its checkpoint, its cuts or its settings are others.
+A finished cell is a directory that is there whole or not at all, and is named by what it depends on. So a run that was
+stopped goes on where it was, and a cell is decoded anew when its checkpoint, its cuts or its settings are others.
 """
 
 import hashlib
@@ -20,60 +20,63 @@ from tqdm import tqdm
 
 from ssm_asr import config, units
 from ssm_asr.checkpoint import Loaded, load_model
-from ssm_asr.data.features import cut_samples
-from ssm_asr.data.filtering import text_of
 from ssm_asr.data.parallel import ignore_interrupt
-from ssm_asr.evaluation.describe import describe
 from ssm_asr.evaluation.results import SUMMARY, write_results
-from ssm_asr.evaluation.streaming import Timing, recognise
+from ssm_asr.evaluation.streaming import stream_cuts
 from ssm_asr.evaluation.test_sets import read_test_cuts, read_test_sets, scoring_unit
 from ssm_asr.ops.devices import find_device
-from ssm_asr.search.recognizer import StreamingRecognizer, streaming_context
+from ssm_asr.search.encoding import streaming_context
+from ssm_asr.search.recognizer import StreamingRecognizer
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Model:
-    """What a comparison must know of a checkpoint."""
+    """What a comparison must know about a checkpoint."""
 
     name: str
     checkpoint: Path
-    digest: str  # of the file
+    digest: str  # SHA-256 of the file
     experiment: config.Experiment
-    vocab_size: int
     unit: str
 
     @property
     def keeps_left_context(self) -> bool:
-        """Whether it was trained with any left context."""
+        """Whether the model was trained with any left context."""
         return any(self.experiment.model.encoder.left_context_frames)
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """A manifest to recognise, or its first so many utterances."""
+    """The first `utterances` utterances of a manifest, which are recognised."""
 
     name: str
     path: Path
-    digest: str  # of the file
+    digest: str  # SHA-256 of the file
     utterances: int
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One decoding. Chunk and left context in frames of 20 ms; the left context is the one that chunks really see."""
+    """One decoding.
+
+    Attributes:
+        chunk: in frames of 20 ms.
+        left: the left context that chunks really see, in frames of 20 ms.
+        asked_lefts: the left contexts that come to `left`, since chunks see whole chunks.
+    """
 
     model: Model
     test_set: TestSet
     chunk: int
     left: int
-    asked_lefts: tuple[int, ...]  # those that come to `left`, since whole chunks are seen
+    asked_lefts: tuple[int, ...]
     device: str
 
     @property
     def directory(self) -> str:
-        """A name of its own for all that the result depends on."""
+        """The name of the cell's directory, which tells apart all that the result depends on."""
         decode = self.model.experiment.decode
         settings = [self.chunk, self.left, self.model.unit, decode.method, decode.beam, self.device]
         inputs = [self.model.digest, self.test_set.digest, self.test_set.utterances, *settings]
@@ -82,11 +85,15 @@ class Cell:
 
 
 def load_models(checkpoints: list[Path], names: list[str] | None, unit: str | None) -> list[Model]:
-    """The models to compare; names are those of their directories if not given.
+    """Reads the models to compare.
+
+    Args:
+        names: what to call them, by default the names of their directories.
+        unit: word or char; by default what suits the tokens.
 
     Raises:
-        ValueError: for a checkpoint that cannot be read, names that are not one a model, or models scored in different
-            units.
+        ValueError: if a checkpoint cannot be read, the names are not one for each model, or models are scored in
+            different units.
     """
     if names is None:
         folders = [path.resolve().parent.name for path in checkpoints]
@@ -98,18 +105,20 @@ def load_models(checkpoints: list[Path], names: list[str] | None, unit: str | No
     models = []
     for path, name in zip(checkpoints, names, strict=True):
         loaded = load_model(path)
-        vocab_size = loaded.tokenizer.vocab_size
-        models.append(Model(name, path, _digest(path), loaded.experiment, vocab_size, scoring_unit(loaded, unit)))
+        models.append(Model(name, path, _digest(path), loaded.experiment, scoring_unit(loaded, unit)))
     if len({model.unit for model in models}) > 1:
         raise ValueError("some of the models are scored in words, some in characters: give --unit word or --unit char")
     return models
 
 
 def load_test_sets(manifests: list[Path], limit: int) -> list[TestSet]:
-    """The test sets; limit 0 takes all their utterances.
+    """Reads the test sets.
+
+    Args:
+        limit: the number of utterances to take of each; 0 takes all.
 
     Raises:
-        ValueError: for cuts that cannot be read or scored, or two manifests of one name.
+        ValueError: if cuts cannot be read or scored, or two manifests have one name.
     """
     sets = read_test_sets(manifests, from_audio=True, limit=limit)
     return [
@@ -118,10 +127,14 @@ def load_test_sets(manifests: list[Path], limit: int) -> list[TestSet]:
     ]
 
 
-def plan(models: list[Model], sets: list[TestSet], chunks_ms: list[int], lefts: list[int], device: str) -> list[Cell]:
-    """Every decoding that is needed, in the order of the tables; left contexts in frames of 20 ms.
+def plan(models: list[Model], sets: list[TestSet], chunks: list[int], lefts: list[int], device: str) -> list[Cell]:
+    """Returns every decoding that is needed, in the order of the tables.
 
-    A model without left context has one cell a chunk width. Left contexts that come to the same are one cell.
+    A model without left context has one cell for each chunk width. Left contexts that come to one number of whole
+    chunks share a cell.
+
+    Args:
+        chunks, lefts: in frames of 20 ms.
 
     Raises:
         ValueError: if a model cannot do a chunk or left context.
@@ -129,21 +142,20 @@ def plan(models: list[Model], sets: list[TestSet], chunks_ms: list[int], lefts: 
     cells = []
     for test_set in sets:
         for model in models:
-            for chunk_ms in chunks_ms:
-                chunk = units.chunk_frames(chunk_ms)
+            for chunk in chunks:
                 asked: dict[int, list[int]] = {}
                 for left in lefts if model.keeps_left_context else [0]:
                     try:
                         visible = streaming_context(model.experiment.model.encoder, chunk, left)
                     except ValueError as error:
-                        raise ValueError(f"{model.checkpoint} at {chunk_ms} ms: {error}") from None
+                        raise ValueError(f"{model.checkpoint} at {units.chunk_ms(chunk)} ms: {error}") from None
                     asked.setdefault(visible, []).append(left)
                 cells += [Cell(model, test_set, chunk, left, tuple(those), device) for left, those in asked.items()]
     return cells
 
 
 def run(cells: list[Cell], out: Path, jobs: int) -> None:
-    """Decodes the cells that are not in the directory yet, each as OUT/NAME, in so many processes of one thread."""
+    """Decodes the cells that are not in the directory `out` yet, in `jobs` processes of one thread each."""
     named = {cell.directory: cell for cell in cells}  # equal files of two models make one
     missing = [cell for name, cell in named.items() if not (out / name).exists()]
     print(f"{len(named)} cells, {len(named) - len(missing)} of them finished before")
@@ -161,42 +173,29 @@ def run(cells: list[Cell], out: Path, jobs: int) -> None:
 
 
 def decode_cell(cell: Cell, out: Path, commit: str, advance: Callable[[], Any] = lambda: None) -> int:
-    """Streams the utterances of a cell, writes OUT/NAME, and returns their number.
+    """Streams the utterances of a cell, writes its directory into `out`, and returns their number.
 
     Args:
-        advance: called after every utterance.
+        commit: the commit of this program, for the summary.
+        advance: is called after every utterance.
     """
     torch.set_num_threads(1)
     recognizer = StreamingRecognizer(_loaded(cell.model.checkpoint, cell.device), cell.chunk, cell.left)
-    timing = Timing()
-    refs: dict[str, str] = {}
-    hyps: dict[str, str] = {}
-    for cut in _cuts(cell.test_set.path, cell.test_set.utterances):
-        refs[cut.id] = text_of(cut)
-        hyps[cut.id] = recognise(recognizer, cut_samples(cut), timing, show=False)
-        advance()
-    sizes = describe(cell.model.experiment, cell.model.vocab_size, cell.chunk, cell.left)
-    facts = {
-        "mode": "streaming",
+    refs, hyps, facts = stream_cuts(recognizer, _cuts(cell.test_set.path, cell.test_set.utterances), advance)
+    facts |= {
         "cuts": cell.test_set.name,
-        "chunk_frames": cell.chunk,
-        "left_context_frames": cell.left,
-        "method": recognizer.method,
-        "beam": recognizer.beam if recognizer.method == "beam" else None,
-        "parameters": sizes["parameters"],
-        "state_bytes": sizes["state_bytes"],
-        "device": cell.device,
+        "parameters": sum(p.numel() for p in recognizer.model.parameters()),
         "checkpoint": str(cell.model.checkpoint),
         "commit": commit,
     }
     part = out / f".{cell.directory}.part"
-    write_results(part, refs, hyps, cell.model.unit, facts | timing.facts(cell.chunk))
+    write_results(part, refs, hyps, cell.model.unit, facts)
     part.rename(out / cell.directory)
     return len(refs)
 
 
 def read_row(cell: Cell, out: Path) -> Row:
-    """The row of a finished cell for tables and figures; rates are fractions."""
+    """Reads the row of a finished cell for tables and figures. Rates are fractions."""
     summary = json.loads((out / cell.directory / SUMMARY).read_text(encoding="utf-8"))
     low, high = summary["interval"] or (None, None)
     return {
@@ -219,7 +218,7 @@ def read_row(cell: Cell, out: Path) -> Row:
 
 
 def current_commit() -> str:
-    """The commit of this program, with "-dirty" if files were changed since; "unknown" outside a git checkout."""
+    """Returns the commit of this program, with "-dirty" if files were changed since; "unknown" outside a checkout."""
     command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=9", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)

@@ -1,6 +1,6 @@
 """The figures of a comparison: error rate against chunk width, and against state bytes.
 
-Colours tell models apart (after Okabe and Ito, those that show on white and on black); markers and dashes tell left
+Colours tell models apart; they are those of Okabe and Ito that show on white and on black. Markers and dashes tell left
 contexts or chunks apart. SVGs are dark on light, or light on dark where the reader prefers that.
 """
 
@@ -50,17 +50,20 @@ class Series(NamedTuple):
 
 
 def left_text(frames: int) -> str:
-    """A left context, in frames of 20 ms, for a reader."""
+    """Names a left context, given in frames of 20 ms, for a reader."""
     return f"left context {units.chunk_ms(frames)} ms" if frames else "no left context"
 
 
 def rate_name(rows: list[Row]) -> str:
-    """What the error rate of these rows is called."""
+    """Returns the name of the error rate of rows, WER or CER."""
     return "WER" if rows[0]["unit"] == "word" else "CER"
 
 
 def chunk_width_figure(rows: list[Row]) -> Figure:
-    """Error rate in % with 95 % intervals over chunk width: a line a model and left context, a panel a test set."""
+    """Draws the error rate in % with 95 % intervals over chunk width.
+
+    Each model and left context has a line, each test set a panel.
+    """
 
     def draw(axes: Axes, rows: list[Row]) -> None:
         series = _series(rows)
@@ -100,7 +103,10 @@ def chunk_width_figure(rows: list[Row]) -> Figure:
 
 
 def state_bytes_figure(rows: list[Row]) -> Figure:
-    """Error rate in % over the bytes of state that a stream takes: a line a model and chunk width."""
+    """Draws the error rate in % over the bytes of state that a stream takes.
+
+    Each model and chunk width has a line, each test set a panel.
+    """
     models = list(dict.fromkeys(row["model"] for row in rows))
     chunks_ms = sorted({row["chunk_ms"] for row in rows})
     colours = {model: COLOURS[k % len(COLOURS)] for k, model in enumerate(models)}

@@ -1,4 +1,4 @@
-"""The page of a comparison: one file that needs no other, and no script."""
+"""The page of a comparison: one file that needs neither another file nor a script."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,15 +19,24 @@ WORST = 10  # utterances shown of a test set
 
 
 class Utterance(NamedTuple):
-    """One utterance as several models heard it."""
+    """One utterance as several models recognised it.
+
+    Attributes:
+        heard: for each model its label, its number of errors and the parts of `aligned`.
+    """
 
     cuts: str
     id: str
-    heard: list[tuple[str, int, list[tuple[str, str, str]]]]  # label, errors, `aligned`
+    heard: list[tuple[str, int, list[tuple[str, str, str]]]]
 
 
 def aligned(ref: str, hyp: str, unit: str) -> list[tuple[str, str, str]]:
-    """(kind, right, said) of every word or character; kind is same, sub, del or ins, and what is absent is empty."""
+    """Aligns the words or characters of a hypothesis with those of its reference.
+
+    Returns:
+        (kind, right, said) of every position. The kind is same, sub, del or ins; of a deletion `said` is empty, of an
+        insertion `right`.
+    """
     parts = []
     for right, said in kaldialign.align(split_units(ref, unit), split_units(hyp, unit), ""):
         kind = "same" if right == said else "ins" if not right else "del" if not said else "sub"
@@ -36,7 +45,10 @@ def aligned(ref: str, hyp: str, unit: str) -> list[tuple[str, str, str]]:
 
 
 def worst_utterances(rows: list[Row], cells_dir: Path) -> Iterator[Utterance]:
-    """Those with most errors, all models together, at the narrowest chunk and each model's longest left context."""
+    """Yields the utterances of each test set with most errors, all models together.
+
+    Each model is taken at the narrowest chunk and with its longest left context.
+    """
     narrowest_ms = min(row["chunk_ms"] for row in rows)
     for name in dict.fromkeys(row["cuts"] for row in rows):
         chosen: dict[str, Row] = {}  # rows come with growing left context
@@ -70,12 +82,12 @@ def html(
     commit: str,
     note: str,
 ) -> str:
-    """The page. All texts are escaped; in the figures, matplotlib has done that.
+    """Makes the page. All texts are escaped; in the figures, matplotlib has done so.
 
     Args:
-        figures: (SVG element, caption) of each.
-        commit: of the program that makes the page; those of the cells are shown, too.
-        note: a line to put on top; may be empty.
+        figures: the SVG element and the caption of each.
+        commit: the commit of the program that makes the page. Those of the cells are shown as well.
+        note: a line to put on top; it may be empty.
     """
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

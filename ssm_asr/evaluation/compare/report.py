@@ -1,4 +1,4 @@
-"""What a comparison writes: tables, figures, rows and one page."""
+"""A comparison is written as tables, figures, rows and one page."""
 
 import csv
 import json
@@ -19,11 +19,12 @@ CAPTIONS = (
 
 
 def write_report(models: list[Model], rows: list[Row], out: Path, note: str) -> str:
-    """Writes everything but the cells, from the cells, and returns the tables of error rates in Markdown.
+    """Writes tables, figures, rows and the page into `out`, and returns the tables of error rates in Markdown.
 
     Args:
-        rows: of `read_row`.
-        note: a line to put on top, such as what the speech is; may be empty.
+        rows: the cells, as `read_row` reads them.
+        out: the directory of the comparison, whose subdirectory cells/ holds the cells.
+        note: a line to put on top, such as what the speech is; it may be empty.
     """
     comparisons = compare_models(rows, out / "cells")
     commit = cells.current_commit()

@@ -1,4 +1,4 @@
-"""Which differences between models are more than chance: paired bootstrap over utterances, Holm's correction."""
+"""Which differences between models are significant, by a paired bootstrap over utterances and Holm's correction."""
 
 import itertools
 import math
@@ -12,21 +12,23 @@ from ssm_asr.evaluation.results import read_score
 from ssm_asr.evaluation.scoring import Score, paired_bootstrap
 
 LEVEL = 0.05
-RESAMPLES = 10_000  # and more where there are many comparisons, else their least p-value were above LEVEL after Holm
+# Many comparisons take more: else their smallest possible p-value would be above LEVEL after Holm's correction.
+RESAMPLES = 10_000
 
 
 def compare_models(rows: list[Row], cells_dir: Path) -> list[dict[str, Any]]:
-    """Every two models on the same utterances, at the same chunk width and left context.
+    """Compares every two models on the same utterances, at one chunk width and left context.
 
     A model without left context is compared with every left context of the others.
 
     Args:
-        rows: of `read_row`.
+        rows: the cells, as `read_row` reads them.
+        cells_dir: the directory that holds the cells.
 
     Returns:
-        A row a comparison. The difference is the error rate of b less that of a; p_holm is the p-value after Holm's
-        correction (Scandinavian Journal of Statistics 6, 1979) for all the comparisons returned. Interval and p-values
-        are None for a single utterance.
+        A row for each comparison. The difference is the error rate of b minus the error rate of a; p_holm is the
+        p-value after Holm's correction (Scandinavian Journal of Statistics 6, 1979) for all the comparisons returned.
+        Interval and p-values are None for a single utterance.
     """
     pairs = [(a, b) for a, b in itertools.combinations(rows, 2) if _comparable(a, b)]
     scores: dict[str, Score] = {}
@@ -59,7 +61,11 @@ def compare_models(rows: list[Row], cells_dir: Path) -> list[dict[str, Any]]:
 
 
 def holm(p_values: list[float | None]) -> list[float | None]:
-    """Holm's step-down correction: the k-th smallest of m is multiplied by m - k + 1, never to less than the last."""
+    """Corrects p-values for their number m by Holm's step-down procedure.
+
+    The k-th smallest is multiplied by m - k + 1, and is at least as large as the one before it. None stays None and
+    does not count.
+    """
     order = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     largest = 0.0

@@ -1,4 +1,4 @@
-"""The tables of a comparison, as texts: for Markdown and for the page."""
+"""The tables of a comparison, whose cells are texts, for Markdown and for the page."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from ssm_asr.evaluation.compare.significance import LEVEL
 
 
 class Table(NamedTuple):
-    """A table of texts."""
+    """A table whose cells are texts, with its title and a note."""
 
     title: str
     note: str
@@ -19,7 +19,7 @@ class Table(NamedTuple):
 
 
 def rate_tables(rows: list[Row]) -> Iterator[Table]:
-    """For every test set, the error rate of each model and left context at each chunk width."""
+    """Yields a table for every test set: the error rate of each model and left context at each chunk width."""
     for name in dict.fromkeys(row["cuts"] for row in rows):
         own = [row for row in rows if row["cuts"] == name]
         chunks_ms = sorted({row["chunk_ms"] for row in own})
@@ -41,7 +41,7 @@ def rate_tables(rows: list[Row]) -> Iterator[Table]:
 
 
 def models_table(rows: list[Row]) -> Table:
-    """The models and where they come from."""
+    """Makes the table of the models: parameters, search and checkpoint."""
     models = {row["model"]: row for row in rows}
     return Table(
         "Models",
@@ -52,7 +52,7 @@ def models_table(rows: list[Row]) -> Table:
 
 
 def cost_table(rows: list[Row]) -> Table:
-    """Every cell with its errors and what a stream costs."""
+    """Makes the table of all cells, with their errors and what a stream costs."""
     rate = rate_name(rows)
     head = ["cuts", "model", "chunk ms", "left context ms", f"{rate} %", "errors / length", "state bytes a stream"]
     return Table(
@@ -78,7 +78,7 @@ def cost_table(rows: list[Row]) -> Table:
 
 
 def significance_table(comparisons: list[dict[str, Any]], rate: str) -> Table:
-    """The comparisons of `compare_models`."""
+    """Makes the table of the comparisons of `compare_models`."""
 
     def p_text(p: float | None) -> str:
         return "–" if p is None else f"{p:.4f}"
@@ -105,7 +105,7 @@ def significance_table(comparisons: list[dict[str, Any]], rate: str) -> Table:
 
 
 def markdown(table: Table) -> str:
-    """A table in Markdown, under its title."""
+    """Writes a table in Markdown, under its title."""
 
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
