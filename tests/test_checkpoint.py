@@ -18,7 +18,8 @@ from ssm_asr.checkpoint import CheckpointError
 from ssm_asr.config import Experiment
 from ssm_asr.data.tokens import Tokenizer
 from ssm_asr.encoder.zipformer import ZipformerConfig
-from ssm_asr.training.experiment_dir import make_ready, resumable
+from ssm_asr.training.experiment_dir import resumable
+from ssm_asr.training.resume import make_ready
 from ssm_asr.transducer.model import ModelConfig, Transducer
 
 
