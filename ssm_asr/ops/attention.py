@@ -1,9 +1,13 @@
-"""Attention with relative positions, masked by chunks: which keys a query may see, the weights, the weighted sums.
+"""This module computes attention with relative positions, masked by chunks.
 
-Source: Yao et al. (arXiv 2310.11230), section 3.2. Left context may be any number of frames, 0 included.
+It says which keys a query may see, and computes the attention weights and the weighted sums of values.
 
-Shapes: B batch, T frames (queries), L left-context frames kept from before, K = L + T keys, P = K + T - 1 relative
-positions, H heads, Q query dim of all heads, Y position-query dim of all heads, X of one, V value dim of all heads.
+Source: Yao et al., "Zipformer" (arXiv 2310.11230), section 3.2. The left context may have any number of frames, 0
+included.
+
+Shapes: B batch, T frames (queries), L left-context frames kept from earlier chunks, K = L + T keys, P = K + T - 1
+relative positions, H heads, Q query dimension of all heads, Y position-query dimension of all heads, X position-query
+dimension of one head, V value dimension of all heads.
 """
 
 from typing import NamedTuple
@@ -18,18 +22,19 @@ from ssm_asr.ops.precision import at_least_float32
 
 MASKED_SCORE = -1000.0
 LARGE_SCORE, LARGE_SCORE_PENALTY = 25.0, 1e-4
-MOST_FRAMES = 2**30  # more than any sequence has, with room in 32 bits
+MOST_FRAMES = 2**30  # more than any sequence has, and few enough for sums with it to fit into 32 bits
 
 
 class Context(NamedTuple):
-    """Which keys each query may see. Both masks are True where a key is hidden.
+    """Says which keys each query may see. Both masks are True where a key is hidden.
 
     Attributes:
-        chunk_mask_TK: hidden by the chunks and the left context, the same for the whole batch; None hides nothing, and
-            stands beside a span, which says it all.
-        padding_mask_BK: hidden as padding or, in streaming, as not yet filled; or None.
-        span_2BT: of whole sequences, for kernels: the first visible key of each query and the end of those visible (no
-            more than K), int32; where the end is not behind the first, none is visible.
+        chunk_mask_TK: True where the chunks and the left context hide a key, for all sequences alike. None hides
+            nothing. It is also None if there is a span, which contains what the mask would say.
+        padding_mask_BK: True where a key is padding or, in streaming, lies in a part of the left context that is not
+            filled yet. None hides nothing.
+        span_2BT: for kernels on whole sequences, the first visible key of each query, and the end of its visible keys,
+            which is one past the last and at most K; int32. A query whose end is not above its first key sees no key.
     """
 
     chunk_mask_TK: Tensor | None
@@ -37,7 +42,7 @@ class Context(NamedTuple):
     span_2BT: Tensor | None = None
 
     def every(self, factor: int) -> "Context":
-        """The context of a stack that runs at a `factor` times lower frame rate."""
+        """Returns the context for a stack whose frame rate is lower by `factor`."""
         chunk_TK, padding_BK, span_2BT = self
         return Context(
             chunk_TK if chunk_TK is None else chunk_TK[::factor, ::factor],
@@ -47,9 +52,12 @@ class Context(NamedTuple):
 
 
 def visible_left_context(chunk: int, left_context: int) -> int:
-    """Left-context frames that a chunk sees: whole chunks, at least one, but none if the left context is 0.
+    """Returns how many frames of left context a chunk sees.
 
-    A left context of -1 is all frames. A chunk of -1 holds all frames, and so has none to its left.
+    Args:
+        chunk: in frames. A chunk of -1 holds all frames, so it sees none to its left.
+        left_context: in frames; -1 for all. It is rounded down to whole chunks, but to no less than one chunk. 0 is
+            none.
     """
     if chunk < 0 or not left_context:
         return 0
@@ -59,14 +67,15 @@ def visible_left_context(chunk: int, left_context: int) -> int:
 def context_of_sequences(
     x_BTD: Tensor, lens_B: Tensor, chunk: int, left_context: int | Tensor, *, spans: bool = True
 ) -> Context:
-    """The context of whole sequences, of which chunks see themselves and their left context.
+    """Returns the context of whole sequences, in which each chunk sees itself and its left context.
 
     Args:
-        x_BTD: the sequences, for their number of frames and their device.
-        lens_B: how many frames of each are not padding.
+        x_BTD: the sequences; their number of frames, their type and their device are used.
+        lens_B: how many frames of each sequence are not padding.
         chunk: in frames; -1 for all.
-        left_context: in frames; -1 for all. A tensor is a number on the device that `visible_left_context` gave.
-        spans: whether `attention_weights` and `weighted_sums` use the context, which then carries what they need.
+        left_context: in frames; -1 for all. A tensor holds what `visible_left_context` returned, on the device.
+        spans: whether the context is for `attention_weights` and `weighted_sums`, which take spans where they run by
+            kernels. False always makes masks.
     """
     T, device = x_BTD.shape[1], x_BTD.device
     padding_mask_BK = torch.arange(T, device=device) >= lens_B[:, None]
@@ -76,21 +85,26 @@ def context_of_sequences(
 
 
 def context_of_chunk(frames: int, left_context: int, processed_B: Tensor | None) -> Context:
-    """The context of a chunk of `frames` after the left context, which fills from its end as a stream grows older.
+    """Returns the context of one chunk of a stream. The left context fills up from its end as the stream goes on.
 
     Args:
-        processed_B: frames that each stream has had before this chunk; may be None without left context.
+        frames: frames of the chunk.
+        left_context: frames kept from earlier chunks.
+        processed_B: how many frames each stream had before this chunk. It may be None if there is no left context.
     """
     if not left_context:
         return Context(None, None)
     assert processed_B is not None, "with left context, streams have an age"
-    # The chunk itself (age <= 0) is always visible.
+    # Frames of the chunk itself have an age of 0 or less, and are always visible.
     age_K = torch.arange(left_context, -frames, -1, device=processed_B.device)
     return Context(None, age_K > processed_B[:, None])
 
 
 def chunk_mask(frames: int, chunk: int, left_context: int | Tensor, device: torch.device) -> Tensor | None:
-    """`Context.chunk_mask_TK` of whole sequences; None if all frames are visible. As for `context_of_sequences`."""
+    """Returns `Context.chunk_mask_TK` for whole sequences, or None if the chunk holds all frames.
+
+    `context_of_sequences` explains the arguments.
+    """
     if chunk < 0:
         return None
     chunk_T = torch.arange(frames, device=device) // chunk
@@ -99,7 +113,7 @@ def chunk_mask(frames: int, chunk: int, left_context: int | Tensor, device: torc
 
 
 def visible_span(lens_B: Tensor, frames: int, chunk: int, left_context: int | Tensor) -> Tensor:
-    """`Context.span_2BT` of whole sequences. As for `context_of_sequences`."""
+    """Returns `Context.span_2BT` for whole sequences; `context_of_sequences` explains the arguments."""
     left = _visible(chunk, left_context)
     chunk = chunk if chunk > 0 else frames
     frame_T = torch.arange(frames, device=lens_B.device, dtype=torch.int32)
@@ -122,19 +136,22 @@ def attention_weights(
     skip_positions: Number,
     penalize: Number,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """softmax of q·k + position_q·position_k, without 1/sqrt(dim), over the keys that the context shows.
+    """Computes the attention weights: the softmax of query·key + position query·position key over the visible keys.
+
+    The scores are not divided by the root of the dimension.
 
     Args:
-        query_BTQ, key_BKQ, pos_query_BTY: the heads' parts side by side.
+        query_BTQ, key_BKQ, pos_query_BTY: the heads' parts lie side by side.
         pos_key_PY: keys of the relative positions -(K-1) … T-1, in this order.
         heads: H.
         context: which keys each query sees.
-        skip_positions: 1 to leave the positions out, else 0.
+        skip_positions: 1 to leave the relative positions out, else 0.
         penalize: 1 to add the gradient of LARGE_SCORE_PENALTY · Σ max(0, |score| - LARGE_SCORE), else 0.
 
     Returns:
-        The weights (B, H, T, K) once for each of two users, and those of the first head (B, T, K) for a third, so that
-        a kernel can add up what gradients come back; in the type of the queries.
+        The weights (B, H, T, K) twice, for two modules, and the weights (B, T, K) of the first head, for a third. They
+        have the type of the queries. Each module gets an output of its own because a kernel then adds up the three
+        gradients itself.
     """
     B, T, _ = query_BTQ.shape
     if context.span_2BT is not None:
@@ -170,8 +187,17 @@ def attention_weights(
 def weights_of_scores(
     scores_BHTK: Tensor, position_BHTP: Tensor | None, context: Context, penalty: Number = 0.0
 ) -> Tensor:
-    """Softmax of the scores plus those of relative positions, if any, in float32 at least; scores over a limit are
-    penalised in training."""
+    """Computes the attention weights from scores, in float32 at least.
+
+    Args:
+        scores_BHTK: query·key.
+        position_BHTP: scores of the relative positions, which are added; None adds nothing.
+        context: which keys each query sees.
+        penalty: weight of the penalty on absolute scores above LARGE_SCORE; it acts on gradients alone.
+
+    Returns:
+        The weights (B, H, T, K).
+    """
     if position_BHTP is not None:
         scores_BHTK = scores_BHTK + shift_relative(position_BHTP)
     if scores_BHTK.requires_grad and not known_zero(penalty):
@@ -180,7 +206,7 @@ def weights_of_scores(
 
 
 def hidden(scores_BHTK: Tensor, context: Context) -> Tensor:
-    """The scores, with those of hidden keys so low that they weigh nothing."""
+    """Returns the scores with MASKED_SCORE at hidden keys, so that these get no weight beside visible ones."""
     if context.chunk_mask_TK is not None:
         scores_BHTK = scores_BHTK.masked_fill(context.chunk_mask_TK, MASKED_SCORE)
     if context.padding_mask_BK is not None:
@@ -189,9 +215,10 @@ def hidden(scores_BHTK: Tensor, context: Context) -> Tensor:
 
 
 def shift_relative(scores_BHTP: Tensor) -> Tensor:
-    """Reorders scores of relative positions to scores of keys: out[…, i, j] = in[…, i, j - i + T - 1].
+    """Turns scores of relative positions (B, H, T, P) into scores of keys (B, H, T, K).
 
-    In row-major order that element is i·(P-1) + j + T - 1: the same data, read in rows of P - 1 from T - 1 on.
+    The result is out[…, i, j] = in[…, i, j - i + T - 1]. In row-major order this element of the input has the index
+    i·(P-1) + j + T - 1. So the result is found by reading the input in rows of P - 1 elements, starting at T - 1.
     """
     B, H, T, P = scores_BHTP.shape
     if T == 1:
@@ -202,7 +229,16 @@ def shift_relative(scores_BHTP: Tensor) -> Tensor:
 
 
 def weighted_sums(weights_BHTK: Tensor, value_BKV: Tensor, context: Context) -> Tensor:
-    """Sums of each head's values by its weights: (B, T, V), the heads' parts side by side."""
+    """Sums each head's values with its weights.
+
+    Args:
+        weights_BHTK: one of the outputs of `attention_weights`.
+        value_BKV: the heads' parts lie side by side.
+        context: the context that the weights were made with.
+
+    Returns:
+        (B, T, V), the heads' parts side by side.
+    """
     if context.span_2BT is not None:
         from ssm_asr.ops import weighted_sums_kernel  # only where Triton is installed
 

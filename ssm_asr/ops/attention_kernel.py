@@ -1,13 +1,15 @@
-"""Attention weights from the projections as they lie, in one kernel forward and three backward.
+"""These kernels compute attention weights: one in the forward pass, three in the backward pass.
 
-    weights_tk = softmax_k(query_t·key_k + (1 - skip)·pos_query_t·pos_key_{k-t+T-1}), scores of hidden keys being -1000
+    weights_tk = softmax_k(query_t·key_k + (1 - skip)·pos_query_t·pos_key_{k-t+T-1})
 
-Each query sees the keys of one span. Only blocks of keys that some query of a block sees are worked on, and scores are
-made anew in the backward pass instead of being kept. A query whose span is empty has the same weight for every key,
-which is what equal scores of -1000 come to.
+Scores of hidden keys are -1000. The kernels read the projections as they lie in memory, with the heads' parts side by
+side. Each query sees the keys of one span. A program skips blocks of keys that none of its queries sees. The backward
+pass computes the scores again, so that they need not be kept. A query with an empty span gives all keys equal weights,
+as equal scores of -1000 would.
 
-Shapes: B batch, H heads, T queries, K keys, P = K + T - 1 relative positions, Q query dim of all heads, D of one head,
-Y dim of all heads' position queries, X of one head, S = K rounded up to a multiple of 16, a row's length in memory.
+Shapes: B batch, H heads, T queries, K keys, P = K + T - 1 relative positions, Q query dimension of all heads, D of one
+head, Y position-query dimension of all heads, X of one head, S elements of a row of weights in memory: K rounded up to
+a multiple of 16.
 """
 
 from typing import Any
@@ -19,19 +21,20 @@ from torch import Tensor
 
 from ssm_asr.ops.dispatch import FEW_NUMBERS
 
-QUERIES, KEYS, PLACES, WARPS = 64, 32, 32, 8  # of a program's tile; with these hardly a register spills
-# Of a length of 1 Triton would make a constant, which is not of the type a loop counts in.
+# Sizes of a program's tile (PLACES are relative positions), and its warps. With these, hardly any registers spill.
+QUERIES, KEYS, PLACES, WARPS = 64, 32, 32, 8
+# Triton would turn a length of 1 into a constant, whose type is not the type that loops count in.
 UNSPECIALIZED = (*FEW_NUMBERS, "T", "K")
 
 
 def row_length(keys: int) -> int:
-    """Elements from one row of weights to the next: a multiple of 16, so that loads and products are aligned."""
+    """Returns the elements of a row of weights in memory: a multiple of 16, so that loads and products are aligned."""
     return -(-keys // 16) * 16
 
 
 @triton.jit
 def spans(first_ptr, end_ptr, b, t, T, K):  # type: ignore[no-untyped-def]
-    """Of a block of queries: the first visible key of each and the end of those visible; the same of all together."""
+    """Returns the first visible key and the end of the visible keys of each query, then the extremes over the block."""
     inside = t < T
     first = tl.load(first_ptr + b * T + t, mask=inside, other=K)
     end = tl.load(end_ptr + b * T + t, mask=inside, other=0)
@@ -40,7 +43,7 @@ def spans(first_ptr, end_ptr, b, t, T, K):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _written_spans(first_ptr, end_ptr, acts_ptr, b, t, T, K):  # type: ignore[no-untyped-def]
-    """The same of the keys whose scores have a gradient: all, if the penalty acts, as it does on hidden scores too."""
+    """Returns `spans` of the keys whose scores have a gradient: all keys if the penalty acts, since it acts on all."""
     acts = tl.load(acts_ptr)
     inside = t < T
     first = tl.where(acts > 0, 0, tl.load(first_ptr + b * T + t, mask=inside, other=K))
@@ -53,7 +56,7 @@ def _scores(  # type: ignore[no-untyped-def]
     query, pos_query, key_ptr, pos_key_ptr, t, k, key_k, T, K,
     D: tl.constexpr, X: tl.constexpr, D_PAD: tl.constexpr, X_PAD: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one head's scores before masking, and the keys (D, K) and pos_keys (T, K, X) it was made from."""
+    """Returns a tile of one head's scores before masking, and the keys (D, K) and position keys (T, K, X) for it."""
     d, x = tl.arange(0, D_PAD), tl.arange(0, X_PAD)
     key = tl.load(key_ptr + k[None, :] * key_k + d[:, None], mask=(k < K)[None, :] & (d < D)[:, None], other=0.0)
     inside = (t < T)[:, None] & (k < K)[None, :]
@@ -70,7 +73,7 @@ def _start(  # type: ignore[no-untyped-def]
     query_b, query_t, key_b, pos_query_b, pos_query_t, T, K,
     H: tl.constexpr, D: tl.constexpr, X: tl.constexpr, D_PAD: tl.constexpr, X_PAD: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """The program's queries, and where its batch element's and head's keys begin."""
+    """Loads the program's queries, and finds where the keys of its batch element and head begin."""
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     t, d, x = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES), tl.arange(0, D_PAD), tl.arange(0, X_PAD)
     query_ptr += b.to(tl.int64) * query_b + h * D
@@ -127,7 +130,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             weights += tl.exp(tl.where(visible, scores - norm[:, None], -float("inf")))
         tl.store(
             weights_ptr + t[:, None] * S + k[None, :], weights.to(weights_ptr.dtype.element_ty),
-            mask=(t < T)[:, None] & (k < S)[None, :],  # with what lies between K and S, stores are wide
+            mask=(t < T)[:, None] & (k < S)[None, :],  # also writes what lies between K and S, so that stores are wide
         )  # fmt: skip
         begin += KEYS
 
@@ -136,7 +139,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 def _dweights(  # type: ignore[no-untyped-def]
     dweights1_ptr, dweights2_ptr, dfirst_head_ptr, t, k, visible, T, K, H: tl.constexpr, FIRST_HEAD: tl.constexpr
 ):  # fmt: skip
-    """The gradient of a tile of weights, from all that use them; 0 where a key is hidden."""
+    """Returns the gradient of a tile of weights, summed over all that use them; 0 where a key is hidden."""
     b, h, place = tl.program_id(1) // H, tl.program_id(1) % H, t[:, None] * K + k[None, :]
     of_head = tl.program_id(1).to(tl.int64) * T * K
     dweights = tl.load(dweights1_ptr + of_head + place, mask=visible, other=0.0).to(tl.float32)
@@ -155,7 +158,7 @@ def _query_gradient_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr, X: tl.constexpr, D_PAD: tl.constexpr, X_PAD: tl.constexpr, QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the scores, written where they may differ from 0, and of the program's queries."""
+    """Computes the gradients of the scores, written where they may differ from 0, and of the program's queries."""
     b, t, query, pos_query, key_ptr, pos_key_ptr = _start(
         query_ptr, key_ptr, pos_query_ptr, pos_key_ptr, skip_ptr,
         query_b, query_t, key_b, pos_query_b, pos_query_t, T, K, H, D, X, D_PAD, X_PAD, QUERIES,
@@ -175,7 +178,7 @@ def _query_gradient_kernel(  # type: ignore[no-untyped-def]
         delta += tl.sum(weights * dweights, axis=1)
         begin += KEYS
     acts = tl.load(acts_ptr)
-    if acts > 0:  # the penalty is on the scores of hidden keys as well
+    if acts > 0:  # the penalty acts on the scores of hidden keys as well
         low, high = low * 0, high * 0 + K
     dquery = tl.zeros((QUERIES, D_PAD), tl.float32)
     dpos_query = tl.zeros((QUERIES, X_PAD), tl.float32)
@@ -216,7 +219,7 @@ def _key_gradient_kernel(  # type: ignore[no-untyped-def]
     query_ptr, first_ptr, end_ptr, acts_ptr, dscores_ptr, dkey_ptr, query_b, query_t, T, K, S,
     H: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dkey_k = Σ_t dscores_tk·query_t, over the queries that see a key of the block."""
+    """Computes dkey_k = Σ_t dscores_tk·query_t over the blocks of queries that see a key of the program's block."""
     b, h, bh = tl.program_id(1) // H, tl.program_id(1) % H, tl.program_id(1).to(tl.int64)
     start, d = tl.program_id(0) * KEYS, tl.arange(0, D_PAD)
     k = start + tl.arange(0, KEYS)
@@ -246,7 +249,7 @@ def _position_gradient_kernel(  # type: ignore[no-untyped-def]
     pos_query_ptr, skip_ptr, first_ptr, end_ptr, acts_ptr, dscores_ptr, dpos_key_ptr, pos_query_b, pos_query_t,
     T, K, S, H: tl.constexpr, X: tl.constexpr, X_PAD: tl.constexpr, QUERIES: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """dpos_key_p = Σ_t dscores_t,p+t-T+1·pos_query_t, of each batch element its own sums."""
+    """Computes dpos_key_p = Σ_t dscores_{t,p+t-T+1}·pos_query_t, separately for each batch element."""
     b, h, bh = tl.program_id(1) // H, tl.program_id(1) % H, tl.program_id(1).to(tl.int64)
     start, x = tl.program_id(0) * PLACES, tl.arange(0, X_PAD)
     P = K + T - 1
@@ -254,12 +257,13 @@ def _position_gradient_kernel(  # type: ignore[no-untyped-def]
     pos_query_ptr += b.to(tl.int64) * pos_query_b + h * X
     dscores_ptr += bh * T * S
     dpos_key = tl.zeros((X_PAD, PLACES), tl.float32)
-    begin = tl.maximum(T - start - PLACES, 0) // QUERIES * QUERIES  # of the queries that have keys at these places
+    # The range of queries that have keys at these positions.
+    begin = tl.maximum(T - start - PLACES, 0) // QUERIES * QUERIES
     stop = tl.minimum(P - start, T)
     while begin < stop:
         t = begin + tl.arange(0, QUERIES)
         first, end, low, high = _written_spans(first_ptr, end_ptr, acts_ptr, b, t, T, K)
-        least = start + begin - (T - 1)  # key of the tile
+        least = start + begin - (T - 1)  # the first key of the tile
         if (low < least + PLACES + QUERIES) & (high > least):
             k = place[None, :] + t[:, None] - (T - 1)
             written = (k >= first[:, None]) & (k < end[:, None])
@@ -290,7 +294,8 @@ class _AttentionWeights(torch.autograd.Function):
         _forward_kernel[(triton.cdiv(T, QUERIES), B * H)](
             *inputs, weights_BHTS, norm_BHT, *ctx.strides, **ctx.sizes, **ctx.content, **ctx.position, KEYS=KEYS
         )
-        ctx.skip = skip  # like acts a part of a tensor whose other parts are written meanwhile
+        # skip and acts may be views of a tensor that other modules write to, which autograd would refuse to save.
+        ctx.skip = skip
         ctx.save_for_backward(query_BTQ, key_BKQ, pos_query_BTY, pos_key_HPX, first_BT, end_BT, weights_BHTS, norm_BHT)
         ctx.set_materialize_grads(False)
         return weights_BHTS[..., :K], weights_BHTS[..., :K], weights_BHTS[:, 0, :, :K]
@@ -337,17 +342,20 @@ def attention_weights(
     limit: float,
     penalty: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights (B, H, T, K) in the type of the queries, twice, and once those of the first head alone (B, T, K).
-
-    All are the same memory, in which rows lie a multiple of 16 elements apart. They are apart for three users, whose
-    gradients are added up here; gradients for the weights of hidden keys are not even read.
+    """Computes the attention weights in the type of the queries.
 
     Args:
-        query_BTQ, key_BKQ, pos_query_BTY: the heads' parts side by side; of any strides but the last.
-        pos_key_HPX: keys of relative positions, ascending; contiguous.
-        span_2BT: the first visible key of each query, and the end of those visible; int32, contiguous.
-        skip: 1 to leave the positions out, else 0; acts: 1 for the penalty to act, else 0; scalars on the device.
-        limit, penalty: the gradient of acts · penalty · Σ max(0, |score| - limit) is added.
+        query_BTQ, key_BKQ, pos_query_BTY: the heads' parts lie side by side; the last stride is 1, others are free.
+        pos_key_HPX: keys of the relative positions in ascending order; contiguous.
+        span_2BT: the first visible key of each query, and the end of its visible keys; int32, contiguous.
+        skip: 1 to leave the positions out, else 0; a scalar on the device.
+        acts: 1 to add the gradient of the penalty, else 0; a scalar on the device.
+        limit, penalty: the penalty is penalty · Σ max(0, |score| - limit).
+
+    Returns:
+        The weights (B, H, T, K) twice, and the weights of the first head (B, T, K). All are views of one memory, whose
+        rows lie a multiple of 16 elements apart. They are three outputs because three modules use them: the backward
+        pass adds up the three gradients. It does not read gradients of the weights of hidden keys.
     """
     weights: tuple[Tensor, Tensor, Tensor] = _AttentionWeights.apply(
         query_BTQ, key_BKQ, pos_query_BTY, pos_key_HPX, *span_2BT, skip, acts, limit, penalty

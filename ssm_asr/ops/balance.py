@@ -1,6 +1,8 @@
-"""The gradient of a balancer, which keeps statistics of each channel within limits (Yao et al., appendix A.3.2).
+"""A balancer returns its input, and changes the gradient to keep the statistics of each channel within limits.
 
-Source: arXiv 2310.11230. Shapes: D channels (any dimension), N frames (all other dimensions).
+Source: Yao et al., "Zipformer" (arXiv 2310.11230), appendix A.3.2.
+
+Shapes: D channels (any dimension), N frames (all other dimensions together).
 """
 
 from typing import Any, NamedTuple
@@ -14,13 +16,14 @@ from ssm_asr.ops.precision import at_least_float32
 
 
 class Balance(NamedTuple):
-    """What a balancer does to the gradients of one batch.
+    """Says what a balancer does to the gradient in one batch.
 
     Attributes:
-        numbers: whether it acts (0 or 1), the least and the greatest mean/std, the least and the greatest rms of a
-            channel. The last four may be missing where the host knows that it does not act.
-        grad_scale: the size of the added gradient, relative to each element of the gradient.
-        channel_dim: the dimension that is not averaged over.
+        numbers: five numbers: whether the balancer acts (1 or 0), the least and the greatest mean/std of a channel, and
+            the least and the greatest rms of a channel. If the host knows that the balancer does not act, the limits
+            may be missing.
+        grad_scale: size of the added gradient, relative to each element of the gradient.
+        channel_dim: dimension of the channels; statistics are taken over all others.
     """
 
     numbers: Numbers
@@ -29,12 +32,17 @@ class Balance(NamedTuple):
 
     @property
     def idle(self) -> bool:
-        """Whether the host knows that it does not act."""
+        """Whether the host knows that the balancer does not act."""
         return known_zero(self.numbers[0])
 
 
 def balance(x: Tensor, by: Balance | None) -> Tensor:
-    """x itself, with gradients changed by a balancer; None or one that does not act changes nothing."""
+    """Returns x itself. The backward pass changes the gradient as the balancer says.
+
+    Args:
+        x: of any shape.
+        by: what the balancer does. Nothing changes if it is None or does not act.
+    """
     if by is None or by.idle:
         return x
     if dispatch.use_kernels(x):
@@ -46,12 +54,15 @@ def balance(x: Tensor, by: Balance | None) -> Tensor:
 
 
 class _Balance(torch.autograd.Function):
-    """Adds to each gradient element grad_scale·|grad| times the unit-rms gradient of the balancer's penalty.
+    """Adds the gradient of a penalty, which is first scaled to an rms of 1 in each channel.
 
-    With m = mean/std and r = rms of a channel over N frames, the penalty |m - clamp(m)| + |log(clamp(r)/r)| has a
-    gradient that is affine in x, (a + b·x)/N a channel:
-        d m/dx = (1 - m·(x - mean)/std) / (N·std),   d log r/dx = x / (N·r²)
-    so the mean and the mean square of each channel are all that is needed of x beside x itself.
+    Each element of the result is grad + grad_scale·|grad|·(the scaled gradient of the penalty). With m = mean/std and
+    r = rms of a channel over N frames, the penalty is |m - clamp(m)| + |log(clamp(r)/r)|. Its gradient is affine in x,
+    (a + b·x)/N with a and b constant in each channel, because
+
+        d m/dx = (1 - m·(x - mean)/std) / (N·std),   d log r/dx = x / (N·r²).
+
+    So the backward pass needs only x, and the mean and the mean square of each channel.
     """
 
     @staticmethod
@@ -77,19 +88,21 @@ class _Balance(torch.autograd.Function):
             sign_r = torch.sign(rms - rms.clamp(min=min_rms).clamp(max=max_rms))
             slope = sign_r / (rms * rms) - sign_m * m / (std * std)
             offset = sign_m * (1 + m * mean / std) / std
-            # The rms of offset + slope·x over frames, without squares that overflow where a channel is all zeros.
+            # This is the rms of offset + slope·x over frames. hypot avoids squares, which would overflow where a
+            # channel is all zeros.
             size = torch.hypot(offset + slope * mean, slope * std).clamp(min=1e-20)
             push = torch.addcmul(offset / size, x, slope / size) * ctx.grad_scale
             return (grad + grad.abs() * push.to(grad.dtype)), None, None, None
 
 
 class _BalanceByKernel(torch.autograd.Function):
-    """The kernel does next to nothing for a batch on which the balancer does not act."""
+    """Computes `_Balance` by a kernel, which only copies the gradient in a batch where the balancer does not act."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, numbers: Tensor, grad_scale: float, channel_dim: int) -> Tensor:
         ctx.save_for_backward(x)
-        # The numbers are part of a tensor whose other parts are written meanwhile, which autograd would refuse.
+        # The numbers may be a view of one tensor with the numbers of all modules. Other modules write to this tensor
+        # before the backward pass, and autograd would refuse a saved tensor that was written to.
         ctx.numbers, ctx.grad_scale, ctx.channel_dim = numbers, grad_scale, channel_dim
         return x.view_as(x)
 

@@ -1,4 +1,7 @@
-"""BiasNorm (Yao et al., arXiv 2310.11230, equation 4). Shapes: D channels (last dimension)."""
+"""BiasNorm normalises channels by their root mean square after subtracting a learned bias.
+
+Source: Yao et al., "Zipformer" (arXiv 2310.11230), equation 4. Shapes: D channels (last dimension).
+"""
 
 from torch import Tensor
 
@@ -8,12 +11,12 @@ from ssm_asr.ops.numbers import Numbers, known_zero, on_device
 
 
 def bias_norm(x: Tensor, bias_D: Tensor, log_scale: Tensor, limits: Numbers | None = None) -> Tensor:
-    """x · exp(log_scale) / rms(x - bias), the rms over channels, in the type of x.
+    """Returns x · exp(log_scale) / rms(x - bias) in the type of x, with the rms taken over channels.
 
     Args:
         x: (…, D).
-        bias_D, log_scale: the learned bias and the learned scalar.
-        limits: how the gradient of log_scale is limited; see ssm_asr.ops.limit.
+        bias_D, log_scale: the learned bias and the learned scalar, in float32 or float64.
+        limits: the numbers of `ssm_asr.ops.limit.limit` for log_scale; None does not limit it.
     """
     if dispatch.use_kernels(x):
         from ssm_asr.ops import bias_norm_kernel  # only where Triton is installed
@@ -22,6 +25,6 @@ def bias_norm(x: Tensor, bias_D: Tensor, log_scale: Tensor, limits: Numbers | No
             limits = None if known_zero(limits[0]) else on_device(limits, x.device)
         return bias_norm_kernel.bias_norm(x, bias_D, log_scale, limits)
     log_scale = limit(log_scale, limits)
-    # x is float16 or bfloat16 under autocast, the bias never: the mean square is taken in the bias's precision.
+    # Under autocast x may be in float16 or bfloat16, but the bias is not: so the mean square has the bias's precision.
     mean_square = (x - bias_D).square().mean(dim=-1, keepdim=True)
     return x * (mean_square.rsqrt() * log_scale.exp()).to(x.dtype)

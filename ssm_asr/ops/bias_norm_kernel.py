@@ -1,6 +1,6 @@
-"""BiasNorm in one pass over memory each way.
+"""These kernels compute BiasNorm, in one pass over memory forward and one backward.
 
-Shapes: N rows (all dims but channels), D channels.
+Shapes: N rows (all dimensions but channels), D channels.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from ssm_asr.ops.dispatch import ANY_COUNT
 from ssm_asr.ops.sums_kernel import load_rows, rows, slabs_of, totals
 
-TILE_ELEMENTS = 2048  # of a program's tile of whole rows
+TILE_ELEMENTS = 2048  # in a program's tile, which consists of whole rows
 
 
 @triton.jit
@@ -38,9 +38,9 @@ def _norm_gradient_kernel(  # type: ignore[no-untyped-def]
     x_ptr, bias_ptr, log_scale_ptr, dy_ptr, dx_ptr, sums_ptr, x_row, dy_row, N, D, slab_rows,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dx, and of each slab of rows its share of the bias's gradient, with that of log_scale as column D.
+    """Computes dx, and the share of each slab of rows in the gradient of the bias, with log_scale's as column D.
 
-    With r = 1/rms(x - bias) and s = r·exp(log_scale): dx = s·dy + (ds/dx)·Σ dy·x, and ds/dx = -s·r²·(x - bias)/D.
+    With r = 1/rms(x - bias) and s = r·exp(log_scale), dx = s·dy + (ds/dx)·Σ dy·x and ds/dx = -s·r²·(x - bias)/D.
     """
     d = tl.arange(0, CHANNELS)
     first = tl.program_id(0) * slab_rows
@@ -53,7 +53,7 @@ def _norm_gradient_kernel(  # type: ignore[no-untyped-def]
         mask = (n < N)[:, None] & (d < D)[None, :]
         x, dy = load_rows(x_ptr, n, x_row, d, mask), load_rows(dy_ptr, n, dy_row, d, mask)
         centred = x - bias[None, :]
-        # Rows beyond the end, all zeros, must not become infinite where the bias is zero too.
+        # Rows beyond the end are zeros. They must not become infinite where the bias is 0 too.
         inverse_rms = tl.where(n < N, _inverse_rms(centred, D), 0.0)
         scale = inverse_rms * exp_log_scale
         dscale = tl.sum(dy * x, axis=1)
@@ -77,7 +77,8 @@ class _BiasNorm(torch.autograd.Function):
         y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
         _norm_kernel[(triton.cdiv(N, ctx.tile["ROWS"]),)](x_ND, bias_D, log_scale, y, x_ND.stride(0), N, D, **ctx.tile)
         ctx.save_for_backward(x_ND, bias_D, log_scale)
-        ctx.settings = settings  # part of a tensor that other modules write their part of meanwhile
+        # settings may be a view of a tensor that other modules write to, which autograd would refuse to save.
+        ctx.settings = settings
         return y
 
     @staticmethod
@@ -96,10 +97,12 @@ class _BiasNorm(torch.autograd.Function):
 
 
 def bias_norm(x: Tensor, bias_D: Tensor, log_scale: Tensor, settings: Tensor | None) -> Tensor:
-    """x · exp(log_scale) / rms(x - bias), the rms over channels, in the type of x.
+    """Returns x · exp(log_scale) / rms(x - bias) in the type of x, with the rms taken over channels.
 
     Args:
-        settings: of the LimitParameter of log_scale, or None; see ssm_asr.ops.sums_kernel.totals.
+        x: (…, D).
+        bias_D, log_scale: the learned bias and the learned scalar.
+        settings: three numbers on the device that limit log_scale, as `ssm_asr.ops.limit.limit` takes them, or None.
     """
     y: Tensor = _BiasNorm.apply(x, bias_D, log_scale, settings)
     return y

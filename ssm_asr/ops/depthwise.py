@@ -1,6 +1,7 @@
-"""Depthwise convolutions: over time, in chunks, and over images.
+"""These are depthwise convolutions over time, in chunks, and over images, and the front end's first convolution.
 
-Shapes: B batch, D channels, T frames, K taps, S output frames, M = K // 2, C chunk; images (B, C, T, W).
+Shapes: B batch, D channels, T frames, K taps, S output frames, M = K // 2 frames before a chunk, C frames of a chunk,
+N chunks. Images (B, C, T, W) have C channels, T frames and W columns, or F columns if these are mel filters.
 """
 
 from typing import NamedTuple
@@ -12,14 +13,18 @@ from torch.nn import functional
 from ssm_asr.ops import dispatch
 from ssm_asr.ops.precision import autocast_dtype
 
-# Up to this many products, matrix products by torch's own loops take 0.3 to 0.9 times as long as conv1d, which for so
-# few only prepares itself; torch hands matrices of LARGE_MATRIX products or more to a library that takes longer still.
+# For up to FEW_PRODUCTS multiplications, matrix products on a CPU take 0.3 to 0.9 times as long as conv1d, which then
+# spends most of its time on setting itself up. This holds for PyTorch's own loops: products of LARGE_MATRIX
+# multiplications or more per matrix go to a library, which takes longer than conv1d.
 FEW_PRODUCTS = 1 << 17
 LARGE_MATRIX = 400
 
 
 def depthwise(conv: nn.Conv1d, x_BDT: Tensor) -> Tensor:
-    """conv(x), (B, D, S), of a depthwise convolution with a bias; few frames on a CPU as products of their windows."""
+    """Computes conv(x), (B, D, S), for a depthwise convolution with a bias.
+
+    On a CPU few frames are convolved as matrix products of their windows, which is faster.
+    """
     (taps,), padding = conv.kernel_size, int(conv.padding[0])
     B, D, T = x_BDT.shape
     products = (T + 2 * padding - taps + 1) * taps
@@ -32,12 +37,12 @@ def depthwise(conv: nn.Conv1d, x_BDT: Tensor) -> Tensor:
 
 
 class ChunkCausalWeights(NamedTuple):
-    """The weights of a convolution that looks ahead only to the end of its chunk.
+    """Holds the weights of a convolution that looks ahead only to the end of its chunk.
 
     Attributes:
-        scale_2DK: what is added to 1 at the left and the right edge of a chunk, to scale `inside`'s output.
-        causal, inside: the convolution with the left half of the kernel, M + 1 taps and no padding, and the one with
-            all K taps inside the chunk, padded by M.
+        scale_2DK: what is added to 1 near the left and near the right edge of a chunk, to scale the output of `inside`.
+        causal: the convolution with the left half of the kernel, which has M + 1 taps and no padding.
+        inside: the convolution inside the chunk, which has all K taps and a padding of M.
     """
 
     scale_2DK: Tensor
@@ -46,7 +51,18 @@ class ChunkCausalWeights(NamedTuple):
 
 
 def chunk_causal_conv(x_BDT: Tensor, chunk: int, weights: ChunkCausalWeights) -> Tensor:
-    """Whole sequences, zeros before the first frame and after the last: (B, D, T) -> (B, D, T); chunk in frames."""
+    """Convolves whole sequences, with zeros before the first frame and after the last.
+
+    The result is the sum of the causal convolution and of the scaled convolution inside each chunk.
+
+    Args:
+        x_BDT: the sequences.
+        chunk: C, in frames.
+        weights: the weights.
+
+    Returns:
+        (B, D, T).
+    """
     B, D, T = x_BDT.shape
     scale_2DK, causal, inside = weights
     if dispatch.use_kernels(x_BDT):
@@ -64,14 +80,23 @@ def chunk_causal_conv(x_BDT: Tensor, chunk: int, weights: ChunkCausalWeights) ->
 
 
 def chunk_causal_step(x_BDC: Tensor, cache_BDM: Tensor, weights: ChunkCausalWeights) -> tuple[Tensor, Tensor]:
-    """`chunk_causal_conv` of one chunk, after the M frames in the cache: output (B, D, C) and the new cache."""
+    """Computes `chunk_causal_conv` for one chunk of a stream.
+
+    Args:
+        x_BDC: the chunk.
+        cache_BDM: the M frames before it.
+        weights: the weights.
+
+    Returns:
+        The output (B, D, C) and the new cache (B, D, M).
+    """
     padded = torch.cat([cache_BDM, x_BDC], dim=2)
     out_BDC = depthwise(weights.causal, padded) + inside_chunk(x_BDC, weights)
     return out_BDC, padded[..., x_BDC.shape[2] :]
 
 
 def inside_chunk(x_NDC: Tensor, weights: ChunkCausalWeights) -> Tensor:
-    """The part of the output that sees only its own chunk, scaled near the chunk's edges: (N, D, C)."""
+    """Returns the part of the output that sees only its own chunk, scaled near the edges of the chunk: (N, D, C)."""
     left_DK, right_DK = weights.scale_2DK
     chunk, kernel = x_NDC.shape[2], left_DK.shape[1]
     if chunk < kernel:
@@ -83,7 +108,10 @@ def inside_chunk(x_NDC: Tensor, weights: ChunkCausalWeights) -> Tensor:
 
 
 def depthwise_image(conv: nn.Conv2d, x_BCTW: Tensor) -> Tensor:
-    """conv(x) of a 7×7 depthwise convolution with padding 3; the kernel's result lies in channels-last memory."""
+    """Computes conv(x) for a 7×7 depthwise convolution with a padding of 3.
+
+    The result of the kernel lies in channels-last memory.
+    """
     if not dispatch.use_kernels(x_BCTW):
         out_BCTW: Tensor = conv(x_BCTW)
         return out_BCTW
@@ -94,7 +122,7 @@ def depthwise_image(conv: nn.Conv2d, x_BCTW: Tensor) -> Tensor:
 
 
 def first_conv(conv: nn.Conv2d, x_B1TF: Tensor) -> Tensor:
-    """conv(x) of a 3×3 convolution from one channel with padding (0, 1): (B, C, T - 2, F)."""
+    """Computes conv(x), (B, C, T - 2, F), for a 3×3 convolution from one channel with a padding of (0, 1)."""
     if not dispatch.use_kernels(x_B1TF) or x_B1TF.requires_grad:
         out_BCTF: Tensor = conv(x_B1TF)
         return out_BCTF

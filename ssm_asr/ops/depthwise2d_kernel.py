@@ -1,9 +1,11 @@
-"""A 7×7 depthwise convolution of channels-last images, padded with zeros: one kernel each way and one for its weights.
+"""These kernels compute a 7×7 depthwise convolution of channels-last images, padded with zeros.
 
-Sums are in float32 registers, and a loaded number serves as many taps as fit there: 7 to 16 rows of one column. Columns
-are those of all images side by side, since the images here are long and only 19 columns wide.
+One kernel computes the output and, with flipped taps, the gradient of the input; another computes the gradients of the
+weights. Sums stay in float32 registers. A loaded number is used for as many taps as registers allow: the first kernel
+computes 16 rows of a column at once, the second keeps 7 rows. A tile takes columns from several images side by side,
+because the images of the front end are long, but only 19 columns wide.
 
-Shapes: B batch, C channels, T rows (frames), W columns (frequencies), S slabs of rows and columns.
+Shapes: B batch, C channels, T rows (frames), W columns (frequencies), K = 49 taps, S slabs of rows and columns.
 """
 
 # Triton unrolls loops over constants, so that tuples may grow in them.
@@ -24,7 +26,7 @@ HALO = tl.constexpr(3)
 
 @triton.jit
 def _columns(first, images, T, W: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of a tile of columns: where each begins in memory, its place in its image, and whether it is there."""
+    """Returns for a tile of columns where each begins in memory, its place in its image, and whether it exists."""
     q = first + tl.arange(0, COLUMNS)
     image, w = q // W, q % W
     return image.to(tl.int64) * T * W * C + w * C, w, q < images * W
@@ -36,7 +38,7 @@ def _convolve_kernel(  # type: ignore[no-untyped-def]
     W: tl.constexpr, C: tl.constexpr, FLIPPED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """y of ROWS rows; with flipped taps and no bias the gradient of x from that of y."""
+    """Computes ROWS rows of y. With flipped taps and no bias, it computes dx from dy."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     start, w, there = _columns(tl.program_id(1) * COLUMNS, images, T, W, C, COLUMNS)
     t = tl.program_id(2) * ROWS
@@ -47,7 +49,7 @@ def _convolve_kernel(  # type: ignore[no-untyped-def]
         zeros = tl.zeros((COLUMNS, CHANNELS), tl.float32)
         out += (zeros if FLIPPED else zeros + tl.load(bias_ptr + c, mask=c < C, other=0.0)[None, :],)
     j = 0
-    while j < TAPS:  # not unrolled: the program would be too long for the cache of instructions
+    while j < TAPS:  # not unrolled, because the program would be too long for the instruction cache
         taps = ()
         for i in tl.static_range(TAPS):
             tap = (TAPS - 1 - i) * TAPS + TAPS - 1 - j if FLIPPED else i * TAPS + j
@@ -75,7 +77,10 @@ def _weight_gradient_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dy_ptr, sums_ptr, images, T, slab_rows,
     W: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Of each slab its own sums, the bias's after those of the taps. Goes along the rows with the last 7 of dy."""
+    """Sums the gradients of the taps, and of the bias after them, over one slab.
+
+    The program goes from row to row and keeps the last 7 rows of dy.
+    """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     start, w, there = _columns(tl.program_id(1) * COLUMNS, images, T, W, C, COLUMNS)
     first = tl.program_id(2) * slab_rows
@@ -93,7 +98,7 @@ def _weight_gradient_kernel(  # type: ignore[no-untyped-def]
         dy = tl.load(dy_ptr + place + t * W * C, mask=mask & (t < last), other=0.0).to(tl.float32)
         total += dy
         dys = (dys[1], dys[2], dys[3], dys[4], dys[5], dys[6], dy)
-        row = t - HALO  # of x
+        row = t - HALO  # the row of x
         x_ptrs = x_ptr + place + row * W * C
         shifted = ()
         for j in tl.static_range(TAPS):
@@ -113,10 +118,11 @@ def _weight_gradient_kernel(  # type: ignore[no-untyped-def]
     tl.store(sums_ptrs + TAPS * TAPS * C, tl.sum(total, axis=0), mask=c < C)
 
 
-# Tiles that leave 3 programs of 4 warps to a processor, without spills: 162 and 147 registers a thread.
+# With these tiles, three programs of 4 warps fit on a multiprocessor without spilling: they take 162 and 147 registers
+# per thread.
 CONVOLVE = dict(ROWS=16, COLUMNS=16, CHANNELS=32)
 WEIGHTS = dict(COLUMNS=8, CHANNELS=32)
-SLAB_ROWS = 256  # at most
+SLAB_ROWS = 256  # the most rows of a slab
 
 
 def _convolve(x_BTWC: Tensor, taps_KC: Tensor, bias_C: Tensor | None) -> Tensor:
@@ -152,11 +158,12 @@ class _DepthwiseConv(torch.autograd.Function):
 
 
 def depthwise_conv(x_BCTW: Tensor, weight_C1KK: Tensor, bias_C: Tensor) -> Tensor:
-    """y (B, C, T, W), in channels-last memory and the type of x, which is copied if its memory is not channels-last.
+    """Returns y (B, C, T, W) in channels-last memory and in the type of x.
 
     Args:
-        x_BCTW: in any floating-point type; the width W should be small, as each has its own compiled kernel.
-        weight_C1KK, bias_C: as those of a Conv2d with kernel 7, padding 3 and C groups; float32.
+        x_BCTW: in any floating-point type. It is copied if it is not in channels-last memory. W should be small, and
+            differ rarely, because a kernel is compiled for each width.
+        weight_C1KK, bias_C: weights of a Conv2d with a 7×7 kernel, a padding of 3 and C groups, in float32.
     """
     y_BTWC: Tensor = _DepthwiseConv.apply(x_BCTW.permute(0, 2, 3, 1).contiguous(), weight_C1KK, bias_C)
     return y_BTWC.permute(0, 3, 1, 2)

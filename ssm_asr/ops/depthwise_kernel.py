@@ -1,10 +1,11 @@
-"""The chunk-causal depthwise convolution in kernels that go from chunk to chunk.
+"""These kernels compute the chunk-causal depthwise convolution. Their programs go from chunk to chunk.
 
     y_t = Σ_k causal_k·x_{t+k-M} + causal_bias + edge_p·(Σ_k inside_k·x_{t+k-M}·[same chunk] + inside_bias)
 
-for k up to M in the causal sum and up to K-1 = 2·M in the other, and p the place of t in its chunk. So the frames at
-one place are filtered by K taps that are the same in all chunks, and the gradients of all weights follow from K sums
-for each place. edge_p is 1 + left_p at the beginning of a chunk, 1 + right_{K-C+p} at its end.
+Here k runs to M in the causal sum and to K-1 = 2·M in the other. The place p of a frame t is its position in its chunk.
+[same chunk] is 1 if both frames are in one chunk, else 0, and edge_p is 1 + left_p + right_{K-C+p}, in which left_p
+counts for p < K and right_{K-C+p} for p >= C-K. So the frames at a place are filtered by K taps that do not depend on
+the chunk, and the gradients of all weights follow from a few sums over the frames at each place.
 
 Shapes: B batch, T frames, D channels, K taps, M = K // 2, L = M + 1, C frames of a chunk, S slabs of chunks,
 W = L + 1 + K + 1 rows of taps and biases.
@@ -22,11 +23,11 @@ from torch import Tensor
 
 from ssm_asr.ops.dispatch import ANY_COUNT
 
-# A warp has one place in the chunks and two channels a thread, so that none adds to what another has. So many warps
-# fill a GPU; were there more slabs, there would be more to load and to add up in the end.
+# PLACES and CHANNELS are the largest sizes of a program's tile. A warp has one place and two channels per thread, so
+# no two warps add to one sum. WARPS warps fill a GPU; more slabs would only mean more sums to add up in the end.
 PLACES, CHANNELS, WARPS = 8, 64, 2112
-MAX_REGISTERS = 128  # a thread, for that many warps to fit; what is spilled is spilled before the loops
-SUM_ROWS, SUM_CHANNELS = 128, 32  # of the tiles that are then added up
+MAX_REGISTERS = 128  # per thread, so that WARPS warps fit; registers that spill do so before the loops
+SUM_ROWS, SUM_CHANNELS = 128, 32  # sizes of a tile in the kernel that adds up the slabs
 
 
 @triton.jit(do_not_specialize=ANY_COUNT)
@@ -34,7 +35,7 @@ def _arrange_kernel(  # type: ignore[no-untyped-def]
     scale_ptr, causal_ptr, causal_bias_ptr, inside_ptr, inside_bias_ptr, weights_ptr, edge_ptr,
     D, C, K: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The edge at each place, and taps and biases (W, D): the causal, the causal bias, the inside, the inside bias."""
+    """Writes the edge at each place (C, D), and (W, D): causal taps, causal bias, inside taps, inside bias."""
     L: tl.constexpr = K // 2 + 1
     d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     there = d < D
@@ -55,7 +56,7 @@ def _arrange_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _tile(C, D, PLACES: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A program's places and channels, which of them there are, and where they are in a chunk's memory."""
+    """Returns the program's places and channels, a mask of those that exist, and their offsets inside a chunk."""
     p = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
     d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     return p, d, (p < C)[:, None] & (d < D)[None, :], p[:, None] * D + d[None, :]
@@ -63,9 +64,9 @@ def _tile(C, D, PLACES: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[n
 
 @triton.jit
 def _chunk(pair, T, C, chunks, D: tl.constexpr, K: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of a pair of sequence and chunk: where it begins in time and in memory, and whether masks can be left out.
+    """Returns for a pair of a sequence and a chunk its first frame, its first element, and whether no masks are needed.
 
-    They are half the work, and not needed where all is there that the program's places see.
+    Masks are half the work. They are not needed where all frames exist that the program's places see.
     """
     start = pair % chunks * C
     begin = start + tl.program_id(0) * PLACES - K // 2
@@ -75,7 +76,7 @@ def _chunk(pair, T, C, chunks, D: tl.constexpr, K: tl.constexpr, PLACES: tl.cons
 
 @triton.jit
 def _frames(x_ptrs, offset: tl.constexpr, t, mask, T, D: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Frames t + offset in float32, where x_ptrs points to frames t; zero outside the sequence."""
+    """Loads the frames t + offset in float32; x_ptrs points to the frames t. Frames outside the sequence are zeros."""
     if MASKED:
         there = mask & ((t + offset >= 0) & (t + offset < T))[:, None]
         return tl.load(x_ptrs + offset * D, mask=there, other=0.0).to(tl.float32)
@@ -94,9 +95,9 @@ def _convolve_kernel(  # type: ignore[no-untyped-def]
     x_ptr, weights_ptr, edge_ptr, y_ptr, T, C, chunks, pairs, slab_pairs,
     D: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """y from x, or backward the gradient of x from that of y.
+    """Computes y from x, or with BACKWARD dx from dy.
 
-    Each place in the chunks has its own K taps, which stay in registers while the program goes from chunk to chunk.
+    Each place has its own K taps, which stay in registers while the program goes from chunk to chunk.
     """
     M: tl.constexpr = K // 2
     p, d, mask, place = _tile(C, D, PLACES, CHANNELS)
@@ -105,7 +106,7 @@ def _convolve_kernel(  # type: ignore[no-untyped-def]
     taps = ()
     for j in tl.static_range(K):
         k = K - 1 - j if BACKWARD else j
-        source = p + (j - M)  # its place, if it is in the same chunk
+        source = p + (j - M)  # the place of the frame under the tap, if it is in this chunk
         same = mask & ((source >= 0) & (source < C))[:, None]
         scale = tl.load(edge_ptr + place + (j - M) * D, mask=same, other=0.0) if BACKWARD else tl.where(same, edge, 0.0)
         tap = scale * tl.load(inside_ptr + k * D + d, mask=d < D, other=0.0)[None, :]
@@ -142,9 +143,9 @@ def _products_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dy_ptr, products_ptr, T, C, chunks, pairs, slab_pairs,
     D: tl.constexpr, K: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """P[p, k] = Σ dy_t·x_{t+k-M} and P[p, K] = Σ dy_t over the frames t at place p of each slab's chunks.
+    """Sums P[p, k] = Σ dy_t·x_{t+k-M} and P[p, K] = Σ dy_t over the frames t at place p in the chunks of each slab.
 
-    All gradients of weights are sums of these: which chunk a frame is in matters to p and k alone.
+    The gradients of all weights are sums of these: p and k alone say whether frame t+k-M is in the chunk of frame t.
     """
     p, d, mask, place = _tile(C, D, PLACES, CHANNELS)
     total = tl.zeros((PLACES, CHANNELS), tl.float32)
@@ -171,7 +172,7 @@ def _products_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _add_slabs(plain, weighted, product_ptrs, factor, slab, mask, slabs, slab_size, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Adds the products of slabs slab, slab + STEP ..., as they are and multiplied by a factor."""
+    """Adds the products of the slabs slab, slab + STEP, … to two sums: to `plain`, and times a factor to `weighted`."""
     done = 0
     while done < slabs:
         there = mask & (slab + done < slabs)[:, None]
@@ -187,9 +188,9 @@ def _weight_gradient_kernel(  # type: ignore[no-untyped-def]
     products_ptr, weights_ptr, edge_ptr, dscale_ptr, dcausal_ptr, dcausal_bias_ptr, dinside_ptr, dinside_bias_ptr,
     D, C, slabs, K: tl.constexpr, TAPS: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The sums of the products that make one tap's gradients (or the biases'), or one place's of the edge.
+    """Sums the products into the gradients of one tap or of the biases, or into the gradient of the edge at one place.
 
-    TAPS: the power of 2 that is K + 1 or next above it; PLACES: any; ROWS: a multiple of both.
+    TAPS is the least power of 2 that is at least K + 1, PLACES is any number, and ROWS is a multiple of both.
     """
     M: tl.constexpr = K // 2
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -216,7 +217,7 @@ def _weight_gradient_kernel(  # type: ignore[no-untyped-def]
         tl.store(dcausal_bias_ptr + d, causal, mask=(d < D) & (k == K))
         tl.store(dinside_ptr + d * K + k, inside, mask=(d < D) & (k < K))
         tl.store(dinside_bias_ptr + d, inside, mask=(d < D) & (k == K))
-        # What chunks shorter than the kernel make no use of.
+        # Chunks shorter than the kernel do not use all numbers of the scale. The gradient of the others is 0.
         unused = tl.zeros((CHANNELS,), tl.float32)
         tl.store(dscale_ptr + d * K + k, unused, mask=(d < D) & (k < K) & (k >= C))
         tl.store(dscale_ptr + (D + d) * K + k, unused, mask=(d < D) & (k < K - C))
@@ -235,7 +236,7 @@ def _weight_gradient_kernel(  # type: ignore[no-untyped-def]
 
 
 def _march(shape_BTD: torch.Size, C: int, K: int) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, int]]:
-    """The grid of programs, and the sizes that those kernels want which go from chunk to chunk."""
+    """Returns the grid, the sizes and the constants for the kernels whose programs go from chunk to chunk."""
     B, T, D = shape_BTD
     pairs, places = B * triton.cdiv(T, C), min(PLACES, triton.next_power_of_2(C))
     tiles = triton.cdiv(C, places), triton.cdiv(D, CHANNELS)
@@ -288,14 +289,14 @@ def chunk_causal_conv(
     inside_D1K: Tensor,
     inside_bias_D: Tensor,
 ) -> Tensor:
-    """y (B, T, D) in the type of x; sums are in float32.
+    """Returns y (B, T, D) in the type of x. Sums are in float32.
 
     Args:
         x_BTD: in any floating-point type.
-        chunk: frames of a chunk.
-        scale_2DK: left and right, what is added to 1 at the edges of a chunk; float32, as all weights.
-        causal_D1L, causal_bias_D: the causal taps, L = K // 2 + 1.
-        inside_D1K, inside_bias_D: the taps that stay inside the chunk.
+        chunk: C, in frames.
+        scale_2DK: what is added to 1 near the left and near the right edge of a chunk. All weights are in float32.
+        causal_D1L, causal_bias_D: weights of the causal convolution.
+        inside_D1K, inside_bias_D: weights of the convolution inside the chunk.
     """
     weights = (scale_2DK, causal_D1L, causal_bias_D, inside_D1K, inside_bias_D)
     y_BTD: Tensor = _ChunkCausalConv.apply(x_BTD.contiguous(), chunk, *weights)

@@ -1,4 +1,4 @@
-"""Devices: which to compute on, and copies to and from it for which the host does not wait."""
+"""This module finds the device to compute on, and copies to and from it without making the host wait."""
 
 from collections.abc import Callable
 
@@ -7,14 +7,20 @@ from torch import Tensor
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device; the host does not wait for what the device still has to do, as it would with x.to(device)."""
+    """Returns x on the device. Unlike x.to(device), this does not wait until the device has done its queued work."""
     if device.type == "cuda" and not x.is_cuda:
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 
 
 def to_host(x: Tensor) -> Callable[[], list[float]]:
-    """Begins to copy x; what it returns waits for that and gives the numbers, whatever the device has to do since."""
+    """Starts to copy x to the host, and returns a function that waits for the copy and returns the numbers.
+
+    The function does not wait for work that the device was given after the copy.
+
+    Args:
+        x: (N,), on any device; its gradient is not followed.
+    """
     copy = x.detach().to("cpu", non_blocking=True, copy=True)
     copied = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
 
@@ -28,10 +34,13 @@ def to_host(x: Tensor) -> Callable[[], list[float]]:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name: auto (a GPU where there is one), cpu, cuda or cuda:N.
+    """Returns the device that a name stands for.
+
+    Args:
+        name: cpu, cuda, cuda:N, or auto, which is a GPU if PyTorch can use one and the CPU otherwise.
 
     Raises:
-        ValueError: if there is no such device.
+        ValueError: if the name is none of these, or if this machine does not have the device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

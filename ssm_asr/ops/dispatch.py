@@ -1,7 +1,7 @@
-"""Which form of an operation runs: the plain one in PyTorch, or the kernel in Triton that is tested equal to it.
+"""This module decides whether an operation runs its plain form in PyTorch or its Triton kernel.
 
-Every operation of this package has its plain form and asks `use_kernels` in one place. Nothing outside it knows of
-kernels. The environment variable SSM_ASR_KERNELS=0, or `set_kernels(False)`, turns all of them off.
+Every operation of the package that has a kernel asks `use_kernels` in one place. Code outside the package does not know
+about kernels. The environment variable SSM_ASR_KERNELS=0, or a call of `set_kernels(False)`, turns all kernels off.
 """
 
 import functools
@@ -10,10 +10,11 @@ import os
 
 import torch
 
-# A GPU multiplies matrices fastest when their rows are a multiple of this many numbers.
+# A GPU multiplies matrices fastest when their rows have a multiple of this many elements.
 MEMORY_LINE = 64
-# Triton compiles a kernel a second time, in one or two seconds, for an integer or an address that is a multiple of 16.
-# This pays where rows are long. These arguments point to a few numbers, or only count what a batch holds.
+# Triton compiles another version of a kernel, in one or two seconds, for an integer or an address that is a multiple of
+# 16. The other version is faster where an argument places long rows in memory. It is not where an argument points to a
+# few numbers (FEW_NUMBERS) or counts what a batch holds (_COUNTS), so kernels do not specialise for these.
 FEW_NUMBERS = tuple(f"{x}_ptr" for x in ("acts", "end", "even", "frame", "keep", "mask", "rate", "settings", "skip"))
 _SLABS = ("slab_frames", "slab_pairs", "slab_rows", "slabs")
 _COUNTS = ("M", "N", "S", "T", "chunks", "images", "num_cells", "pairs", *_SLABS)
@@ -23,14 +24,14 @@ _wanted = True
 
 
 def set_kernels(wanted: bool) -> None:
-    """Turns the kernels on or off for this process; they start on."""
+    """Turns all kernels on or off for this process. At the start they are on."""
     global _wanted
     _wanted = wanted
 
 
 @functools.cache
 def missing() -> str:
-    """Why kernels cannot run in this process on any tensor, in a few words; empty if they can."""
+    """Returns in a few words why kernels cannot run in this process at all, or an empty string if they can."""
     if os.environ.get("SSM_ASR_KERNELS") == "0":
         return "SSM_ASR_KERNELS is 0"
     if not torch.cuda.is_available():
@@ -41,8 +42,8 @@ def missing() -> str:
 
 
 def use_kernels(x: torch.Tensor) -> bool:
-    """Whether an operation on this tensor runs its kernel; the operation may have conditions of its own.
+    """Returns whether an operation on this tensor should run its kernel; the operation may have further conditions.
 
-    Kernels compute in float32, so that float64 is left to the plain forms.
+    Kernels do not compute in float64, so tensors of this type are left to the plain forms.
     """
     return x.is_cuda and x.dtype != torch.float64 and _wanted and not missing()

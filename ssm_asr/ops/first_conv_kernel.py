@@ -1,9 +1,11 @@
-"""The front end's first convolution: 3×3, from one channel to a few, in channels-last memory.
+"""These kernels compute the first convolution of the front end: 3×3, from one channel to a few, channels-last.
 
-With one channel there is nothing for the matrix units, and libraries fall back to slow general kernels. Here a thread
-has a few places and all channels, and the gradient of the weights is summed in registers.
+One input channel gives matrix units nothing to multiply, and libraries fall back to slow general kernels. Here a thread
+computes all channels of a few places, and sums the gradients of the weights in registers. A place is a row and a column
+of an image of the output.
 
-Shapes: B batch, T rows (frames), F columns (frequencies), C channels, U = T - 2 rows of the output, S slabs of places.
+Shapes: B batch, T rows (frames), F columns (frequencies), C channels, U = T - 2 rows of the output, N = B·U·F places,
+S slabs of places, K = 10 (9 taps and the bias).
 """
 
 # Triton unrolls loops over constants, so that tuples may grow in them.
@@ -16,12 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Places of a program's tile in the forward and in the backward pass, and the most slabs.
 FORWARD_PLACES, PLACES, SLABS = 512, 128, 528
 
 
 @triton.jit
 def _seen(x_ptr, n, N, T, F: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The 9 numbers of x that the places n of the output see, which are zero beyond the columns' ends."""
+    """Loads the 9 numbers of x that the output sees at the places n. Columns outside the image are zeros."""
     f, u = n % F, n // F % (T - 2)
     x_ptrs = x_ptr + (n // (F * (T - 2)) * T + u) * F + f
     seen = ()
@@ -52,7 +55,7 @@ def _weight_gradient_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dy_ptr, sums_ptr, N, T, slab_places,
     F: tl.constexpr, C: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Of each slab its own sums, the bias's after those of the taps."""
+    """Sums the gradients of the taps, and of the bias after them, over one slab."""
     c = tl.arange(0, CHANNELS)
     zeros = tl.zeros((PLACES, CHANNELS), tl.float32)
     sums = (zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros)
@@ -99,10 +102,12 @@ class _FirstConv(torch.autograd.Function):
 
 
 def first_conv(x_BTF: Tensor, weight_C133: Tensor, bias_C: Tensor, dtype: torch.dtype) -> Tensor:
-    """y (B, C, T - 2, F) of the given type, in channels-last memory; there is no gradient of x.
+    """Returns y (B, C, T - 2, F) in channels-last memory. x gets no gradient. Sums are in float32.
 
     Args:
-        weight_C133, bias_C: as those of a Conv2d with one input channel and padding (0, 1); float32, as are all sums.
+        x_BTF: images of one channel.
+        weight_C133, bias_C: weights of a Conv2d with one input channel and a padding of (0, 1), in float32.
+        dtype: type of the result.
     """
     y_BUFC: Tensor = _FirstConv.apply(x_BTF.contiguous(), weight_C133, bias_C, dtype)
     return y_BUFC.permute(0, 3, 1, 2)

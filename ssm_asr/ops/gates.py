@@ -1,4 +1,4 @@
-"""Gates: a product of two halves of a projection, and weighted sums whose weights may be made even.
+"""This module computes gates, which multiply two halves of a projection, and weighted sums for nonlin attention.
 
 Shapes: B batch, T frames (queries), K keys, D channels, N gated channels.
 """
@@ -19,13 +19,13 @@ def gated(
     padding_mask_BT: Tensor | None = None,
     by: Balance | None = None,
 ) -> Tensor:
-    """x·activation(gate), (B, T, D), 0 at padding.
+    """Returns x·activation(gate), (B, T, D), with zeros at padding.
 
     Args:
-        inputs: x and gate, (B, T, D) each, or one tensor (B, T, 2D) of which they are the halves.
-        activation: a name of ACTIVATIONS.
-        padding_mask_BT: True at padding.
-        by: how gradients of the gate are balanced.
+        inputs: x and gate, (B, T, D) each, or one tensor (B, T, 2D) whose first half is x and whose second is gate.
+        activation: a name in ACTIVATIONS.
+        padding_mask_BT: True at padding; None if there is no padding.
+        by: how the gradient of the gate is balanced; None leaves it as it is.
     """
     first = inputs[0] if isinstance(inputs, tuple) else inputs
     if dispatch.use_kernels(first) and not torch.jit.is_tracing():
@@ -41,9 +41,13 @@ def gated(
 
 
 def evenly_weighted(weights_BTK: Tensor, x_BKN: Tensor, even: Number) -> Tensor:
-    """weights @ x; where `even` is over 0, 1 over the number of nonzero weights takes the place of each of them.
+    """Returns weights @ x, (B, T, N), or the plain mean of x over the keys with a nonzero weight.
 
-    Even weights are constants: they have no gradient.
+    Args:
+        weights_BTK: the weights of each query, not negative.
+        x_BKN: what is summed.
+        even: if above 0, the nonzero weights of a query are replaced by 1 over their number. These even weights are
+            constants, so that no gradient flows to weights_BTK.
     """
     if known_zero(even):
         return weights_BTK @ x_BKN

@@ -1,6 +1,6 @@
-"""Gates, a product of two halves of a projection, and what NonlinAttention does with them.
+"""These kernels compute gates, which multiply two halves of a projection, and the sums of nonlin attention over time.
 
-Shapes: B sequences, T frames (queries), K keys, D channels of a gated tensor, N channels that are mixed over time.
+Shapes: B sequences, T frames (queries), K keys, D channels of a gated tensor, N channels that are summed over time.
 """
 
 from typing import Any
@@ -14,15 +14,15 @@ from ssm_asr.ops.dispatch import ANY_COUNT, FEW_NUMBERS
 from ssm_asr.ops.sums_kernel import rows
 from ssm_asr.ops.swoosh_kernel import WARPS, balanced, launch, statistics, tile
 
-QUERIES = KEYS = CHANNELS = 64  # of a program's tile in the mixing over time
+QUERIES = KEYS = CHANNELS = 64  # sizes of a program's tile in sums over time
 
 
 @triton.jit
 def _activation(gate, NAME: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The activation and its derivative."""
+    """Returns the activation and its derivative."""
     if NAME == "identity":
         return gate, tl.zeros_like(gate) + 1.0
-    # Sigmoid, of the gate or for tanh of twice the gate, from an exponential that cannot overflow.
+    # This exponential cannot overflow. It gives the sigmoid of the gate, or for tanh the sigmoid of twice the gate.
     z = gate if NAME == "sigmoid" else 2.0 * gate
     e = tl.exp(-tl.abs(z))
     sigmoid = tl.where(z > 0, 1.0, e) / (1.0 + e)
@@ -76,7 +76,7 @@ class _Gated(torch.autograd.Function):
     def forward(
         ctx: Any, name: str, padding_mask_BT: Tensor | None, settings: Tensor | None, grad_scale: float, *inputs: Tensor
     ) -> Tensor:
-        # The settings are part of a tensor that other modules write their part of meanwhile: no saving of them.
+        # settings may be a view of a tensor that other modules write to, which autograd would refuse to save.
         ctx.name, ctx.settings, ctx.grad_scale = name, settings, grad_scale
         padding = None if padding_mask_BT is None else padding_mask_BT.view(torch.uint8)
         ctx.save_for_backward(padding, *inputs)
@@ -118,13 +118,15 @@ def gated(
     settings: Tensor | None = None,
     grad_scale: float = 0.0,
 ) -> Tensor:
-    """x·activation(gate), contiguous (B, T, D).
+    """Returns x·activation(gate), (B, T, D), contiguous.
 
     Args:
-        inputs: (B, T, D) x and gate, of any strides between frames, or one (B, T, 2D) of which they are the halves.
+        inputs: x and gate, (B, T, D) each, with any strides between frames, or one tensor (B, T, 2D) whose halves they
+            are.
         activation: sigmoid, tanh or identity.
-        padding_mask_BT: True where the result is 0; of any strides.
-        settings, grad_scale: of the gate's balancer, as for `elementwise.balance`; None if there is none.
+        padding_mask_BT: True where the result is 0, with any strides; None if there is no padding.
+        settings: the balancer of the gate, as `ssm_asr.ops.swoosh_kernel.balance` takes it; None if there is none.
+        grad_scale: its grad_scale.
     """
     tensors = inputs if isinstance(inputs, tuple) else (inputs,)
     out_BTD: Tensor = _Gated.apply(activation, padding_mask_BT, settings, grad_scale, *tensors)
@@ -136,7 +138,7 @@ def _even_kernel(  # type: ignore[no-untyped-def]
     weights_ptr, x_ptr, even_ptr, y_ptr, seen_ptr, T, K, N, weights_b, weights_t,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the mean of x over the keys with a weight, and their number, where the weights are to be even."""
+    """Writes the mean of x over the keys with a weight, and the number of these keys, if weights are to be even."""
     if tl.load(even_ptr) > 0:
         n = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
         t = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
@@ -168,7 +170,7 @@ def _even_backward_kernel(  # type: ignore[no-untyped-def]
     weights_ptr, dy_ptr, even_ptr, seen_ptr, dx_ptr, dweights_ptr, T, K, N, weights_b, weights_t,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of x, and zeros as that of the weights, where the weights were even."""
+    """Writes the gradient of x, and zeros as the gradient of the weights, if weights were even."""
     if tl.load(even_ptr) > 0:
         n = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
         k = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
@@ -197,7 +199,7 @@ class _Mixed(torch.autograd.Function):
     def forward(ctx: Any, weights_BTK: Tensor, x_BKN: Tensor, even: Tensor) -> Tensor:
         (B, T, K), N = weights_BTK.shape, x_BKN.shape[2]
         y_BTN = torch.bmm(weights_BTK, x_BKN)
-        seen_BT = torch.empty(B, T, device=x_BKN.device)  # read only where it was written
+        seen_BT = torch.empty(B, T, device=x_BKN.device)  # only read if the weights were even, and it was written
         ctx.sizes = dict(
             T=T, K=K, N=N, weights_b=weights_BTK.stride(0), weights_t=weights_BTK.stride(1),
             QUERIES=QUERIES, KEYS=KEYS, CHANNELS=CHANNELS,
@@ -205,7 +207,7 @@ class _Mixed(torch.autograd.Function):
         _even_kernel[(triton.cdiv(N, CHANNELS), triton.cdiv(T, QUERIES), B)](
             weights_BTK, x_BKN, even, y_BTN, seen_BT, **ctx.sizes
         )
-        ctx.even = even  # part of a tensor that other modules write their part of meanwhile
+        ctx.even = even  # may be a view of a tensor that other modules write to, which autograd would refuse to save
         ctx.save_for_backward(weights_BTK, x_BKN, seen_BT)
         return y_BTN
 
@@ -223,13 +225,14 @@ class _Mixed(torch.autograd.Function):
 
 
 def mixed(weights_BTK: Tensor, x_BKN: Tensor, even: Tensor) -> Tensor:
-    """weights @ x; where `even` is over 0, with 1 over the number of nonzero weights in the place of each of them.
+    """Returns weights @ x, (B, T, N), or the plain mean of x over the keys with a nonzero weight.
 
-    Even weights are constants, without a gradient. They are never stored: the product is overwritten by the means.
+    Even weights are never stored: the means overwrite the product. They are constants, so no gradient flows to them.
 
     Args:
-        weights_BTK: of any strides but the last; the type of x.
-        even: a scalar on the device.
+        weights_BTK: in the type of x; it is copied if its last stride is not 1.
+        x_BKN: what is summed.
+        even: above 0 if the weights are to be even; a scalar on the device.
     """
     weights_BTK = weights_BTK if weights_BTK.stride(2) == 1 else weights_BTK.contiguous()
     y_BTN: Tensor = _Mixed.apply(weights_BTK, x_BKN.contiguous(), even)

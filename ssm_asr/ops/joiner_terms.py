@@ -1,11 +1,11 @@
-"""Log-probabilities of blank and next symbol at the cells of a lattice, without a tensor over cells and vocabulary.
+"""This module computes the log-probabilities of blank and next symbol at the cells of a lattice.
 
-A loss needs two numbers of a cell's distribution and its normaliser. The functions here work through the cells
-in pieces, keep the normalisers, and compute the distributions again in the backward pass, where a piece of the
-logits turns into its own gradient in place.
+It never holds a tensor over all cells and the vocabulary. A loss needs two log-probabilities of each cell, which follow
+from two logits and a normaliser. The functions here work through the cells in pieces and keep the normalisers. The
+backward pass computes the logits of a piece again, and turns them into their own gradient in place.
 
-Shapes: B utterances, T frames, S symbols, U = S+1 predictor outputs, R kept cells of a frame, V vocabulary with
-the blank, J joiner dimension; N cells and M frames of one piece.
+Shapes: B utterances, T frames, S symbols, U = S+1 predictor outputs, R kept cells of a frame, V vocabulary with the
+blank, J joiner dimension, N cells and M frames of one piece.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,10 @@ from ssm_asr.ops.pieces import full_precision, pieces
 
 
 class LogitTerms(torch.autograd.Function):
-    """(symbol, blank) log-probabilities, each (B, T, R), of logits (B, T, R, V)."""
+    """Takes the log-probabilities of symbol and blank, (B, T, R) each, from logits (B, T, R, V).
+
+    `apply` takes the logits, the id (B, T, R) of the symbol in each cell, and the id of the blank.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits_BTRV: Tensor, symbol_BTR: Tensor, blank: int) -> tuple[Tensor, Tensor]:
@@ -47,7 +50,7 @@ class LogitTerms(torch.autograd.Function):
 
 
 def _cell_terms(logits_NV: Tensor, symbol_N: Tensor, blank: int, out: Tensor) -> None:
-    """Writes the rows symbol log-probability, blank log-probability, normaliser."""
+    """Writes three rows: the log-probability of the symbol, the log-probability of the blank, and the normaliser."""
     normaliser_N = logits_NV.logsumexp(1)
     out[0] = logits_NV.gather(1, symbol_N[:, None])[:, 0] - normaliser_N
     out[1] = logits_NV[:, blank] - normaliser_N
@@ -55,18 +58,18 @@ def _cell_terms(logits_NV: Tensor, symbol_N: Tensor, blank: int, out: Tensor) ->
 
 
 def _to_gradient(log_probs_NV: Tensor, symbol_N: Tensor, blank: int, d_symbol_N: Tensor, d_blank_N: Tensor) -> None:
-    """Overwrites log-probabilities by the gradient with respect to the logits."""
+    """Overwrites log-probabilities with the gradient of the logits."""
     log_probs_NV.exp_().mul_(-(d_symbol_N + d_blank_N)[:, None])
     log_probs_NV[:, blank].add_(d_blank_N)
     log_probs_NV.scatter_add_(1, symbol_N[:, None], d_symbol_N[:, None])
 
 
 class JoinerTerms(torch.autograd.Function):
-    """(symbol, blank) log-probabilities, each (B, T, R), of softmax(tanh(encoder + decoder) weight' + bias).
+    """Computes the log-probabilities of symbol and blank, (B, T, R) each, from what the joiner adds up.
 
-    Neither the logits nor their inputs exist for more than one piece of the cells. Cells of frames that are not
-    in `frame_M` get zeros. The matrix products run in the type that the caller names, all else in the type of
-    `bias_V` (float32 under autocast).
+    The distribution is softmax(tanh(encoder + decoder)·weightᵀ + bias). Neither the logits nor the tanh exist for more
+    than one piece of the cells at a time. Cells of frames that are not in `frame_M` get zeros. Matrix products run in
+    `matmul_dtype`, everything else in the type of `bias_V` (float32 under autocast).
     """
 
     @staticmethod
@@ -76,8 +79,8 @@ class JoinerTerms(torch.autograd.Function):
         decoder_BUJ: Tensor,
         weight_VJ: Tensor,
         bias_V: Tensor,
-        row_BTR: Tensor,  # s of each cell: neighbours that do not fall over the frames
-        symbol_BTR: Tensor,  # id of each cell's symbol
+        row_BTR: Tensor,  # s of each cell: neighbours in a frame, which do not fall over the frames
+        symbol_BTR: Tensor,  # id of the symbol that may follow in each cell
         frame_M: Tensor,  # indices into the flattened (B, T)
         blank: int,
         matmul_dtype: torch.dtype,
@@ -88,7 +91,7 @@ class JoinerTerms(torch.autograd.Function):
         terms_3BTR = bias_V.new_zeros(3, B, T, R)
         inputs = (encoder_BTJ, decoder_BUJ, weight_VJ, bias_V, row_BTR, symbol_BTR)
         with full_precision(encoder_BTJ):
-            ctx.cells = _joiner_cells(*inputs, matmul_dtype)  # again in the backward pass, with its casts of the weight
+            ctx.cells = _joiner_cells(*inputs, matmul_dtype)  # kept for the backward pass, with the cast weight
             for frames in _frame_pieces(frame_M, R, weight_VJ):
                 ctx.cells.write_terms(frames, blank, terms_3BTR)
         ctx.save_for_backward(*inputs, frame_M, terms_3BTR[2])
@@ -116,7 +119,7 @@ def _frame_pieces(frame_M: Tensor, cells_per_frame: int, weight_VJ: Tensor) -> I
 
 
 def _joiner_cells(*inputs: Any) -> Any:
-    """The joiner by kernels or plain, each with `write_terms` and `gradients`."""
+    """Makes the joiner at the cells, by kernels or in PyTorch. Both have `write_terms` and `gradients`."""
     bias_V = inputs[3]
     if dispatch.use_kernels(bias_V) and bias_V.dtype == torch.float32:
         from ssm_asr.ops import joiner_terms_kernel as log_prob_kernels
@@ -126,7 +129,7 @@ def _joiner_cells(*inputs: Any) -> Any:
 
 
 class _JoinerCells:
-    """Computes the joiner at the cells of given frames, forward and again backward."""
+    """Computes the joiner at the cells of given frames, in the forward pass and again in the backward pass."""
 
     def __init__(
         self,
@@ -143,7 +146,7 @@ class _JoinerCells:
         self.row, self.symbol = row_BTR.flatten(0, 1), symbol_BTR.flatten(0, 1)
 
     def _logits(self, frames_M: Tensor) -> tuple[Tensor, Tensor]:
-        """tanh(encoder + decoder) (N, J) and the logits (N, V) of the cells of these frames."""
+        """Returns tanh(encoder + decoder), (N, J), and the logits (N, V) for the cells of these frames."""
         row_MR = self.row[frames_M]
         decoder_MRJ = self.decoder.index_select(0, row_MR.flatten()).view(*row_MR.shape, -1)
         hidden_NJ = (self.encoder[frames_M][:, None] + decoder_MRJ).tanh_().flatten(0, 1)
@@ -151,7 +154,7 @@ class _JoinerCells:
         return hidden_NJ, logits_NV.to(self.bias_V.dtype).add_(self.bias_V)
 
     def write_terms(self, frames_M: Tensor, blank: int, terms_3BTR: Tensor) -> None:
-        """Writes the symbol log-probability, blank log-probability and normaliser of these frames' cells."""
+        """Writes the log-probabilities of symbol and blank, and the normaliser, for the cells of these frames."""
         _, logits_NV = self._logits(frames_M)
         terms_3N = self.bias_V.new_empty(3, len(logits_NV))
         _cell_terms(logits_NV, self.symbol[frames_M].flatten(), blank, out=terms_3N)
@@ -165,7 +168,7 @@ class _JoinerCells:
         d_symbol_BTR: Tensor,
         d_blank_BTR: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of encoder (B*T, J), decoder (B*U, J), weight and bias, given those of the terms."""
+        """Returns the gradients of encoder (B·T, J), decoder (B·U, J), weight and bias, given the terms' gradients."""
         dtype = self.bias_V.dtype
         d_encoder, d_decoder = (torch.zeros_like(x, dtype=dtype) for x in (self.encoder, self.decoder))
         d_weight_VJ, d_bias_V = torch.zeros_like(self.weight_VJ, dtype=dtype), torch.zeros_like(self.bias_V)

@@ -1,10 +1,11 @@
-"""What `log_probs.JoinerTerms` does beside matrix products, as Triton kernels for GPUs: each reads what it needs once.
+"""These kernels do what `ssm_asr.ops.joiner_terms.JoinerTerms` needs beside matrix products. Each reads its input once.
 
-Logits have columns beyond the vocabulary, for the products to have rows of whole memory lines: their weights are 0
-and their biases -inf, so that their probabilities and gradients are 0. All sums run in float32 and in the same order.
+Logits have columns beyond the vocabulary, so that rows of matrices end with a memory line. The weights of these columns
+are 0 and their biases -inf, so their probabilities and gradients are 0. All sums run in float32 and in a fixed order.
 
-Shapes: B utterances, T frames, F = B·T of them, U predictor outputs, G = B·U of them, R kept cells of a frame, M
-frames of one piece and its N = M·R cells, J joiner dimension, V vocabulary, P >= V columns of the logits.
+Shapes: B utterances, T frames, F = B·T frames of all utterances, U predictor outputs, G = B·U predictor outputs of all
+utterances, R kept cells of a frame, M frames and N = M·R cells of one piece, J joiner dimension, V vocabulary, P >= V
+columns of the logits, S slabs of cells.
 """
 
 from collections.abc import Iterable
@@ -18,9 +19,9 @@ from torch.nn import functional
 from ssm_asr.ops.dispatch import ANY_COUNT, MEMORY_LINE
 from ssm_asr.ops.sums_kernel import rows, slabs_of, totals
 
-ELEMENTS, WIDTH = 4096, 512  # of a program's tile: numbers, and at most so many columns
-TERMS, GRADIENT = (2048, 128), (1024, 256)  # the same where it reads logits: for the terms, for their gradient
-FRAMES = 16  # of a tile of the predictor's gradient
+ELEMENTS, WIDTH = 4096, 512  # the elements and the most columns of a program's tile
+TERMS, GRADIENT = (2048, 128), (1024, 256)  # likewise for tiles of logits, in the forward and in the backward pass
+FRAMES = 16  # frames of a tile for the gradient of the predictor
 LOWEST = tl.constexpr(-3e38)
 
 
@@ -32,13 +33,13 @@ def _tanh(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _load(ptr, n, j, width, mask):  # type: ignore[no-untyped-def]
-    """Rows n of a matrix in float32."""
+    """Loads rows n of a matrix in float32."""
     return tl.load(ptr + n.to(tl.int64)[:, None] * width + j[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _frames(frame_ptr, M, J, FRAMES: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """This program's frames of the piece, which are inside, their indices among all, its channels, and a mask."""
+    """Returns the program's frames in the piece, which exist, their indices among all, its channels, and a mask."""
     m = tl.program_id(0) * FRAMES + tl.arange(0, FRAMES)
     j = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     frame = tl.load(frame_ptr + m, mask=m < M, other=0)
@@ -78,7 +79,7 @@ def _decoder_gradient_kernel(  # type: ignore[no-untyped-def]
     encoder_ptr, decoder_ptr, row_ptr, place_ptr, d_hidden_ptr, d_decoder_ptr, T, U,
     R: tl.constexpr, J: tl.constexpr, TIMES: tl.constexpr, FRAMES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one predictor output: its cells lie in frames next to each other."""
+    """Computes the gradient of one predictor output, whose cells lie in frames next to each other."""
     g = tl.program_id(0)
     j = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     base = (g // U) * T
@@ -133,7 +134,7 @@ def _logits_gradient_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, bias_ptr, symbol_ptr, frame_ptr, normaliser_ptr, d_symbol_ptr, d_blank_ptr, sums_ptr,
     N, slab_rows, blank, R: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Overwrites the logits of a slab of cells, and sums over them."""
+    """Overwrites the logits of a slab of cells with their gradients, and sums these over the cells."""
     v = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     bias = tl.load(bias_ptr + v, mask=v < P, other=-float("inf"))
     total = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -158,18 +159,21 @@ def _logits_gradient_kernel(  # type: ignore[no-untyped-def]
 
 
 def columns(vocab_size: int) -> int:
-    """P."""
+    """Returns P, the vocabulary size rounded up to whole memory lines."""
     return triton.cdiv(vocab_size, MEMORY_LINE) * MEMORY_LINE
 
 
 def _tile(width: int, elements: int = ELEMENTS, most: int = WIDTH) -> tuple[int, int]:
-    """Rows and columns of a tile."""
+    """Returns the rows and columns of a program's tile for a matrix with `width` columns."""
     columns = min(most, triton.next_power_of_2(width))
     return elements // columns, columns
 
 
 class JoinerCells:
-    """`log_probs._JoinerCells` on a GPU in float32, half precision or both."""
+    """Computes the joiner at the cells of given frames, as `ssm_asr.ops.joiner_terms._JoinerCells` does, by kernels.
+
+    Inputs may be in float32 or half precision, and of different types.
+    """
 
     def __init__(
         self,
@@ -194,13 +198,14 @@ class JoinerCells:
 
     @property
     def P(self) -> int:
+        """The number of columns of the logits."""
         return len(self.weight_PJ)
 
     def _grid(self, frames_M: Tensor) -> tuple[int, int]:
         return triton.cdiv(len(frames_M), self.sizes["FRAMES"]), triton.cdiv(self.J, self.sizes["WIDTH"])
 
     def _logits(self, frames_M: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, J) and, before the bias, (N, P)."""
+        """Returns tanh(encoder + decoder), (N, J), and the logits before the bias, (N, P)."""
         hidden_NJ = self.weight_PJ.new_empty(len(frames_M) * self.R, self.J)
         _hidden_kernel[self._grid(frames_M)](
             self.encoder, self.decoder, self.row, frames_M, hidden_NJ, len(frames_M), **self.sizes
@@ -208,6 +213,7 @@ class JoinerCells:
         return hidden_NJ, hidden_NJ @ self.weight_PJ.mT
 
     def write_terms(self, frames_M: Tensor, blank: int, terms_3BTR: Tensor) -> None:
+        """Writes the log-probabilities of symbol and blank, and the normaliser, for the cells of these frames."""
         _, logits_NP = self._logits(frames_M)
         tile_rows, width = _tile(self.P, *TERMS)
         _terms_kernel[(triton.cdiv(len(logits_NP), tile_rows),)](
@@ -223,6 +229,7 @@ class JoinerCells:
         d_symbol_BTR: Tensor,
         d_blank_BTR: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns the gradients of encoder (F, J), decoder (G, J), weight and bias, given the terms' gradients."""
         cells = (normaliser_BTR, d_symbol_BTR.contiguous(), d_blank_BTR.contiguous())
         pieces = list(frame_pieces)
         frames_M = torch.cat(pieces)
@@ -240,7 +247,7 @@ class JoinerCells:
         return d_encoder_FJ, d_decoder_GJ, d_weight_PJ[: self.V], d_bias_P[: self.V]
 
     def _to_gradient(self, logits_NP: Tensor, frames_M: Tensor, blank: int, *cells: Tensor) -> Tensor:
-        """Overwrites the logits; returns the sums over cells."""
+        """Overwrites the logits with their gradients, and returns the sums (P,) of these over the cells."""
         tile_rows, width = _tile(self.P, *GRADIENT)
         N, tiles = len(logits_NP), triton.cdiv(self.P, width)
         slab_rows, slabs = slabs_of(N, tile_rows, tiles)
@@ -252,6 +259,7 @@ class JoinerCells:
         return totals(sums_SP, torch.float32)
 
     def _input_gradients(self, d_hidden_NJ: Tensor, frames_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the gradients of encoder (F, J) and decoder (G, J)."""
         d_encoder_FJ, d_decoder_GJ = torch.zeros_like(self.encoder), torch.empty_like(self.decoder)
         place_F = torch.full((len(self.encoder),), -1, dtype=torch.int32, device=frames_M.device)
         place_F[frames_M] = torch.arange(len(frames_M), dtype=torch.int32, device=frames_M.device)

@@ -1,10 +1,12 @@
-"""Sum over all alignments of a transducer lattice, and how often each of its arcs is taken.
+"""This module sums the probabilities of all alignments in a transducer lattice, and finds how probable each arc is.
 
-A cell (s, t) of the lattice means: s symbols are out and frame t is being read. Two arcs leave it: a blank to
-(s, t+1), and symbol s to (s+1, t) in a regular lattice or to (s+1, t+1) where every symbol takes a frame.
+In a cell (s, t) of the lattice, s symbols have been emitted and frame t is being read. Two arcs leave it: the blank to
+(s, t+1), and symbol s to (s+1, t) in a regular lattice, or to (s+1, t+1) if every symbol takes a frame.
 
-Shapes: B utterances, T frames, S symbols, R neighbouring cells that are kept of each frame (S+1 when none is
-pruned), K steps. The four columns of a boundary are s_begin, t_begin, s_end, t_end.
+Source: Kuang et al. 2022, "Pruned RNN-T" (arXiv 2206.13236).
+
+Shapes: B utterances, T frames, S symbols, R neighbouring cells that are kept in each frame (S+1 if nothing is pruned),
+K steps. The four columns of a boundary are s_begin, t_begin, s_end, t_end.
 """
 
 from typing import Any, NamedTuple
@@ -19,13 +21,13 @@ from ssm_asr.ops.devices import to_device
 
 RNNT_TYPES = ("regular", "modified", "constrained")
 
-# Arcs taken less often than this count as never taken: in float32 their products with other small numbers would
-# be denormal, which a CPU multiplies many times slower.
+# An arc that is taken with at most this probability counts as never taken. In float32, products of smaller numbers
+# would be denormal, and a CPU multiplies denormal numbers many times slower.
 RAREST_ARC = 1e-20
 
 
 class LatticeScore(NamedTuple):
-    """What a lattice yields: its score and, for each arc, the probability that an alignment takes it."""
+    """Holds the score of each lattice and, for each arc, the probability that an alignment takes it."""
 
     score_B: Tensor
     symbol_occupation_BTR: Tensor
@@ -33,10 +35,16 @@ class LatticeScore(NamedTuple):
 
 
 def checked_boundary(boundary_B4: Tensor | None, num_frames: int, symbols_BS: Tensor, rnnt_type: str) -> Tensor:
-    """The boundary on the device of the symbols, made where there is none: [0, 0, S, T].
+    """Returns the boundary on the device of the symbols. If there is none, it is [0, 0, S, num_frames] for all.
+
+    Args:
+        boundary_B4: integers on any device, or None.
+        num_frames: T, padding included.
+        symbols_BS: the symbols, padding included.
+        rnnt_type: one of RNNT_TYPES.
 
     Raises:
-        ValueError: as `check_boundary`.
+        ValueError: if the boundary has another shape, and as `check_boundary` does.
     """
     B, S = symbols_BS.shape
     if boundary_B4 is None:
@@ -48,11 +56,17 @@ def checked_boundary(boundary_B4: Tensor | None, num_frames: int, symbols_BS: Te
 
 
 def check_boundary(boundary_B4: Tensor, num_frames: int, S: int, rnnt_type: str) -> None:
-    """Waits for the device unless the boundary is on the CPU.
+    """Checks that a boundary fits into its batch. This waits for the device unless the boundary is on the CPU.
+
+    Args:
+        boundary_B4: the boundary.
+        num_frames: T, padding included.
+        S: number of symbols, padding included.
+        rnnt_type: one of RNNT_TYPES.
 
     Raises:
-        ValueError: for an empty batch, an unknown type, a row beyond the padded lengths or with fewer frames than
-            symbols where each symbol takes one.
+        ValueError: if the batch is empty, the type is unknown, a row does not lie within T frames and S symbols, or a
+            row has fewer frames than symbols although every symbol takes a frame.
     """
     if rnnt_type not in RNNT_TYPES:
         raise ValueError(f"rnnt_type {rnnt_type!r}: give one of {', '.join(RNNT_TYPES)}")
@@ -79,20 +93,20 @@ def lattice_score(
     regular: bool,
     start_BT: Tensor | None = None,
 ) -> LatticeScore:
-    """Log of the summed probability of all alignments from (s_begin, t_begin) to (s_end, t_end).
+    """Computes the log of the summed probability of all alignments from (s_begin, t_begin) to (s_end, t_end).
 
-    Kuang et al. 2022 (arXiv 2206.13236). The sums run in float64 whatever the type of the inputs, in which the
-    results come back. Differentiable once in symbol_BTR and blank_BTR: the occupations are the gradient of the
-    score. An utterance without an alignment has the score -inf and occupations (hence gradients) of zero.
+    Sums run in float64 for inputs of any type; the results have the type of the inputs. The score is differentiable
+    once in symbol_BTR and blank_BTR, and the occupations are its gradient. An utterance without an alignment has a
+    score of -inf and occupations of 0, so its gradients are 0 too.
 
     Args:
-        symbol_BTR: log-probability of the symbol arc that leaves cell (start + r, t); -inf where s = S.
-        blank_BTR: likewise of its blank.
-        boundary_B4: int64, on the device of the scores.
+        symbol_BTR: log-probability of the symbol arc that leaves the cell (start + r, t); -inf where s = S.
+        blank_BTR: log-probability of the blank arc that leaves the cell.
+        boundary_B4: int64, on the device of the log-probabilities.
         num_symbols: S.
-        regular: a symbol stays in its frame; else it takes a frame, as a blank does.
-        start_BT: the s of the first of each frame's R cells, which must not fall over time; arcs to a cell that
-            is not kept are not taken, save to the end. None: all cells are kept (R = S+1).
+        regular: whether a symbol stays in its frame. Otherwise it takes a frame, as a blank does.
+        start_BT: s of the first of the R cells kept in each frame; it must not fall over time. Arcs to cells that are
+            not kept are cut, except arcs to the end. None keeps all cells (R = S+1).
     """
     return LatticeScore(*_LatticeScore.apply(symbol_BTR, blank_BTR, boundary_B4, num_symbols, regular, start_BT))
 
@@ -135,7 +149,7 @@ def sums(
     regular: bool,
     start_BT: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The fields of `lattice_score`, whose arguments these are."""
+    """Computes the fields of a `LatticeScore` in PyTorch; `lattice_score` explains the arguments."""
     pruned = start_BT is not None
     if start_BT is not None:
         symbol_BTR, blank_BTR = _cut_arcs(symbol_BTR, blank_BTR, boundary_B4, start_BT, regular)
@@ -157,7 +171,7 @@ def sums(
 def _cut_arcs(
     symbol_BTR: Tensor, blank_BTR: Tensor, boundary_B4: Tensor, start_BT: Tensor, regular: bool
 ) -> tuple[Tensor, Tensor]:
-    """-inf for each arc that leads neither to a kept cell within the boundary nor to the end."""
+    """Returns the arcs with -inf for each one that leads neither to a kept cell within the boundary nor to the end."""
     _, T, R = blank_BTR.shape
     _, _, s_end_B11, t_end_B11 = boundary_B4[:, :, None, None].unbind(1)
     frame_T1 = torch.arange(T, device=start_BT.device)[:, None]
@@ -179,15 +193,16 @@ def _cut_arcs(
 
 
 class _StepOrder(NamedTuple):
-    """Where the cells lie once they are ordered by step: the cells of one step do not depend on each other.
+    """Says where the cells lie once they are ordered by steps. Cells of one step do not depend on each other.
 
-    In a regular lattice a step is an anti-diagonal, s + t; else it is a frame. Either way the kept cells of one
-    step have different s mod R, their slots, since the kept s of a frame are neighbours that never fall over
-    time. From a step to the next a blank keeps its slot and a symbol moves on by one, from the last to the first.
+    In a regular lattice a step is an anti-diagonal, s + t; otherwise it is a frame. A cell lies in slot s mod R of its
+    step. All kept cells of a step lie in different slots, because the kept s of a frame are neighbours and never fall
+    over time. From one step to the next, a blank stays in its slot, and a symbol moves to the next slot, or from the
+    last to the first.
     """
 
     num_steps: int
-    blank_N: Tensor  # of the N = B*T*R cells, the index of the blank arc in a flattened (K, 2, B, R)
+    blank_N: Tensor  # for each of the N = B·T·R cells, the index of its blank arc in the flattened (K, 2, B, R)
     start_slot_B: Tensor
     end_step_B: Tensor
     end_slot_B: Tensor
@@ -212,7 +227,7 @@ def _step_order(
         s_BTR = start_BT[..., None] + s_BTR
     t_T1 = torch.arange(T, device=device)[:, None]
     step_BTR = s_BTR + t_T1 if regular else t_T1.expand(T, R)
-    # Cells before the begin go round to the last steps: no alignment goes through them there either.
+    # Cells before the begin wrap round to the last steps, where no alignment goes through them either.
     step_BTR = (step_BTR - first_step_B[:, None, None]) % num_steps
     utterance_B11 = torch.arange(B, device=device)[:, None, None]
     blank_BTR = (step_BTR * 2 * B + utterance_B11) * R + s_BTR % R
@@ -220,7 +235,7 @@ def _step_order(
 
 
 def _forward_states(arcs_K2BR: Tensor, steps: _StepOrder, pruned: bool) -> Tensor:
-    """(K+1, B, R): log-probability of all ways from the begin to each cell."""
+    """Returns the log-probability of all ways from the begin to each cell, (K+1, B, R)."""
     K, _, B, R = arcs_K2BR.shape
     state_KBR = arcs_K2BR.new_full((K + 1, B, R), -torch.inf)
     state_KBR[0].scatter_(1, steps.start_slot_B[:, None], 0.0)
@@ -229,20 +244,20 @@ def _forward_states(arcs_K2BR: Tensor, steps: _StepOrder, pruned: bool) -> Tenso
 
 
 def _occupations(arcs_K2BR: Tensor, state_KBR: Tensor, steps: _StepOrder, pruned: bool) -> Tensor:
-    """(K, 2, B, R): probability that an alignment takes each arc; overwrites the arcs."""
+    """Returns the probability that an alignment takes each arc, (K, 2, B, R). It overwrites the arcs."""
     K, _, B, R = arcs_K2BR.shape
-    # Of the ways into a cell, the share that comes by this arc. A cell without any has none to share.
+    # The share of an arc is its part of the probability of all ways into a cell. A cell without ways in has no shares.
     total_KBR = state_KBR[1:].masked_fill(state_KBR[1:] == -torch.inf, 0.0)
     share_K2BR = arcs_K2BR.add_(state_KBR[:-1, None])
     share_K2BR[:, 0].sub_(total_KBR)
     share_K2BR[:, 1].sub_(total_KBR.roll(-1, dims=-1))
     share_K2BR.exp_()
 
-    # Probability that an alignment goes through a cell. After the slots the first comes again, in which a symbol
-    # of the last one ends.
+    # The probability that an alignment goes through a cell. The first slot is repeated after the last, because a symbol
+    # in the last slot leads to the first.
     visits_KBR = arcs_K2BR.new_zeros(K + 1, B, R + 1)
     ends = (steps.end_step_B, torch.arange(B, device=arcs_K2BR.device), steps.end_slot_B)
-    visits_KBR[ends] = visits_KBR.new_ones(B)  # a number of the host's would have to be brought to the device
+    visits_KBR[ends] = visits_KBR.new_ones(B)  # a Python number would first have to be copied to the device
     _retreat(share_K2BR, visits_KBR, pruned)
     visits_KBR[:, :, R] = visits_KBR[:, :, 0]
     share_K2BR[:, 0].mul_(visits_KBR[1:, :, :R])
@@ -251,9 +266,9 @@ def _occupations(arcs_K2BR: Tensor, state_KBR: Tensor, steps: _StepOrder, pruned
 
 
 def _advance(arcs_K2BR: Tensor, state_KBR: Tensor, pruned: bool) -> None:
-    """Fills the states (K+1, B, R) from the first; only where pruned do symbols go round to the first slot."""
+    """Fills in the states (K+1, B, R), starting from the first. Only with pruning do symbols wrap to the first slot."""
     _, _, B, R = arcs_K2BR.shape
-    arrived = arcs_K2BR.new_full((2, B, R + 1), -torch.inf)  # one column before the slots, for going round
+    arrived = arcs_K2BR.new_full((2, B, R + 1), -torch.inf)  # the additional column is for symbols that wrap round
     leaving, by_blank, by_symbol = arrived[:, :, 1:], arrived[0, :, 1:], arrived[1, :, :R]
     last, first = arrived[1, :, R], arrived[1, :, 0]
     states = state_KBR.unbind(0)
@@ -265,7 +280,7 @@ def _advance(arcs_K2BR: Tensor, state_KBR: Tensor, pruned: bool) -> None:
 
 
 def _retreat(share_K2BR: Tensor, visits_KBR: Tensor, pruned: bool) -> None:
-    """Adds to the visits (K+1, B, R+1), from the last, what each arc hands back to the cell it leaves."""
+    """Fills in the visits (K+1, B, R+1) from the last to the first: each arc hands its share back to its first cell."""
     R = share_K2BR.shape[3]
     here, after = visits_KBR[:, :, :R].unbind(0), visits_KBR[:, :, 1:].unbind(0)
     first, again = visits_KBR[:, :, 0].unbind(0), visits_KBR[:, :, R].unbind(0)

@@ -1,16 +1,18 @@
-"""The sums over a lattice of `lattice.py` as Triton kernels for GPUs: arrange, sum from both ends, take out.
+"""These kernels compute the sums over a lattice of ssm_asr.ops.lattice.
 
-One program for each utterance and end keeps the sums of a step in registers. Logarithms would be most of what a
-step waits for: here probabilities are pairs, mantissa · 2^exponent, which keep the range of float64 logarithms and
-need only products and sums.
+There are three. The first arranges the arcs by steps, the second sums from both ends of the lattice, and the third
+takes the score and the occupations out of the sums. In the second, one program for each utterance and end keeps the
+sums of a step in registers. Logarithms would take most of the time of a step. So a probability is a pair here, mantissa
+· 2^exponent. Pairs have the range of float64 logarithms, and need only products and sums.
 
-Shapes and steps as in `lattice.py`, except that cells before the begin and after the end, which no alignment goes
-through, are left out, and that there are M >= R slots, s mod M. They lie as C columns of L lanes, slot l·C + c being
-lane l of column c: only the last column's sums have to move to another thread. Before and after an utterance's steps
-are MARGIN rows that loads may reach ahead and stores late, and that no result depends on.
+Shapes and steps are as in ssm_asr.ops.lattice, with two differences. Cells before the begin and after the end are left
+out, because no alignment goes through them. And there are M >= R slots: s lies in slot s mod M. Slots form C columns of
+L lanes, in which slot l·C + c is lane l of column c. So only the sums of the last column have to move to another
+thread. Before and after the steps of an utterance there are MARGIN rows, which loads may reach early and stores late.
+No result depends on them.
 """
 
-# ruff: noqa: RUF005  (in a kernel a tuple can be added to, not unpacked into another)
+# ruff: noqa: RUF005  (Triton can add tuples, but cannot unpack one into another)
 # mypy: disable-error-code="no-untyped-def, assignment, attr-defined"
 
 import torch
@@ -19,13 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 LN2 = tl.constexpr(0.6931471805599453)
-ZERO = tl.constexpr(-(2**24))  # exponent of a probability of 0, of which 100 add up within 32 bits
+ZERO = tl.constexpr(-(2**24))  # the exponent of a probability of 0; the sum of 100 of them still fits into 32 bits
 WARP = 32
 MOST_COLUMNS = 4
-AHEAD = 16  # steps of all columns that are loaded at once: more do not fit into registers
+AHEAD = 16  # steps times columns that are loaded at once; more do not fit into registers
 MARGIN = tl.constexpr(2 * AHEAD)
-TILE = 512  # cells
-SIZES = ("T", "K", "R")  # other at every batch
+TILE = 512  # cells of a program's tile
+SIZES = ("T", "K", "R")  # they differ from batch to batch
 
 
 def sums(
@@ -37,7 +39,10 @@ def sums(
     start_BT: Tensor | None,
     rarest_arc: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The fields of `lattice.lattice_score`, whose arguments these are; occupations of at most rarest_arc are 0."""
+    """Computes the fields of a `LatticeScore`; `ssm_asr.ops.lattice.lattice_score` explains the arguments.
+
+    Occupations of at most rarest_arc become 0.
+    """
     B, T, R = blank_BTR.shape
     K = (T + num_symbols if regular else T) + 2 * MARGIN.value
     columns = min(triton.cdiv(R, WARP), MOST_COLUMNS)
@@ -63,13 +68,13 @@ def sums(
 
 
 def _pairs(like: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
-    """Mantissas and exponents."""
+    """Allocates mantissas and exponents."""
     return like.new_empty(shape, dtype=torch.float64), like.new_empty(shape, dtype=torch.int32)
 
 
 @triton.jit
 def _ends(boundary, M: tl.constexpr, REGULAR: tl.constexpr):
-    """Of this program's utterance: s + t or t of its first step, its number of steps, slots of begin and end."""
+    """Returns s + t or t of the first step of the program's utterance, its number of steps, and begin and end slot."""
     boundary += tl.program_id(0) * 4
     s_begin, t_begin = tl.load(boundary).to(tl.int32), tl.load(boundary + 1).to(tl.int32)
     s_end, t_end = tl.load(boundary + 2).to(tl.int32), tl.load(boundary + 3).to(tl.int32)
@@ -90,9 +95,9 @@ def _cells(
     boundary, start, T, R,
     PRUNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, REGULAR: tl.constexpr,
 ):  # fmt: skip
-    """This program's tile: frames, symbols, cells of a frame, steps and whether an alignment may be there.
+    """Returns the program's tile: frames, symbols, cells of a frame, steps, and whether an alignment may be there.
 
-    Its rows are whole diagonals of a regular lattice that has all its cells, else frames.
+    The rows of a tile are diagonals if the lattice is regular and has all its cells, and frames otherwise.
     """
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     r = tl.arange(0, BLOCK)[None, :]
@@ -110,7 +115,7 @@ def _cells(
 
 @triton.jit
 def _power(exponent):
-    """2^exponent, or 0 where that is below the normal numbers."""
+    """Returns 2^exponent, or 0 where this is smaller than the smallest normal number."""
     return ((tl.maximum(exponent, -1023) + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
 
 
@@ -128,7 +133,7 @@ def _arrange(
     PRUNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     C: tl.constexpr, L: tl.constexpr, REGULAR: tl.constexpr,
 ):  # fmt: skip
-    """Arcs (B, K, 2, M) by steps from the log-probabilities, without those that pruning cuts (`_cut_arcs`)."""
+    """Arranges the arcs by steps, (B, K, 2, M), and leaves out those that pruning cuts (see `lattice._cut_arcs`)."""
     b = tl.program_id(0).to(tl.int64)
     t, s, r, step, kept = _cells(boundary, start, T, R, PRUNED, ROWS, BLOCK, C * L, REGULAR)
     inside = (r < R) & (t >= 0) & (t < T)
@@ -157,7 +162,7 @@ def _arrange(
 def _load_rows(
     arc, arc_exponent, back, first, C: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr, TO_END: tl.constexpr
 ):  # fmt: skip
-    """Of rows from `first` on, for each column, the pairs of the blank and of the symbol which the sums need."""
+    """Loads the pairs of the blanks and symbols that the sums need, for each row from `first` on and each column."""
     rows = ()
     arc_back, arc_exponent_back = arc + back, arc_exponent + back
     for i in tl.static_range(ROWS):
@@ -184,7 +189,7 @@ def _sum_from(
     before = (lane + L - 1) % L
     stride = -2 * C * L if TO_END else 2 * C * L
     place = lane
-    if TO_END:  # from the last step to the first, from the last slot to the first
+    if TO_END:  # steps and slots go from the last to the first
         place = (num_steps - 1) * 2 * C * L + L - 1 - lane
         slot_at_end = C * L - 1 - slot_at_end
     arc += place
@@ -200,10 +205,10 @@ def _sum_from(
     k = 0
     while k <= num_steps:
         arcs = loaded
-        # The next rows are under way while the steps of these are computed.
+        # The next rows are loaded while the steps of these rows are computed.
         loaded = _load_rows(arc, arc_exponent, before - lane, ROWS, C, L, ROWS, TO_END)
         for i in tl.static_range(ROWS):
-            # What a symbol brings comes from the column before, to the first from the last of the lane before.
+            # A symbol comes from the column before, or to the first column from the last column of the lane before.
             mantissa, exponent = tl.gather(mantissas[C - 1], before, 0), tl.gather(exponents[C - 1], before, 0)
             new_mantissas, new_exponents = (), ()
             for c in tl.static_range(C):
@@ -219,7 +224,7 @@ def _sum_from(
                 new_mantissas, new_exponents = new_mantissas + (total,), new_exponents + (most,)
                 mantissa, exponent = mantissas[c], exponents[c]
             mantissas, exponents = new_mantissas, new_exponents
-        # Back to mantissas below 2: they have at most been multiplied by 4 at a step.
+        # Mantissas are brought back below 2. Each step can have multiplied them by up to 4.
         new_mantissas, new_exponents = (), ()
         for c in tl.static_range(C):
             excess = ((mantissas[c].to(tl.int64, bitcast=True) >> 52) & 2047).to(tl.int32) - 1023
@@ -238,7 +243,7 @@ def _sum(
     arc, arc_exponent, state, state_exponent, boundary, K,
     ROWS: tl.constexpr, C: tl.constexpr, L: tl.constexpr, REGULAR: tl.constexpr,
 ):  # fmt: skip
-    """States (B, K, 2, M): at step k, all ways from the begin to it, and from step k+1 to the end."""
+    """Computes the states (B, K, 2, M): all ways from the begin to step k, and all ways from step k+1 to the end."""
     _, num_steps, begin, end = _ends(boundary, C * L, REGULAR)
     origin = (tl.program_id(0).to(tl.int64) * K + MARGIN) * 2 * C * L
     arc += origin
@@ -257,7 +262,7 @@ def _take_out(
     PRUNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     C: tl.constexpr, L: tl.constexpr, REGULAR: tl.constexpr,
 ):  # fmt: skip
-    """The score, and from arcs and states the occupations (B, T, R)."""
+    """Computes the score, and the occupations (B, T, R) from arcs and states."""
     b = tl.program_id(0).to(tl.int64)
     t, s, r, step, kept = _cells(boundary, start, T, R, PRUNED, ROWS, BLOCK, C * L, REGULAR)
     inside = (r < R) & (t >= 0) & (t < T)

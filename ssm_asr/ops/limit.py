@@ -1,4 +1,7 @@
-"""The gradient of a parameter that is kept near an interval (Yao et al., arXiv 2310.11230, section 3.4)."""
+"""This operation keeps a parameter near an interval, by flipping gradients that would move it further out.
+
+Source: Yao et al., "Zipformer" (arXiv 2310.11230), section 3.4.
+"""
 
 from typing import Any
 
@@ -9,12 +12,12 @@ from ssm_asr.ops.numbers import Number, Numbers, known_zero
 
 
 def limit(parameter: Tensor, numbers: Numbers | None) -> Tensor:
-    """The parameter itself; gradients whose descent leads further out of the interval are flipped.
+    """Returns the parameter itself. The backward pass flips gradients whose descent leads further out of the interval.
 
     Args:
         parameter: of any shape.
-        numbers: whether it acts (0 or 1) and the interval's ends, which may be missing where the host knows that it
-            does not act; None never acts.
+        numbers: three numbers: whether gradients are flipped in this batch (1 or 0), and the lower and the upper end of
+            the interval. If the host knows that the first is 0, the ends may be missing. None flips nothing.
     """
     if numbers is None or known_zero(numbers[0]):
         return parameter

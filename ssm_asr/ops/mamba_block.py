@@ -1,7 +1,11 @@
-"""What surrounds Mamba-2's operation: the causal convolution with its activation before it, the gated norm after it.
+"""These operations stand around Mamba-2's state-space operation in its block.
 
-Source: Dao and Gu (arXiv 2405.21060), section 7. Shapes: B batch, T frames, C convolved channels, I inner channels,
-K frames that the convolution keeps (its taps - 1).
+A causal convolution with SiLU comes before it, a gated RMS norm after it.
+
+Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 7.
+
+Shapes: B batch, T frames, C convolved channels, I inner channels, K frames in the cache of the convolution, which has
+K + 1 taps.
 """
 
 import torch
@@ -15,17 +19,18 @@ from ssm_asr.ops.depthwise import depthwise
 def causal_conv_silu(
     conv: nn.Conv1d, x_BTC: Tensor, padding_mask_BT: Tensor | None, cache_BCK: Tensor, *, fresh: bool
 ) -> tuple[Tensor, Tensor]:
-    """SiLU of the causal depthwise convolution after the K frames in the cache.
+    """Computes the SiLU of a causal depthwise convolution, which continues after the K frames in the cache.
 
     Args:
-        conv: of all C channels, with K + 1 taps, a bias and no padding.
-        x_BTC: T frames.
-        padding_mask_BT: True at padding, which only the ends of sequences may have; x is taken for 0 there.
-        cache_BCK: the K frames before.
-        fresh: whether the caller knows that the cache holds zeros, so that it need not be read.
+        conv: a depthwise convolution with K + 1 taps, a bias and no padding.
+        x_BTC: the frames.
+        padding_mask_BT: True at padding, which may only be at the ends of sequences. x counts as 0 there.
+        cache_BCK: the K frames before x.
+        fresh: whether the caller knows that the cache holds zeros. A kernel can then do without it.
 
     Returns:
-        (B, T, C), and the last K valid frames of each sequence, those of the cache included, in the type of the cache.
+        The output (B, T, C), and the new cache, in the type of the given one: the last K valid frames of each sequence,
+        which may reach back into the given cache.
     """
     if fresh and dispatch.use_kernels(x_BTC) and cache_BCK.dtype == torch.float32:
         from ssm_asr.ops.mamba_block_kernel import convolve  # only where Triton is installed
@@ -40,7 +45,7 @@ def causal_conv_silu(
     if padding_mask_BT is None:
         last_BCK = padded[..., frames:]
     else:
-        # Behind the K cached frames, the valid frames of a sequence end where their count says.
+        # K cached frames come first, so the last K valid frames start at the number of valid frames in x.
         index_BK = (~padding_mask_BT).sum(dim=1, keepdim=True) + torch.arange(cache_BCK.shape[2], device=x_BCT.device)
         last_BCK = padded.gather(2, index_BK[:, None].expand(-1, x_BCT.shape[1], -1))
     y_BCT = functional.silu(depthwise(conv, padded))
@@ -48,7 +53,7 @@ def causal_conv_silu(
 
 
 def _last_frames(x_BTC: Tensor, padding_mask_BT: Tensor | None, count: int) -> Tensor:
-    """The last `count` valid frames (B, C, K) of whole sequences, zeros before the first."""
+    """Returns the last `count` valid frames of whole sequences, (B, C, K), with zeros before the first frame."""
     if padding_mask_BT is None:
         padding_mask_BT = torch.zeros(x_BTC.shape[:2], dtype=torch.bool, device=x_BTC.device)
     index_BK = (~padding_mask_BT).sum(dim=1, keepdim=True) + torch.arange(-count, 0, device=x_BTC.device)
@@ -57,9 +62,14 @@ def _last_frames(x_BTC: Tensor, padding_mask_BT: Tensor | None, count: int) -> T
 
 
 def gated_norm(y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor, groups: int, eps: float) -> Tensor:
-    """weight·v / rms(v) with v = y·SiLU(z), the rms over each of `groups` equal parts of the channels.
+    """Returns weight·v / rms(v) with v = y·SiLU(z), (B, T, I). The result of the kernel has the type of z.
 
-    The kernel's result has the type of z.
+    Args:
+        y_BTI: output of the state-space operation.
+        z_BTI: the gate.
+        weight_I: learned weights.
+        groups: number of equal parts of the channels, over each of which an rms is taken.
+        eps: added to the mean square.
     """
     if dispatch.use_kernels(y_BTI) and y_BTI.dtype == torch.float32:
         from ssm_asr.ops.mamba_block_kernel import gated_norm as gated_norm_kernel  # only where Triton is installed

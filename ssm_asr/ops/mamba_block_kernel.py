@@ -1,8 +1,9 @@
-"""What surrounds Mamba-2's operation: the convolution with its activation before it, the gated norm after it.
+"""These kernels compute what stands around Mamba-2's state-space operation: the convolution with SiLU, the gated norm.
 
-Sums are in float32, and those over frames always in the same order.
+Sums run in float32, and sums over frames in a fixed order.
 
-Shapes: B batch, T frames, N = B·T, C convolved channels, K taps, D normed channels, W of each group, S slabs of frames.
+Shapes: B batch, T frames, N = B·T, C convolved channels, K taps, D normed channels, W of them in a group, S slabs of
+frames.
 """
 
 from typing import Any
@@ -14,15 +15,15 @@ from torch import Tensor
 
 from ssm_asr.ops.dispatch import ANY_COUNT
 
-FRAMES, CHANNELS = 64, 32  # of a program's tile in the convolution
-NORM_ELEMENTS = 2048  # of a tile of frames and a group's channels in the norm
+FRAMES, CHANNELS = 64, 32  # sizes of a program's tile in the convolution
+NORM_ELEMENTS = 2048  # of a program's tile in the norm, which has all channels of a group
 MOST_SLABS = 128
 WARPS = 8
 
 
 @triton.jit
 def _frames(ptr, padding_ptr, b, t, c, T, C, row, padding_b, padding_t, PADDED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Frames t of a sequence in float32, zero outside and at padding."""
+    """Loads frames t of a sequence in float32, with zeros outside the sequence and at padding."""
     inside = (t >= 0) & (t < T)
     if PADDED:
         inside = inside & (tl.load(padding_ptr + b * padding_b + t * padding_t, mask=inside, other=1) == 0)
@@ -35,7 +36,7 @@ def _convolved(  # type: ignore[no-untyped-def]
     x_ptr, padding_ptr, weight_ptr, bias_ptr, b, t, c, T, C, x_row, padding_b, padding_t,
     K: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """The sum over the taps, and the sigmoid of it."""
+    """Returns the sum over the taps, and its sigmoid."""
     total = tl.load(bias_ptr + c, mask=c < C, other=0.0)[None, :]
     for k in tl.static_range(K):
         x = _frames(x_ptr, padding_ptr, b, t + (k + 1 - K), c, T, C, x_row, padding_b, padding_t, PADDED)
@@ -62,7 +63,7 @@ def _convolution_sums_kernel(  # type: ignore[no-untyped-def]
     x_ptr, padding_ptr, weight_ptr, bias_ptr, dy_ptr, dtotal_ptr, sums_ptr, T, C, x_row, padding_b, padding_t,
     K: tl.constexpr, PADDED: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient before the activation; and of each slab, which is a tile, its share of the weights' and bias's."""
+    """Computes the gradient before the activation, and the share of each tile in the gradients of weights and bias."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     t = tl.program_id(1) * FRAMES + tl.arange(0, FRAMES)
     b = tl.program_id(2).to(tl.int64)
@@ -132,11 +133,13 @@ class _Convolution(torch.autograd.Function):
 
 
 def convolve(x_BTC: Tensor, weight_C1K: Tensor, bias_C: Tensor, padding_mask_BT: Tensor | None) -> Tensor:
-    """SiLU of the causal depthwise convolution, zeros before the first frame: (B, T, C) in float32.
+    """Returns the SiLU of the causal depthwise convolution, (B, T, C) in float32, with zeros before the first frame.
 
     Args:
-        x_BTC: channels next to each other, frames at any stride, sequences T frames apart.
-        padding_mask_BT: True where x is taken for 0; of any strides.
+        x_BTC: in any floating-point type. It is copied unless channels lie next to each other, and sequences T frames
+            apart.
+        weight_C1K, bias_C: the weights of the convolution.
+        padding_mask_BT: True where x counts as 0, with any strides; None if there is no padding.
     """
     if x_BTC.stride(2) != 1 or x_BTC.stride(0) != x_BTC.shape[1] * x_BTC.stride(1):
         x_BTC = x_BTC.contiguous()
@@ -148,7 +151,7 @@ def convolve(x_BTC: Tensor, weight_C1K: Tensor, bias_C: Tensor, padding_mask_BT:
 def _normed(  # type: ignore[no-untyped-def]
     y_ptr, z_ptr, weight_ptr, n, w, mask, y_row, z_row, eps, W: tl.constexpr
 ):
-    """y, z, y·SiLU(z), its inverse rms, the weight, and where in a row the group's channels are."""
+    """Returns y, z, y·SiLU(z) and its inverse rms, the weight, and the indices of the group's channels in a row."""
     i = tl.program_id(0) * W + w
     y = tl.load(y_ptr + n[:, None] * y_row + i[None, :], mask=mask, other=0.0).to(tl.float32)
     z = tl.load(z_ptr + n[:, None] * z_row + i[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -230,7 +233,15 @@ class _GatedNorm(torch.autograd.Function):
 
 
 def gated_norm(y_BTD: Tensor, z_BTD: Tensor, weight_D: Tensor, groups: int, eps: float) -> Tensor:
-    """weight·v / rms(v) with v = y·SiLU(z), the rms over each of `groups` parts of the channels; in the type of z."""
+    """Returns weight·v / rms(v) with v = y·SiLU(z), (B, T, D) in the type of z.
+
+    Args:
+        y_BTD: output of the state-space operation.
+        z_BTD: the gate.
+        weight_D: learned weights.
+        groups: number of equal parts of the channels, over each of which an rms is taken.
+        eps: added to the mean square.
+    """
     y_ND, z_ND = (x if x.stride(-1) == 1 else x.contiguous() for x in (y_BTD.flatten(0, 1), z_BTD.flatten(0, 1)))
     out_ND: Tensor = _GatedNorm.apply(y_ND, z_ND, weight_D, groups, eps)
     return out_ND.reshape(y_BTD.shape)

@@ -1,20 +1,21 @@
-"""Numbers that differ from batch to batch, such as a probability's outcome or a limit that follows a schedule.
+"""These types hold numbers that change with the batch: the outcome of a random decision, or a scheduled limit.
 
-The host knows them as floats, or they lie on the device, where a captured graph reads them anew at every replay.
+Either the host knows the numbers as floats, or they lie in a tensor on the device. A captured CUDA graph needs the
+tensor: it reads the numbers anew whenever it is replayed.
 """
 
 import torch
 from torch import Tensor
 
-Number = float | Tensor  # a tensor has no dimensions
-Numbers = tuple[float, ...] | Tensor  # a tensor has one dimension
+Number = float | Tensor  # the tensor is a scalar
+Numbers = tuple[float, ...] | Tensor  # the tensor has one dimension
 
 
 def known_zero(number: Number) -> bool:
-    """Whether the host knows the number to be 0, so that what the number switches on can be left out."""
+    """Returns whether the host knows that the number is 0, so that whatever the number switches on can be skipped."""
     return not isinstance(number, Tensor) and number == 0.0
 
 
 def on_device(numbers: Number | Numbers, device: torch.device) -> Tensor:
-    """The numbers as a float32 tensor on the device."""
+    """Returns the numbers as a float32 tensor on the device. A tensor is there already and is returned as it is."""
     return numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.float32, device=device)

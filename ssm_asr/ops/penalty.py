@@ -1,4 +1,7 @@
-"""A gradient that pushes large numbers down, beside the identity (Yao et al., arXiv 2310.11230, appendix A)."""
+"""This operation returns its input and adds a gradient that pushes large numbers down.
+
+Source: Yao et al., "Zipformer" (arXiv 2310.11230), appendix A.
+"""
 
 from typing import Any
 
@@ -9,7 +12,13 @@ from ssm_asr.ops.numbers import Number
 
 
 def penalize_large(x: Tensor, limit: float, penalty: Number) -> Tensor:
-    """x itself; its gradient gets the one of penalty · Σ max(0, |x| - limit)."""
+    """Returns x itself. The backward pass adds the gradient of penalty · Σ max(0, |x| - limit).
+
+    Args:
+        x: of any shape.
+        limit: the absolute value above which a number is penalised.
+        penalty: weight of the penalty; 0 adds nothing.
+    """
     penalized: Tensor = _PenalizeLarge.apply(x, limit, penalty)
     return penalized
 

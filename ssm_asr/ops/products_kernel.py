@@ -1,9 +1,12 @@
-"""Products of small matrices in Triton, as exact as in float32, in which no number moves from thread to thread.
+"""These functions multiply small matrices in Triton, as exactly as in float32, without moving numbers between threads.
 
-Of 16 neighbours in a row, a load leaves 4q + j (j < 4) with the q-th of 4 threads, a product 8k + 2q + e (k, e < 2).
-As factors, numbers count in the order in which they are summed, 4j + q. So rows are loaded in the order in which
-products have their columns, `order`, and the functions here only say anew which column is which, the same for both
-factors. Where loads spread a matrix otherwise, as those of several warps, results are the same, but slower to come by.
+Four threads share 16 neighbours in a row. After a load, thread q holds the neighbours 4q + j (j < 4). After a product
+it holds 8k + 2q + e (k, e < 2). For the factor of a product, it must hold the terms 4j + q of the sum. The order of the
+terms does not matter, as long as both factors have it. So no number has to move: the functions here only rename
+columns, in one way for both factors. For this, rows are loaded in the order in which products have their columns
+(`order`).
+
+Loads by several warps spread a matrix in other ways. Results are then correct too, but take longer.
 
 Shapes: R rows, C columns, both multiples of 16.
 """
@@ -14,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def split(x):  # type: ignore[no-untyped-def]
-    """x rounded to the 11 bits of tf32, and the rest."""
+    """Returns x rounded to the 11 bits of tf32, and the remainder."""
     high = ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
     return high, x - high
 
@@ -26,26 +29,26 @@ def _order_at(c):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def order(SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """That of the columns of a product: 4q + 2k + e at 8k + 2q + e, of every 16."""
+    """Returns the order of a product's columns: of every 16, column 4q + 2k + e is at place 8k + 2q + e."""
     return _order_at(tl.arange(0, SIZE))
 
 
 @triton.jit
 def channel(place):  # type: ignore[no-untyped-def]
-    """Which channel `load_channels` leaves at a place in a row: 4j + q at 4q + j, of every 16."""
+    """Returns the channel that `load_channels` puts at a place in a row: of every 16, 4j + q at place 4q + j."""
     return (place & -16) + (place & 3) * 4 + (place & 12) // 4
 
 
 @triton.jit
 def load_channels(base, stride_r, stride_c, rows, C: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A matrix as other loads leave it, but its C columns, filled up to SIZE with zeros, are in the order of `channel`.
+    """Loads a matrix whose rows need not be multiples of 16 bytes, spread over threads as by other loads.
 
-    Its rows are the first of R, in `order`, then zeros. For rows that are no multiples of 16 bytes, of which a thread
-    loads one number at a time: here four threads beside each other load four numbers that are, from half of the cache's
-    sectors.
+    Its C columns, filled up to SIZE with zeros, are in the order of `channel`. Its R rows are in `order`; from `rows`
+    on they are zeros. From unaligned rows a thread loads one number at a time. In this order, four neighbouring threads
+    load four neighbouring numbers, which halves the sectors of the cache that a load touches.
     """
-    # The first two dimensions go to threads, 4 by 8, as long as the compiler sees neighbours in none of them: those it
-    # would give to one thread.
+    # The compiler gives the first two dimensions to threads, 4 by 8, unless it sees neighbours in memory along them:
+    # it would give neighbours to one thread. The formula of q hides them.
     q = ((tl.arange(0, 4) * 5) & 3)[:, None, None, None, None]
     g, a = tl.arange(0, 8)[None, :, None, None, None], tl.arange(0, R // 8)[None, None, None, None, :]
     j, k = tl.arange(0, 4)[None, None, :, None, None], tl.arange(0, SIZE // 16)[None, None, None, :, None]
@@ -56,7 +59,7 @@ def load_channels(base, stride_r, stride_c, rows, C: tl.constexpr, R: tl.constex
 
 @triton.jit
 def left(x):  # type: ignore[no-untyped-def]
-    """A loaded matrix as the left one of a product, its columns in the order of the sum: 4q + j -> 4j + q."""
+    """Makes a loaded matrix the left factor of a product: column 4q + j becomes term 4j + q of the sum."""
     R: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
     return tl.reshape(tl.permute(tl.reshape(x, (R, C // 16, 4, 4)), (0, 1, 3, 2)), (R, C))
@@ -64,7 +67,7 @@ def left(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def right(x):  # type: ignore[no-untyped-def]
-    """A loaded matrix, transposed, as the right one."""
+    """Transposes a loaded matrix and makes it the right factor of a product."""
     R: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
     return tl.reshape(tl.permute(tl.reshape(x, (R, C // 16, 4, 4)), (1, 3, 2, 0)), (C, R))
@@ -72,7 +75,7 @@ def right(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def left_again(x):  # type: ignore[no-untyped-def]
-    """A product as the left matrix of the next one: 8k + 2q + e -> 8k + 4e + q."""
+    """Makes a product the left factor of the next product: column 8k + 2q + e becomes term 8k + 4e + q of the sum."""
     R: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
     return tl.reshape(tl.permute(tl.reshape(x, (R, C // 8, 4, 2)), (0, 1, 3, 2)), (R, C))
@@ -80,7 +83,7 @@ def left_again(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def right_again(x):  # type: ignore[no-untyped-def]
-    """A product, transposed, as the right matrix of the next one."""
+    """Transposes a product and makes it the right factor of the next product."""
     R: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
     return tl.reshape(tl.permute(tl.reshape(x, (R, C // 8, 4, 2)), (1, 3, 2, 0)), (C, R))
@@ -88,7 +91,7 @@ def right_again(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def ordered(x):  # type: ignore[no-untyped-def]
-    """A loaded matrix with the columns of a product."""
+    """Gives a loaded matrix the column order of a product."""
     R: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
     return tl.reshape(tl.permute(tl.reshape(x, (R, C // 16, 4, 2, 2)), (0, 1, 3, 2, 4)), (R, C))
@@ -96,7 +99,7 @@ def ordered(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def loaded(x):  # type: ignore[no-untyped-def]
-    """A product with its columns in their own order."""
+    """Gives a product its columns in their own order."""
     R: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
     return tl.reshape(tl.permute(tl.reshape(x, (R, C // 16, 2, 4, 2)), (0, 1, 3, 2, 4)), (R, C))
@@ -104,9 +107,16 @@ def loaded(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def store(pointers, x, row_mask, C: tl.constexpr, stride: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A product's first C columns in the order of `channel`, with a stride between them, to rows at the pointers (R,).
+    """Stores the first C columns of a product, which are in the order of `channel`, at rows of memory.
 
-    Every thread stores what it has: to sort the numbers first would take longer than these scattered stores.
+    Every thread stores the numbers that it has. Sorting them first would take longer than these scattered stores.
+
+    Args:
+        pointers: (R,), the starts of the rows.
+        x: the product.
+        row_mask: (R,), the rows to store.
+        C: number of columns.
+        stride: elements from one column to the next in memory.
     """
     R: tl.constexpr = x.shape[0]
     Q: tl.constexpr = x.shape[1] // 4
@@ -124,7 +134,7 @@ def store(pointers, x, row_mask, C: tl.constexpr, stride: tl.constexpr):  # type
 
 @triton.jit
 def unit():  # type: ignore[no-untyped-def]
-    """The unit matrix of 16 rows as the left one of a product with a loaded one."""
+    """Returns the unit matrix of 16 rows as the left factor of a product with a loaded matrix."""
     c = tl.arange(0, 16)
     sums = (c & 3) * 4 + (c & 12) // 4
     return tl.where(order(16)[:, None] == sums[None, :], 1.0, 0.0)
@@ -132,10 +142,10 @@ def unit():  # type: ignore[no-untyped-def]
 
 @triton.jit
 def turned(x, ones):  # type: ignore[no-untyped-def]
-    """A part of a loaded matrix, transposed: its rows in `order`, its columns as a product's.
+    """Transposes a part of a loaded matrix. The result has its rows in `order` and the column order of a product.
 
-    If it has 16 columns, by a product with the unit matrix, which is faster than to change places; it loses no more
-    bits than the next product would.
+    A part with 16 columns is multiplied by the unit matrix, which is faster than moving numbers between threads. This
+    loses no more bits than the next product would.
     """
     if x.shape[1] == 16:
         return tl.dot(ones, right(x), input_precision="tf32")
@@ -144,7 +154,7 @@ def turned(x, ones):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def turned_again(x, ones):  # type: ignore[no-untyped-def]
-    """A part of a product, transposed."""
+    """Transposes a part of a product."""
     if x.shape[1] == 16:
         return tl.dot(ones, right_again(x), input_precision="tf32")
     return tl.trans(x)
@@ -152,15 +162,16 @@ def turned_again(x, ones):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def across(high, low, ones):  # type: ignore[no-untyped-def]
-    """Parts of a loaded matrix as the right ones of a product that sums over its rows."""
+    """Makes both parts of a loaded matrix right factors of a product that sums over its rows."""
     return right_again(turned(high, ones)), right_again(turned(low, ones))
 
 
 @triton.jit
 def dot(a_high, a_low, b_high, b_low, acc):  # type: ignore[no-untyped-def]
-    """acc + a @ b on the matrix units, of matrices in two parts each: three products, without that of the rests.
+    """Returns acc + a @ b, computed by matrix units from two parts of each matrix.
 
-    With the parts of `split`, in tf32, it is as exact as in float32.
+    It adds up three products and leaves out the product of the two remainders. With the parts of `split`, in tf32, the
+    result is as exact as in float32.
     """
     acc = tl.dot(a_low, b_high, acc=acc, input_precision="tf32")
     acc = tl.dot(a_high, b_low, acc=acc, input_precision="tf32")
@@ -169,7 +180,7 @@ def dot(a_high, a_low, b_high, b_low, acc):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def product(a, b):  # type: ignore[no-untyped-def]
-    """a @ b likewise, of matrices in their own order, however they are spread over threads and warps."""
+    """Returns a @ b as exactly, for matrices in their own order, however threads and warps hold them."""
     a_high, a_low = split(a)
     b_high, b_low = split(b)
     return dot(a_high, a_low, b_high, b_low, tl.zeros([a.shape[0], b.shape[1]], tl.float32))

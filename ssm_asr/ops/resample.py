@@ -1,6 +1,8 @@
-"""Changes of the frame rate (Yao et al., arXiv 2310.11230, section 3.1).
+"""These operations lower the frame rate and raise it again.
 
-Shapes: B batch, T frames, S = T / F frames rounded up, D channels, F frames of a group.
+Source: Yao et al., "Zipformer" (arXiv 2310.11230), section 3.1.
+
+Shapes: B batch, T frames, S = T / F groups of F frames, rounded up, D channels.
 """
 
 import torch
@@ -10,9 +12,13 @@ from ssm_asr.ops import dispatch
 
 
 def downsample(x_BTD: Tensor, bias_F: Tensor) -> Tensor:
-    """The weighted mean of each group of F frames, with weights softmax(bias): (B, S, D) in the type of x.
+    """Returns the weighted mean of each group of F frames, (B, S, D) in the type of x.
 
-    The last frame is repeated to fill the last group.
+    The last frame is repeated until the last group is full.
+
+    Args:
+        x_BTD: at least one frame.
+        bias_F: the weights of a group's frames are softmax(bias).
     """
     factor = len(bias_F)
     if dispatch.use_kernels(x_BTD) and factor & (factor - 1) == 0:
@@ -29,7 +35,7 @@ def downsample(x_BTD: Tensor, bias_F: Tensor) -> Tensor:
 
 
 def upsample(x_BSD: Tensor, factor: int, frames: int) -> Tensor:
-    """Each frame repeated `factor` times, cut to `frames`."""
+    """Repeats each frame `factor` times and returns the first `frames` frames."""
     if factor == 1:
         return x_BSD
     return x_BSD.repeat_interleave(factor, dim=1)[:, :frames]

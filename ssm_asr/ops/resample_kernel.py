@@ -1,4 +1,4 @@
-"""The weighted mean of each group of frames, in one pass over memory each way.
+"""These kernels compute the weighted mean of each group of frames, in one pass over memory forward and one backward.
 
 Shapes: B batch, T frames, S groups of F frames (T / F, rounded up), D channels, N = B·S.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from ssm_asr.ops.dispatch import ANY_COUNT
 from ssm_asr.ops.sums_kernel import load_rows, rows, slabs_of, totals
 
-ROWS, CHANNELS = 32, 64  # of a program's tile
+ROWS, CHANNELS = 32, 64  # sizes of a program's tile
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _weight_at(weights, i, FACTOR: tl.constexpr):  # type: ignore[no-untyped-def
 
 @triton.jit
 def _mean(x_ptr, weights, first, t, T, x_row, d, mask, FACTOR: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of each group, which starts at frame t; the last frame fills the last group."""
+    """Returns the weighted mean of the groups that start at frames t. The last frame fills up the last group."""
     y = load_rows(x_ptr, first + t, x_row, d, mask) * _weight_at(weights, 0, FACTOR)
     for i in range(1, FACTOR):
         x = load_rows(x_ptr, first + tl.minimum(t + i, T - 1), x_row, d, mask)
@@ -55,7 +55,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     x_ptr, bias_ptr, dy_ptr, dx_ptr, sums_ptr, x_row, dy_row, N, S, T, D, slab_rows,
     FACTOR: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dx, and of each program its share of the bias's gradient, weight_i · Σ dy·(x_i - y)."""
+    """Computes dx, and the share of each program in the gradient of the bias, weight_i · Σ dy·(x_i - y)."""
     d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     first = tl.program_id(0) * slab_rows
     place = tl.arange(0, FACTOR)
@@ -98,7 +98,7 @@ class _Downsample(torch.autograd.Function):
         x_ND, bias_F = ctx.saved_tensors
         N, S, T, D = ctx.sizes
         dy_ND, columns = rows(grads[0]), triton.cdiv(D, CHANNELS)
-        # Every program leaves a row of sums.
+        # Every program writes a row of sums.
         slab_rows, slabs = slabs_of(N, ROWS, 2 * columns)
         dx_BTD = torch.empty(N // S, T, D, device=x_ND.device, dtype=x_ND.dtype)
         sums_F = torch.empty(slabs * columns, len(bias_F), device=x_ND.device)
@@ -109,7 +109,13 @@ class _Downsample(torch.autograd.Function):
 
 
 def downsample(x_BTD: Tensor, bias_F: Tensor) -> Tensor:
-    """Each group of F frames to their mean with the weights softmax(bias), the last frame repeated to fill the last
-    group: (B, S, D) in the type of x. F is a power of 2."""
+    """Returns the mean of each group of F frames with the weights softmax(bias), (B, S, D) in the type of x.
+
+    The last frame is repeated until the last group is full.
+
+    Args:
+        x_BTD: at least one frame.
+        bias_F: F is a power of 2.
+    """
     y_BSD: Tensor = _Downsample.apply(x_BTD, bias_F)
     return y_BSD

@@ -1,6 +1,8 @@
-"""What connects the modules of a layer: bypass, residuals with masks, forks.
+"""These operations connect the modules of a layer: bypasses, residual connections with masks, and forks.
 
-Source: Yao et al. (arXiv 2310.11230), section 3.3. Shapes: B batch, T frames, S frames at a lower rate, D channels.
+Source: Yao et al., "Zipformer" (arXiv 2310.11230), section 3.3.
+
+Shapes: B batch, T frames, S frames at a lower rate, D channels.
 """
 
 import torch
@@ -20,15 +22,15 @@ def bypass(
     limits: Numbers | None = None,
     factor: int = 1,
 ) -> Tensor:
-    """orig + (new - orig)·scale, (B, T, D).
+    """Returns orig + (new - orig)·scale, (B, T, D).
 
     Args:
-        orig_BTD: T frames.
-        new_BSD: S = T / factor frames, rounded up; each stands for `factor` frames.
-        scale_D: the share of `new` in each channel.
-        keep_B11: False for sequences that stay as they are in `orig`.
-        limits: how the gradient of the scale is limited; see ssm_asr.ops.limit.
-        factor: frames of `orig` for one of `new`.
+        orig_BTD: the input of the bypassed modules.
+        new_BSD: their output, with S = T / factor frames, rounded up. Each frame is repeated `factor` times.
+        scale_D: the share of `new` in each channel of the result.
+        keep_B11: False for sequences for which the result is `orig`; None keeps `new` for all.
+        limits: the numbers of `ssm_asr.ops.limit.limit` for the scale; None does not limit it.
+        factor: how many frames of `orig` one frame of `new` stands for.
     """
     if dispatch.use_kernels(orig_BTD) and orig_BTD.dtype == new_BSD.dtype:
         from ssm_asr.ops import residual_kernel  # only where Triton is installed
@@ -43,7 +45,13 @@ def bypass(
 
 
 def add_masked(x_BTD: Tensor | None, y_BTD: Tensor, mask_B1D: Tensor | None) -> Tensor:
-    """x + y·mask, the mask (B, 1, D) or (B, 1, 1); without x or without a mask what is left of it."""
+    """Returns x + y·mask, (B, T, D).
+
+    Args:
+        x_BTD: None leaves out the sum.
+        y_BTD: of the shape of x.
+        mask_B1D: (B, 1, D) or (B, 1, 1), of any type; None leaves out the product.
+    """
     if mask_B1D is not None and dispatch.use_kernels(y_BTD) and (x_BTD is None or x_BTD.dtype == y_BTD.dtype):
         from ssm_asr.ops import residual_kernel  # only where Triton is installed
 
@@ -53,7 +61,12 @@ def add_masked(x_BTD: Tensor | None, y_BTD: Tensor, mask_B1D: Tensor | None) -> 
 
 
 def fork(x: Tensor, branches: int) -> tuple[Tensor, ...]:
-    """x for each of at most 5 users; on a GPU their gradients are added up in one pass."""
+    """Returns x once for each branch, so that on a GPU one kernel can add up the branches' gradients.
+
+    Args:
+        x: of any shape.
+        branches: number of modules that use x, at most 5.
+    """
     if dispatch.use_kernels(x) and x.requires_grad:
         from ssm_asr.ops import residual_kernel  # only where Triton is installed
 

@@ -1,6 +1,9 @@
-"""What connects the modules of a layer: bypass, residuals with masks, forks; in one pass over memory each way.
+"""These kernels connect the modules of a layer: bypasses, residual connections with masks, and forks.
 
-Shapes: B batch, T frames, D channels, S slower frames (T / factor, rounded up), N rows (all dims but channels).
+Each is one pass over memory.
+
+Shapes: B batch, T frames, D channels, S frames at a lower rate (T / factor, rounded up), N rows (all dimensions but
+channels).
 """
 
 from typing import Any
@@ -13,8 +16,8 @@ from torch import Tensor
 from ssm_asr.ops.dispatch import ANY_COUNT
 from ssm_asr.ops.sums_kernel import load_rows, rows, slabs_of, totals
 
-ROWS, CHANNELS = 32, 64  # of a program's tile
-SUM_ELEMENTS = 2048
+ROWS, CHANNELS = 32, 64  # sizes of a program's tile
+SUM_ELEMENTS = 2048  # of a program's tile in sums of gradients
 MOST_BRANCHES = 5
 
 
@@ -22,7 +25,7 @@ MOST_BRANCHES = 5
 def _shares(  # type: ignore[no-untyped-def]
     scale_ptr, keep_ptr, b, inside, d, D, SKIPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """What share of `new` there is in the output, and 1 or 0 for sequences that are kept or skipped."""
+    """Returns the share of `new` in the output, and 1 for sequences that keep `new` or 0 for those that skip it."""
     share = tl.zeros((ROWS, CHANNELS), tl.float32) + tl.load(scale_ptr + d, mask=d < D, other=0.0)[None, :]
     keep = tl.full((ROWS,), 1.0, tl.float32)
     if SKIPS:
@@ -36,7 +39,7 @@ def _bypass_kernel(  # type: ignore[no-untyped-def]
     orig_ptr, new_ptr, scale_ptr, keep_ptr, out_ptr, orig_row, new_row, N, S, T, D,
     FACTOR: tl.constexpr, SKIPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of slower frames
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # frames at the lower rate
     d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     b, t = n // S, n % S * FACTOR
     share, _ = _shares(scale_ptr, keep_ptr, b, n < N, d, D, SKIPS, ROWS, CHANNELS)
@@ -119,11 +122,14 @@ def bypass(
     settings: Tensor | None,
     factor: int = 1,
 ) -> Tensor:
-    """orig + (new - orig)·scale, each frame of `new` for `factor` frames of `orig`; orig and new are of one type.
+    """Returns orig + (new - orig)·scale, (B, T, D), with each frame of `new` repeated `factor` times.
 
     Args:
-        keep_B: False for sequences that stay as they are in `orig`; of any shape with B elements, or None.
-        settings: of the LimitParameter of the scale, or None; see ssm_asr.ops.sums_kernel.totals.
+        orig_BTD, new_BSD: in one type.
+        scale_D: the share of `new` in each channel of the result.
+        keep_B: False for sequences for which the result is `orig`; of any shape with B elements. None keeps all.
+        settings: three numbers on the device that limit the scale, as `ssm_asr.ops.limit.limit` takes them, or None.
+        factor: how many frames of `orig` one frame of `new` stands for.
     """
     out_BTD: Tensor = _Bypass.apply(orig_BTD, new_BSD, scale_D, keep_B, settings, factor)
     return out_BTD
@@ -175,7 +181,12 @@ class _AddMasked(torch.autograd.Function):
 
 
 def add_masked(x_BTD: Tensor | None, y_BTD: Tensor, mask_B1D: Tensor) -> Tensor:
-    """x + y·mask, or y·mask if x is None; x and y of one type, the mask (B, 1, D) or (B, 1, 1) of any."""
+    """Returns x + y·mask, or y·mask if x is None.
+
+    Args:
+        x_BTD, y_BTD: in one type.
+        mask_B1D: (B, 1, D) or (B, 1, 1), in any type.
+    """
     out_BTD: Tensor = _AddMasked.apply(x_BTD, y_BTD, mask_B1D)
     return out_BTD
 
@@ -215,7 +226,7 @@ class _Fork(torch.autograd.Function):
 
 
 def fork(x: Tensor, branches: int) -> tuple[Tensor, ...]:
-    """x for each of at most 5 users, whose gradients are added up at once."""
+    """Returns x once for each of at most 5 branches. One kernel adds up their gradients."""
     assert branches <= MOST_BRANCHES
     out: tuple[Tensor, ...] = _Fork.apply(x, branches)
     return out

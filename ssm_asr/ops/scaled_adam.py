@@ -1,6 +1,8 @@
-"""The passes of ScaledAdam over all elements, of which a kernel reads and writes each once.
+"""These are ScaledAdam's passes over all parameters. A kernel reads and writes each element once per pass.
 
-Source: Yao et al. (arXiv 2310.11230), section 3.5. Shapes: T tensors, laid out in C rows of R elements.
+Source: Yao et al., "Zipformer" (arXiv 2310.11230), section 3.5.
+
+Shapes: T tensors of a parameter group, laid out in C rows of R elements.
 """
 
 from typing import NamedTuple
@@ -12,7 +14,7 @@ from ssm_asr.ops import dispatch
 
 
 class Rows(NamedTuple):
-    """The tensors of a parameter group laid end to end, each starting a new row, and each row's tensor number."""
+    """Holds the tensors of a parameter group end to end, each starting a new row, and the tensor number of each row."""
 
     param_CR: Tensor
     grad_CR: Tensor
@@ -22,7 +24,7 @@ class Rows(NamedTuple):
 
 
 def row_dots(x_CR: Tensor, y_CR: Tensor) -> Tensor:
-    """The dot product of each row of one with the row of the other: (C,)."""
+    """Returns the dot product of each row of x with the row of y, (C,)."""
     if dispatch.use_kernels(x_CR) and x_CR.dtype == torch.float32:
         from ssm_asr.ops import scaled_adam_kernel  # only where Triton is installed
 
@@ -40,16 +42,19 @@ def add_step(
     correction: float,
     eps: float,
 ) -> None:
-    """Brings the moments up to date, and adds the step that follows from them to the parameters, all in place.
+    """Updates the moments in place and adds the resulting step to the parameters.
+
+    The plain form overwrites the gradients.
 
     Args:
-        scale_T: of Adam's step, for each tensor.
-        growth_T: how much each tensor grows as a whole, relative to itself; None for not at all.
-        factor: what the gradients are multiplied by, 0 where they are not finite.
+        rows: parameters, gradients and moments.
+        scale_T: what Adam's step is multiplied by, for each tensor.
+        growth_T: how much each tensor grows as a whole, relative to itself; None grows none.
+        factor: what gradients are multiplied by; 0 if they are not finite.
         finite: 1, or 0 to leave the parameters as they are.
         betas: decay rates of the momentum and of the mean squared gradient.
-        correction: of the mean squared gradient's bias.
-        eps: added to its root.
+        correction: what the mean squared gradient is divided by to correct its bias.
+        eps: added to the root of the mean squared gradient.
     """
     param_CR, grad_CR, delta_CR, exp_avg_sq_CR, tensor_of_row_C = rows
     if dispatch.use_kernels(param_CR) and param_CR.dtype == torch.float32:
@@ -59,7 +64,7 @@ def add_step(
         scaled_adam_kernel.add_step(*matrices, scale_T, growth_T, factor, finite, betas, correction, eps)
         return
     beta1, beta2 = betas
-    # A factor of zero leaves NaN where the gradient was not finite.
+    # A factor of 0 makes NaN of a gradient that is not finite.
     grad_CR.mul_(factor).nan_to_num_(nan=0.0)
     exp_avg_sq_CR.mul_(beta2).addcmul_(grad_CR, grad_CR, value=1 - beta2)
     denominator_CR = (exp_avg_sq_CR / correction).sqrt_().add_(eps)

@@ -1,4 +1,4 @@
-"""The passes of ScaledAdam over all elements as Triton kernels for GPUs: each reads and writes them once.
+"""These kernels compute ScaledAdam's passes over all parameters. Each reads and writes an element once.
 
 Shapes: T tensors of a parameter group, laid out in C rows of R elements.
 """
@@ -39,7 +39,7 @@ def _step_kernel(  # type: ignore[no-untyped-def]
 
 
 def dots(x_CR: Tensor, y_CR: Tensor) -> Tensor:
-    """The dot product of each row of one with that of the other: (C,)."""
+    """Returns the dot product of each row of x with the row of y, (C,)."""
     C, R = x_CR.shape
     dots_C = x_CR.new_empty(C)
     _dots_kernel[(C,)](x_CR, y_CR, dots_C, R=R)
@@ -60,7 +60,7 @@ def add_step(
     correction: float,
     eps: float,
 ) -> None:
-    """`optim._FlatGroup.add_step` by one kernel; the gradients are left as they are."""
+    """Computes `ssm_asr.ops.scaled_adam.add_step` by one kernel. It does not overwrite the gradients."""
     C, R = param_CR.shape
     beta1, beta2 = betas
     numbers: Any = (beta1, 1 - beta1, beta2, 1 - beta2, correction, eps)

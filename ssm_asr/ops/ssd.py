@@ -1,11 +1,11 @@
-"""Mamba-2's state-space operation: step by step, in matrix form, and by kernels.
+"""This module computes Mamba-2's state-space operation: frame by frame, in matrix form, and by kernels.
 
-Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060): the operation is section 2 with one decay a head, the
-matrix form section 6.
+Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060). Section 2 defines the operation, here with one decay per
+head; section 6 gives the matrix form.
 
-Shapes: B batch, T frames, H heads, P channels a head, N state size, G groups of heads that share B and C, R = H / G
-heads a group, M blocks of L frames, X = B·M·G groups of blocks, whose heads are one matrix of Q = R·P rows where they
-meet their B or C. As in the paper, dt, A, B, C and D also name the operation's inputs.
+Shapes: B batch, T frames, H heads, P channels of a head, N state size, G groups of heads that share B and C, R = H / G
+heads of a group, M blocks of L frames, X = B·M·G pairs of a block and a group, Q = R·P channels of a group, which are
+the rows of one matrix in products with B or C. As in the paper, dt, A, B, C and D also name inputs of the operation.
 """
 
 from typing import NamedTuple
@@ -16,27 +16,29 @@ from torch.nn import functional
 
 from ssm_asr.ops import dispatch
 
-# Longer blocks cost more inside, shorter ones between. On a CPU, for N = 16 to 128, forward and backward with blocks of
-# 16 and 32 frames take the same time within 20 %, with 64 frames 1.5 times as long, with 128 twice.
+# Long blocks cost much time inside blocks, short ones between them. On a CPU with N = 16 to 128, forward and backward
+# pass take as long with blocks of 16 frames as with 32 within 20 %, 1.5 times as long with 64 frames, twice with 128.
 BLOCK_FRAMES = 32
-# exp(-40) is below the rounding of float64. Larger sums of dt·A would only cost digits in their differences.
+# dt·A is clamped to at least this. exp(-40) is below the rounding of float64, so lower values would change nothing, but
+# would cost digits where sums of dt·A are subtracted.
 LEAST_LOG_DECAY = -40.0
-# The longest sequence for which single steps are faster than the matrix form.
+# The longest sequence, in frames, for which the recurrence is faster than the matrix form.
 RECURRENT_FRAMES = 4
-# From this N on, a GPU takes the kernels with long blocks, which are faster where many heads share B and C.
+# From this N on, the kernels with long blocks run on a GPU. They are faster where many heads share large B and C.
 WIDE_STATES = 64
 
 
 class SsdInputs(NamedTuple):
-    """What the operation takes; all are of one floating-point type.
+    """Holds the inputs of the operation. All have one floating-point type.
 
     Attributes:
         x_BTHP: inputs of any length, 0 included.
         dt_BTH: step sizes, not negative. A frame with dt = 0 leaves the state as it is.
         A_H: decay rates, not positive.
-        B_BTGN, C_BTGN: how inputs enter the state and how it is read, shared by the H / G heads of a group.
-        D_H: weights of the input in the output.
-        state_BHPN: S before the first frame.
+        B_BTGN: how inputs enter the state, shared by the H / G heads of a group.
+        C_BTGN: how outputs are read from the state, shared likewise.
+        D_H: weights of the inputs in the outputs.
+        state_BHPN: the state before the first frame.
     """
 
     x_BTHP: Tensor
@@ -49,13 +51,13 @@ class SsdInputs(NamedTuple):
 
 
 def ssd(inputs: SsdInputs) -> tuple[Tensor, Tensor]:
-    """The state-space operation, in the form that is fastest for its length.
+    """Computes the state-space operation, in the form that is fastest for its length and its device.
 
         S_t = exp(dt_t·A)·S_{t-1} + dt_t·x_t ⊗ B_t
         y_t = S_t·C_t + D·x_t
 
     Returns:
-        y_BTHP, and S after the last frame.
+        The outputs y_BTHP, and the state S_BHPN after the last frame.
     """
     if inputs.x_BTHP.shape[1] <= RECURRENT_FRAMES:
         return ssd_recurrent(inputs)
@@ -68,12 +70,12 @@ def ssd(inputs: SsdInputs) -> tuple[Tensor, Tensor]:
 
 
 def ssd_recurrent(inputs: SsdInputs) -> tuple[Tensor, Tensor]:
-    """`ssd` frame by frame: the reference for the other forms."""
+    """Computes `ssd` frame by frame. The other forms are tested against this one."""
     return _recurrence(inputs)
 
 
 def _recurrence(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],  # what TorchScript calls an SsdInputs
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],  # an SsdInputs, as TorchScript types it
 ) -> tuple[Tensor, Tensor]:
     x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN = inputs
     heads_a_group = x_BTHP.shape[2] // B_BTGN.shape[2]
@@ -89,19 +91,23 @@ def _recurrence(
     return torch.cat(ys, dim=1) + D_H[:, None] * x_BTHP, state_BHPN
 
 
-# In exported models a loop over all frames, however many an utterance has.
+# The recurrence for exported models. Scripting it keeps its loop, so that the model takes any number of frames.
 ssd_loop = torch.jit.script_if_tracing(_recurrence)
 
 
 def ssd_chunked(inputs: SsdInputs, block_frames: int = BLOCK_FRAMES) -> tuple[Tensor, Tensor]:
-    """`ssd` by matrix products inside blocks of frames, and a recurrence from block to block (section 6).
+    """Computes `ssd` by matrix products inside blocks of frames and a recurrence from block to block (section 6).
 
-    With a_t the sum of dt·A from the block's start to frame t, and S the state at the block's start:
+    Let a_t be the sum of dt·A from the start of the block to frame t, and S the state at the start of the block:
 
         y_t = Σ_{s≤t} exp(a_t - a_s)·(C_t·B_s)·dt_s·x_s + exp(a_t)·S·C_t + D·x_t
         S_next = exp(a_L)·S + Σ_s exp(a_L - a_s)·dt_s·x_s ⊗ B_s
 
-    No exponent is positive, so nothing overflows. Products with B and C are made once a group, not once a head.
+    No exponent is positive, so nothing overflows. Products of B and C are computed once per group, not per head.
+
+    Args:
+        inputs: the inputs.
+        block_frames: L.
     """
     x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, state_BHPN = inputs
     B, T, H, P = x_BTHP.shape
@@ -111,9 +117,9 @@ def ssd_chunked(inputs: SsdInputs, block_frames: int = BLOCK_FRAMES) -> tuple[Te
     dx_XRPL = dt_XRL[:, :, None] * x_XQL.unflatten(1, (R, P))
     a_XRL = _blocks((dt_BTH * A_H).clamp(min=LEAST_LOG_DECAY), L, G).cumsum(dim=-1)
 
-    # Row s, column t. Where t is before s the scores are 0, and the decay is kept from overflowing.
+    # Rows are s, columns are t. Where t is before s, scores are 0 and the clamp keeps the decay from overflowing.
     scores_XLL = (B_XNL.transpose(1, 2) @ C_XNL).triu()
-    # A negated copy, since the gradient of a subtraction would negate the whole matrix.
+    # Adding a negated copy is cheaper than subtracting: the gradient of a subtraction would negate the whole matrix.
     decay_XRLL = (a_XRL[..., None, :] + (-a_XRL)[..., None]).clamp(max=0.0).exp()
     y_XRPL = dx_XRPL @ (scores_XLL[:, None] * decay_XRLL)
 
@@ -130,7 +136,7 @@ def ssd_chunked(inputs: SsdInputs, block_frames: int = BLOCK_FRAMES) -> tuple[Te
 
 
 def _blocks(x_BT: Tensor, L: int, G: int) -> Tensor:
-    """(B, T, …) -> (X, …, L): at least one block, the last one filled up with zeros; the rest is split into groups."""
+    """Cuts (B, T, …) into (X, …, L). There is at least one block, and the last one is filled up with zeros."""
     B, T = x_BT.shape[:2]
     M = max(1, -(-T // L))
     if M * L > T:
@@ -139,9 +145,9 @@ def _blocks(x_BT: Tensor, L: int, G: int) -> Tensor:
 
 
 def _across_blocks(added_BMHPN: Tensor, decay_BMH11: Tensor, state_BHPN: Tensor) -> tuple[Tensor, Tensor]:
-    """The states at the start of every block, and the one after the last."""
+    """Returns the states at the starts of all blocks, and the state after the last block."""
     starts = []
-    # Unbound beforehand: indexing in the loop would give a gradient of full size at every step.
+    # The tensors are unbound first, because indexing inside the loop would make a gradient of full size at every step.
     for added_BHPN, decay_BH11 in zip(added_BMHPN.unbind(1), decay_BMH11.unbind(1), strict=True):
         starts.append(state_BHPN)
         state_BHPN = torch.addcmul(added_BHPN, decay_BH11, state_BHPN)

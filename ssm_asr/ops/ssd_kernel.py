@@ -1,34 +1,36 @@
-"""Mamba-2's state-space operation in Triton kernels, forward and backward, with blocks of L frames in parallel.
+"""These kernels compute Mamba-2's state-space operation, forward and backward, with blocks of L frames in parallel.
 
-Source: Dao and Gu (arXiv 2405.21060), section 6; the equations are those of ssm_asr.ssm.mamba2.ssd_chunked. With a_t
-the sum of dt·A from the block's start to t, E_ts = exp(a_t - a_s) for t >= s, S and S' the states at the start and end
-of a block, and dS and dS' their gradients, each direction takes three launches. The first makes what every block adds
-to the state, or to its gradient; the second passes the states from block to block:
+Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6. The equations are as in
+ssm_asr.ops.ssd.ssd_chunked. Let a_t be the sum of dt·A from the start of the block to frame t, and E_ts = exp(a_t -
+a_s) for t >= s. Let S and S' be the states at the start and at the end of a block, and dS and dS' their gradients. Each
+direction takes three launches. The first computes what every block adds to the state, or to its gradient. The second
+passes the states from block to block:
 
     S' = exp(a_L)·S + Σ_s exp(a_L - a_s)·dt_s·x_s ⊗ B_s
     dS = exp(a_L)·dS' + Σ_t exp(a_t)·dy_t ⊗ C_t
 
-The third makes the results of every block:
+The third computes the results of every block:
 
-    y_t  = Σ_s F_ts·x_s + exp(a_t)·S·C_t          with F_ts = E_ts·(C_t·B_s)·dt_s, and D more where t = s
+    y_t  = Σ_s F_ts·x_s + exp(a_t)·S·C_t          with F_ts = E_ts·(C_t·B_s)·dt_s, plus D where t = s
     dx_s = Σ_t F_ts·dy_t + exp(a_L - a_s)·dt_s·dS'·B_s
     dC_t = Σ_heads Σ_s V_ts·dt_s·B_s + read_t     with V_ts = E_ts·(dy_t·x_s), read_t = exp(a_t)·Sᵀ·dy_t
     dB_s = Σ_heads dt_s·(Σ_t V_ts·C_t + given_s)  with given_s = exp(a_L - a_s)·dS'ᵀ·x_s
 
-With K_ts = V_ts·(C_t·B_s), the gradient of dt_s is Σ_t K_ts + B_s·given_s, and A times that of dt_s·A. The gradient of
-dt_τ·A is the sum of dt_s·K_ts over s < τ <= t, of C_t·read_t over t >= τ, and of dt_s·B_s·given_s over s < τ, and
-exp(a_L)·⟨dS', S⟩.
+With K_ts = V_ts·(C_t·B_s), the gradient of dt_s is Σ_t K_ts + B_s·given_s plus A times the gradient of dt_s·A. The
+gradient of dt_τ·A is the sum of dt_s·K_ts over s < τ <= t, of C_t·read_t over t >= τ, and of dt_s·B_s·given_s over
+s < τ, plus exp(a_L)·⟨dS', S⟩.
 
-A program of the first and third launch takes one block of one sequence, and the heads of one group in turn: so it makes
-C·Bᵀ once, and sums dB and dC over the heads in a fixed order; V·dt is summed over them before it meets B and C.
+A program of the first and third launch takes one block of one sequence, and the heads of one group in turn. So it
+computes C·Bᵀ once, and sums dB and dC over the heads in a fixed order. It sums V·dt over the heads before it multiplies
+by B and C.
 
-Products are those of ssm_asr.ops.products_kernel, in which no number moves from thread to thread: so frames, and the
-channels of states, are loaded in its order. Sums of dt·A over the frames between two are products as well, with a
-matrix of ones and zeros: sums without differences, since after fast decays these would leave no digits to the slow
-ones. Every program is one warp, as those products want it.
+Matrix products are computed as in ssm_asr.ops.products_kernel, where no number moves between threads. For this, frames
+and the channels of states are loaded in `order`, and every program is one warp. Sums of dt·A over the frames between
+two frames are matrix products as well, with a matrix of ones and zeros. They replace differences of cumulative sums,
+because after fast decays differences would leave no digits for slow ones.
 
-Shapes: B batch, T frames, H heads, P channels a head, G groups, N states, M blocks of L frames, Z = M + 1 starts and
-ends of blocks. P and N are filled up to powers of 2. Offsets inside a sequence fit in 32 bits.
+Shapes: B batch, T frames, H heads, P channels of a head, G groups, N states, M blocks of L frames, Z = M + 1 starts and
+ends of blocks. P and N are filled up to powers of 2. Offsets inside a sequence fit into 32 bits.
 """
 
 from typing import Any
@@ -41,10 +43,10 @@ from torch import Tensor
 from ssm_asr.ops import products_kernel as mm
 from ssm_asr.ops.ssd import LEAST_LOG_DECAY, SsdInputs
 
-BLOCK_FRAMES = 16  # in longer blocks there is more to do a frame, between them fewer states to write and read
-PASS_BLOCKS, PASS_NUMBERS = 8, 128  # of the second launch: blocks it loads at once, and numbers of a state a program
-SIZES = ("M", "T")  # other at every batch
-SUM_NUMBERS = 2048  # that a program of the last sums takes at once
+BLOCK_FRAMES = 16  # longer blocks cost more work per frame, but leave fewer states to write and read
+PASS_BLOCKS, PASS_NUMBERS = 8, 128  # in the second launch, the blocks and the numbers of a state that a program loads
+SIZES = ("M", "T")  # they differ from batch to batch
+SUM_NUMBERS = 2048  # numbers that a program of the last sums loads at once
 
 
 @triton.jit
@@ -55,15 +57,15 @@ def _load(base, stride_t, stride_c, i, c, i_mask, c_mask):  # type: ignore[no-un
 
 @triton.jit
 def _exponents(dt, A, least: tl.constexpr):  # type: ignore[no-untyped-def]
-    """dt·A to base 2."""
+    """Returns dt·A for powers of 2 instead of e."""
     return tl.maximum(dt * A, least) * 1.4426950408889634
 
 
 @triton.jit
 def upto_and_strict(s, t, products):  # type: ignore[no-untyped-def]
-    """Constants: 1 where s <= t, and where s < t.
+    """Returns two matrices of constants: 1 where s <= t, and 1 where s < t.
 
-    The last of the three cases never comes up, but so they are spread over the threads as products are.
+    The last of the three cases never occurs. It makes the compiler spread the matrices over threads as products are.
     """
     upto = tl.where(s <= t, 1.0, tl.where(s > t, 0.0, products))
     return upto, tl.where(s < t, 1.0, tl.where(s >= t, 0.0, products))
@@ -71,11 +73,11 @@ def upto_and_strict(s, t, products):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def head_decays(dt, A, strict, until, LEAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """E of a head and a block, (s, t), that from a frame to the block's end, and that from its start to a frame."""
+    """Returns E (s, t) of a head in a block, the decays from frames to its end, and from its start to frames."""
     exponents = _exponents(dt, A, LEAST)
     e_high, e_low = mm.split(exponents)
     high, low = strict * e_high[None, :], strict * e_low[None, :]
-    # The sum over s < u <= t, and 0 where s > t: there the products and, in the end, the weights are 0.
+    # The sum over s < u <= t. It is 0 where s > t; the scores and, in the end, the weights are 0 there.
     between = tl.dot(mm.left_again(low), until, input_precision="tf32")
     between = tl.exp2(tl.dot(mm.left_again(high), until, acc=between, input_precision="tf32"))
     is_last = tl.arange(0, strict.shape[1])[None, :] == strict.shape[1] - 1
@@ -88,9 +90,10 @@ def head_gradients(  # type: ignore[no-untyped-def]
     x_high, x_low, dy, dt, A, D, inter, arrived, straight, faded,
     between, to_end, products, strict, lower, after, ones, i_mask, LEAST: tl.constexpr,
 ):  # fmt: skip
-    """dx of a head and a block, V·dt (s, t), and the gradients of dt·A and dt.
+    """Returns dx of a head in a block, V·dt (s, t), and the gradients of dt·A and of dt.
 
-    What they have of other blocks: inter is B·dS'ᵀ, straight_s B_s·given_s, arrived_t C_t·read_t.
+    Other blocks contribute by inter = B·dS'ᵀ, straight_s = B_s·given_s, arrived_t = C_t·read_t and faded, which is
+    exp(a_L)·⟨dS', S⟩.
     """
     dy_high, dy_low = mm.split(dy)
     mixing_high, mixing_low = mm.split(mm.left_again(products * between * dt[:, None]))
@@ -103,7 +106,7 @@ def head_gradients(  # type: ignore[no-untyped-def]
     high, low = mm.split(mm.left_again(stepped))
     crossing = tl.dot(low, after, acc=stepped + (dt * straight)[:, None], input_precision="tf32")
     crossing = tl.dot(high, after, acc=crossing, input_precision="tf32")
-    # Sums of sums, not differences of them: where decays are fast, these would leave only rounding errors.
+    # These are sums of sums. Differences would leave only rounding errors where decays are fast.
     ddtA = tl.sum(strict * crossing + lower * arrived[:, None], axis=0) + faded
     ddtA = tl.where((dt * A >= LEAST) & i_mask, ddtA, 0.0)
     return dx, pairs * dt[:, None], ddtA, ddtA * A + (tl.sum(both, axis=1) + straight)
@@ -117,7 +120,7 @@ def _added_kernel(  # type: ignore[no-untyped-def]
     P_PAD: tl.constexpr, N_PAD: tl.constexpr, L: tl.constexpr, LEAST: tl.constexpr, UNROLL: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """What a block adds to the state at its end; BACKWARD, with dy and C, to the gradient of the one at its start."""
+    """Computes what a block adds to the state at its end, or BACKWARD, from dy and C, to the gradient at its start."""
     b, g, m = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G, tl.program_id(1)
     i, n, rows = mm.order(L), tl.arange(0, N_PAD), T - m * L
     i_mask, n_mask = i < rows, n < N
@@ -136,7 +139,7 @@ def _added_kernel(  # type: ignore[no-untyped-def]
     x = mm.load_channels(x_ptr, x_t, x_p, rows, P, L, P_PAD)
     A, dt = tl.load(A_ptr + h), tl.load(dt_ptr + i * dt_t, mask=i_mask, other=0.0).to(tl.float32)
     for r in tl.range(H // G, loop_unroll_factor=UNROLL):
-        # What the next head needs: the memory takes its time, and no load goes before an earlier store.
+        # The inputs of the next head are loaded early: memory is slow, and no load moves before an earlier store.
         next_mask = i_mask & (r + 1 < H // G)
         A_next = tl.load(A_ptr + h + r + 1, mask=r + 1 < H // G, other=0.0)
         x_next = mm.load_channels(x_ptr + (r + 1) * x_h, x_t, x_p, tl.where(r + 1 < H // G, rows, 0), P, L, P_PAD)
@@ -158,7 +161,7 @@ def _pass_kernel(  # type: ignore[no-untyped-def]
     states_ptr, decays_ptr, first_ptr, last_ptr,
     M, H: tl.constexpr, PN: tl.constexpr, BLOCKS: tl.constexpr, NUMBERS: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """From what blocks add to the states, in place: from the first block to the last, or BACKWARD."""
+    """Turns what blocks add into states, in place, from the first block to the last, or with BACKWARD to the first."""
     b = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * NUMBERS + tl.arange(0, NUMBERS)
     e_mask = e < H * PN
@@ -167,8 +170,8 @@ def _pass_kernel(  # type: ignore[no-untyped-def]
     state = tl.load(first_ptr + b * H * PN + e, mask=e_mask, other=0.0)
     tl.store(states_ptr + (M * H * PN if BACKWARD else 0), state, mask=e_mask)
     done = 0
-    while done < M:  # Triton's interpreter cannot take a number of steps for a range with present versions of numpy
-        loaded = ()  # those of several blocks at once, since no load depends on the states
+    while done < M:  # with current versions of numpy, Triton's interpreter cannot take M for a range
+        loaded = ()  # several blocks are loaded at once, since no load depends on the states
         for j in tl.static_range(BLOCKS):
             m = M - 1 - done - j if BACKWARD else done + j
             mask = e_mask & (done + j < M)
@@ -326,7 +329,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _sum_kernel(x_ptr, sums_ptr, COUNT, NUMBERS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The sum of every row of a matrix. For dA and dD it need not take the 8 µs that PyTorch's takes on an H100."""
+    """Sums every row of a matrix. For dA and dD this takes less than the 8 µs of PyTorch's sum on an H100."""
     row, e = tl.program_id(0).to(tl.int64), tl.arange(0, NUMBERS)
     sums = tl.zeros([NUMBERS], tl.float32)
     done = 0
@@ -337,19 +340,26 @@ def _sum_kernel(x_ptr, sums_ptr, COUNT, NUMBERS: tl.constexpr):  # type: ignore[
 
 
 def _sizes(x_BTHP: Tensor, B_BTGN: Tensor, least_log_decay: float) -> dict[str, Any]:
-    """The constants of the kernels of blocks."""
+    """Returns the sizes and constants of the kernels that work on blocks."""
     _, T, H, P = x_BTHP.shape
     G, N = B_BTGN.shape[2:]
     P_pad, N_pad = max(16, triton.next_power_of_2(P)), max(16, triton.next_power_of_2(N))
     return dict(
         T=T, M=triton.cdiv(T, BLOCK_FRAMES), H=H, G=G, P=P, N=N, P_PAD=P_pad, N_PAD=N_pad, L=BLOCK_FRAMES,
-        # Of small states, two heads at once fit into registers.
+        # With small states, two heads at once fit into registers.
         LEAST=least_log_decay, num_warps=1, UNROLL=2 if N_pad == 16 else 1, num_stages=1,
     )  # fmt: skip
 
 
 def pass_on(states_BZHPN: Tensor, decays_BMH: Tensor, first_BHPN: Tensor, *, backward: bool) -> Tensor:
-    """Turns what blocks add into the states at their ends, the last of which it returns; backward, their gradients."""
+    """Turns what blocks add into states, or backward into gradients of states, in place, and returns the last one.
+
+    Args:
+        states_BZHPN: what blocks add to the states at their ends, or backward to the gradients at their starts.
+        decays_BMH: the decays exp(a_L) of blocks.
+        first_BHPN: the state before the first block, or backward the gradient after the last.
+        backward: whether to go from the last block to the first.
+    """
     (B, M, H), (P, N) = decays_BMH.shape, first_BHPN.shape[2:]
     last_BHPN = first_BHPN.new_empty(B, H, P, N)
     _pass_kernel[(B, triton.cdiv(H * P * N, PASS_NUMBERS))](
@@ -360,7 +370,7 @@ def pass_on(states_BZHPN: Tensor, decays_BMH: Tensor, first_BHPN: Tensor, *, bac
 
 
 def sum_blocks(dAD_2HBM: Tensor) -> Tensor:
-    """The sums of dA and dD, (2, H), over sequences and blocks, always in the same order."""
+    """Returns the sums (2, H) of dA and dD over sequences and blocks, in a fixed order."""
     _, H, B, M = dAD_2HBM.shape
     dAD_2H = dAD_2HBM.new_empty(2, H)
     _sum_kernel[(2 * H,)](dAD_2HBM, dAD_2H, B * M, NUMBERS=SUM_NUMBERS, num_warps=4)
@@ -378,7 +388,7 @@ def _states(
     *,
     backward: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The states at the starts and ends of all blocks, and the one after the last; backward, their gradients."""
+    """Returns the states at the starts and ends of all blocks and the last state, or backward their gradients."""
     (B, _, H, P), (G, N), M = x_BTHP.shape, B_BTGN.shape[2:], sizes["M"]
     states_BZHPN = first_BHPN.new_empty(B, M + 1, H, P, N)
     _added_kernel[(B * G, M)](
@@ -426,6 +436,6 @@ class _Ssd(torch.autograd.Function):
 
 
 def ssd_kernel(inputs: SsdInputs) -> tuple[Tensor, Tensor]:
-    """`ssd` on a GPU, for float32 inputs of any strides."""
+    """Computes `ssm_asr.ops.ssd.ssd` by kernels, for float32 inputs with any strides."""
     y_BTHP, end_BHPN = _Ssd.apply(LEAST_LOG_DECAY, *inputs)
     return y_BTHP, end_BHPN

@@ -1,6 +1,6 @@
-"""What ssm_asr.ops.ssd_wide_kernel does inside short blocks of 16 frames, with heads or channels one by one.
+"""These kernels work inside short blocks of 16 frames for ssm_asr.ops.ssd_wide_kernel, one head or channel at a time.
 
-Letters and shapes are those of that file.
+That module explains the letters and the shapes.
 """
 
 import triton
@@ -16,7 +16,7 @@ def _scale_kernel(  # type: ignore[no-untyped-def]
     T, M, H: tl.constexpr, P: tl.constexpr, H_PAD: tl.constexpr, P_PAD: tl.constexpr, L: tl.constexpr,
     LEAST: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """x̂ of a short block, the products of D around it, and the decay of its long block; BACKWARD, d̂ alone."""
+    """Computes x̂ of a short block, the products of D around it, and the decay of its long block; BACKWARD, only d̂."""
     j, m, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i, h, p = tl.arange(0, 16)[:, None], tl.arange(0, H_PAD), tl.arange(0, P_PAD)
     t, h_mask, A = m * L + 16 * j + i, (h < H)[None, :], tl.load(A_ptr + h, mask=h < H, other=0.0)[None, :]
@@ -52,7 +52,10 @@ def _output_kernel(  # type: ignore[no-untyped-def]
     T, M, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, L: tl.constexpr,
     LEAST: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """y of a short block and some channels, frame by frame: a thread keeps what a channel has had, and lets it fade."""
+    """Computes y of a short block for some channels, frame by frame.
+
+    A thread keeps what a channel received in earlier frames of the block, and lets it decay.
+    """
     Q: tl.constexpr = H // G * P
     PARTS: tl.constexpr = (Q + CHANNELS - 1) // CHANNELS
     part, m, b, g = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
@@ -85,7 +88,7 @@ def _output_kernel(  # type: ignore[no-untyped-def]
         for s in tl.static_range(t + 1):
             y += tl.load(scores_ptr + (t * L + s)) * kept[s]
         ys += (y,)  # type: ignore[assignment]
-    for t in tl.static_range(16):  # after the last load, since no load goes before an earlier store
+    for t in tl.static_range(16):  # after the last load, since no load moves before an earlier store
         tl.store(y_ptr + offsets + t * (H * P), ys[t], mask=mask & (first + t < T))
 
 
@@ -97,7 +100,10 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     T, M, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, P_PAD: tl.constexpr, L: tl.constexpr,
     PIECES: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
-    """dx, ddt, parts of dA and dD, and the part of W that has both frames in the short block; (s, t) as in ssd."""
+    """Computes dx, ddt, parts of dA and dD, and the part of W that has both frames in the short block.
+
+    Matrices of frames by frames are (s, t), as in ssm_asr.ops.ssd_kernel.
+    """
     j, m, b, g = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
     i, c, p = mm.order(16), tl.arange(0, 16), tl.arange(0, P_PAD)
     first, h = m * L + 16 * j, g * (H // G)

@@ -1,28 +1,32 @@
-"""Mamba-2's state-space operation in Triton kernels for large states that many heads share, with long blocks.
+"""These kernels compute Mamba-2's state-space operation for large states and many heads per group, with long blocks.
 
-Source: Dao and Gu (arXiv 2405.21060), section 6. The equations and their letters are those of
-ssm_asr.ops.ssd_kernel, where a program does all that a short block needs. Here the short blocks have K = 16 frames as
-well, but only what has both frames in the same one is left to heads one by one, and never meets N. Everything else is
-products in which the heads of a group are one matrix of Q columns: with a_t from the start of a short block on,
-D = exp(a_K), x̂_s = exp(a_K - a_s)·dt_s·x_s and d̂_t = exp(a_t)·dy_t of all heads,
+Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6. Equations and letters are as in
+ssm_asr.ops.ssd_kernel, where one program computes everything for a short block. Here short blocks have K = 16 frames,
+and form long blocks of L frames. Terms with both frames in one short block are computed for one head after another, in
+ssm_asr.ops.ssd_wide_heads_kernel; they do not involve N. All other terms are matrix products in which the heads of a
+group form one matrix of Q columns. Let a_t count from the start of the short block, and let D = exp(a_K), x̂_s =
+exp(a_K - a_s)·dt_s·x_s and d̂_t = exp(a_t)·dy_t for each head. Then
 
-    S' = D·S + x̂ᵀ·B            dS = D·dS' + d̂ᵀ·C            from short block to short block
-    read = C·Sᵀ                given = B·dS'ᵀ               of which y and dx take exp(a_t) and exp(a_K - a_s)·dt_s
+    S' = D·S + x̂ᵀ·B            dS = D·dS' + d̂ᵀ·C            from one short block to the next
+    read = C·Sᵀ                given = B·dS'ᵀ               for y times exp(a_t), for dx times exp(a_K - a_s)·dt_s
     dC = d̂·S + W·B             dB = x̂·dS' + Wᵀ·C            with W_ts = Σ_heads V_ts·dt_s
     faded = D·Σ_n dS'·S        Σ_p d̂·read                   Σ_p x̂·given                 for the gradients of dt
 
-S and dS are made only at the ends of long blocks of L frames, where they are passed on. What short blocks i < j of the
-same long one have with each other are products of frames by frames:
+S and dS exist only at the ends of long blocks, where they are passed on. Inside a long block, a short block i and a
+later one j interact by matrices of frames by frames:
 
     read_t += (C·Bᵀ)_ts·E·x̂_s      given_s += (C·Bᵀ)_ts·E·d̂_t      W_ts = d̂_t·E·x̂_s      with E = D_(i+1) ··· D_(j-1)
 
-All these sums are of what decays have already made small, never differences: after fast decays, these would leave
-nothing but rounding errors.
+Decays are applied before anything is summed, and nothing is subtracted. After fast decays, differences would leave
+only rounding errors.
 
-Shapes: B batch, T frames, H heads, P channels a head, G groups, Q = P·H / G channels a group, N states, M blocks of L
-frames, J short blocks in one, Z = M + 1 starts and ends of blocks, E = 3 products of D: of the short block, and of
-those before and after it in its long one, R pieces of long blocks. Offsets inside a sequence fit in 32 bits. Most
-programs are one warp, as ssm_asr.ops.products_kernel wants it.
+In these kernels SLOT says which state a long block reads or writes, 0 for the one at its start and 1 for the one at its
+end. It also selects one of the two computations of a kernel.
+
+Shapes: B batch, T frames, H heads, P channels of a head, G groups, Q = P·H / G channels of a group, N states, M long
+blocks of L frames, J short blocks in a long one, Z = M + 1 starts and ends of long blocks, R pieces of a long block, E
+= 3 products of D: for a short block, over the short blocks before it, and over the short blocks after it in its long
+block. Offsets inside a sequence fit into 32 bits. Most programs are one warp, as ssm_asr.ops.products_kernel needs it.
 """
 
 from collections.abc import Sequence
@@ -39,11 +43,11 @@ from ssm_asr.ops.ssd_kernel import SIZES, _load, pass_on, sum_blocks
 from ssm_asr.ops.ssd_wide_heads_kernel import _gradient_kernel, _output_kernel, _scale_kernel
 
 BLOCK_FRAMES = 64
-# What a program takes at once: of the block's frames, where they meet states (read, given, the gradients of B and C);
+# The frames that a program takes at once: for `read`, for `given`, and for the gradients of B and C.
 READ_FRAMES, GIVEN_FRAMES, SHARED_FRAMES = 32, 64, 32
-# of a group's channels, where states are made, read, and their gradients read, and for outputs;
+# The channels of a group that it takes at once: for what blocks add, for `read`, for `given`, and for outputs.
 ADDED_CHANNELS, READ_CHANNELS, GIVEN_CHANNELS, OUTPUT_CHANNELS = 48, 48, 16, 32
-# of N, where states are made, for the gradients of B and C, and for products of B and C.
+# The part of N that it takes at once: for what blocks add, for the gradients of B and C, and for products of B and C.
 ADDED_STATES, SHARED_STATES, SCORES_STATES = 64, 64, 64
 
 
@@ -61,7 +65,7 @@ def _added_kernel(  # type: ignore[no-untyped-def]
     T, M, G: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
     TILES: tl.constexpr, STATES: tl.constexpr, SLOT: tl.constexpr,
 ):  # fmt: skip
-    """What a block adds to the state at its end; SLOT 0, with d̂ and C to the gradient of that at its start."""
+    """Computes what a block adds to the state at its end. With SLOT 0, d̂ and C, it is added to dS at its start."""
     PARTS: tl.constexpr = (Q + TILES * 16 - 1) // (TILES * 16)
     part, m, b, g = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
     first_q, first_n = part % PARTS * TILES * 16, part // PARTS * STATES * 16
@@ -79,7 +83,7 @@ def _added_kernel(  # type: ignore[no-untyped-def]
             q = first_q + k * 16 + c
             decays = tl.load(decays_ptr + j * 3 * G * Q + q, mask=q < Q, other=0.0)[None, :]
             high, low = mm.split(_load(x_ptr, G * Q, 1, t, q, t_mask, q < Q) * decays)
-            # Split again after the turn: parts that were turned apart would be moved between registers at every use.
+            # The sum is split again, because parts transposed on their own would move between registers at every use.
             turned = tl.dot(ones, mm.right(high), acc=mm.turned(low, ones), input_precision="tf32")
             x += mm.split(mm.left_again(turned))
         sums = ()
@@ -104,7 +108,7 @@ def _scores_kernel(  # type: ignore[no-untyped-def]
     B_ptr, C_ptr, scores_ptr, scoresT_ptr, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
     T, M, G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """C·Bᵀ of a block, and its transpose."""
+    """Computes C·Bᵀ of a long block, and its transpose."""
     m, b, g, i = tl.program_id(0), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G, tl.arange(0, L)
     i_mask = i < T - m * L
     B_ptr += b * B_b + m * L * B_t + g * B_g
@@ -124,7 +128,7 @@ def _read_states(  # type: ignore[no-untyped-def]
     C_ptr, states_ptr, others_ptr, C_t, C_n, i, i_mask, part, piece,
     Q: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, SLOT: tl.constexpr,
 ):  # fmt: skip
-    """C·Sᵀ of some frames, for every tile of channels; SLOT 1, with the first frames also parts of Σ_n dS'·S."""
+    """Returns C·Sᵀ of some frames for each tile of channels, and with SLOT 1 parts of Σ_n dS'·S (first frames only)."""
     c, c_order = tl.arange(0, 16), mm.order(16)
     reads, pairs = _zeros(TILES, ROWS), _zeros(TILES, 16)
     for start in range(0, N, 16):
@@ -136,7 +140,7 @@ def _read_states(  # type: ignore[no-untyped-def]
             q = (part * TILES + k) * 16 + c_order
             S = _load(states_ptr, N, 1, q, n, q < Q, n < N)
             S_high, S_low = mm.split(S)
-            # Each on its own: matrix units do not round their sums, but cut them off, which adds up.
+            # Products are added outside the matrix units, which truncate sums instead of rounding: errors would grow.
             product = mm.dot(high, low, mm.right(S_high), mm.right(S_low), tl.zeros([ROWS, 16], tl.float32))
             sums += (reads[k] + product,)  # type: ignore[assignment]
             if SLOT == 1:
@@ -155,16 +159,18 @@ def _read_kernel(  # type: ignore[no-untyped-def]
     T, M, G: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, SLOT: tl.constexpr,
 ):  # fmt: skip
-    """read of some frames, and the part of it that comes from before the block; SLOT 1, given, and faded of channels.
+    """Computes `read` for some frames, and the part of it that comes from before the long block.
 
-    SLOT 1, C, x and dy stand for B, d̂ and x̂, and scores have a row for every s.
+    With SLOT 1 it computes `given`, and `faded` for each channel. Then the arguments named C, x and dy are B, d̂ and x̂,
+    and the scores have a row for each s.
     """
     J: tl.constexpr = L // 16
     PIECES: tl.constexpr = L // ROWS
     part, m, b, g = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
     piece, part = part % PIECES, part // PIECES
     i, c, c_order, ones = piece * ROWS + mm.order(ROWS), tl.arange(0, 16), mm.order(16), mm.unit()
-    i_mask, own = i < T - m * L, piece * (ROWS // 16) + tl.arange(0, ROWS)[:, None] // 16  # short blocks of rows
+    # `own` is the short block that a row belongs to.
+    i_mask, own = i < T - m * L, piece * (ROWS // 16) + tl.arange(0, ROWS)[:, None] // 16
     C_ptr += b * C_b + m * L * C_t + g * C_g
     states_ptr += ((b * (M + 1) + m + SLOT) * G + g) * Q * N
     if SLOT == 1:
@@ -175,7 +181,7 @@ def _read_kernel(  # type: ignore[no-untyped-def]
     reads, pairs = _read_states(
         C_ptr, states_ptr, others_ptr, C_t, C_n, i, i_mask, part, piece, Q, N, ROWS, TILES, SLOT
     )
-    # No load goes before an earlier store, so all are made ahead.
+    # No load moves before an earlier store, so everything is loaded ahead.
     scores = ()
     for step in tl.static_range(J - 1):
         j = step if SLOT == 0 else J - 1 - step
@@ -233,7 +239,7 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dy_ptr, decays_ptr, weights_ptr, weightsT_ptr,
     T, M, G: tl.constexpr, Q: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """W and its transpose, of a short block and those after it in the block."""
+    """Computes W, and its transpose, of a short block with the later short blocks in its long block."""
     J: tl.constexpr = L // 16
     j, m, b, g = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
     t, s, c = mm.order(L), 16 * j + mm.order(16), tl.arange(0, 16)
@@ -249,7 +255,7 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
             dy *= tl.where((own > u) & (u > j), decay, 1.0)
         dy_high, dy_low = mm.split(dy)
         x_high, x_low = mm.split(_load(x_ptr + row, G * Q, 1, s, q, s < T - m * L, q < Q))
-        zeros = tl.zeros([L, 16], tl.float32)  # each on its own, as in _read_kernel
+        zeros = tl.zeros([L, 16], tl.float32)  # added outside the matrix units, as in _read_states
         weights += mm.dot(mm.left(dy_high), mm.left(dy_low), mm.right(x_high), mm.right(x_low), zeros)
     start = ((b * M + m) * G + g) * L * L
     s = 16 * j + c[None, :]
@@ -263,7 +269,7 @@ def _shared_kernel(  # type: ignore[no-untyped-def]
     T, M, G: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, SLOT: tl.constexpr,
 ):  # fmt: skip
-    """dC = d̂·S + W·B of some frames; SLOT 1, dB = x̂·dS' + Wᵀ·C."""
+    """Computes dC = d̂·S + W·B for some frames, or with SLOT 1 dB = x̂·dS' + Wᵀ·C."""
     J: tl.constexpr = L // 16
     PIECES: tl.constexpr = L // ROWS
     part, m, b, g = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
@@ -317,7 +323,7 @@ def _scaled(
     backward: bool,
     decays: Sequence[Tensor | None],
 ) -> Tensor:
-    """x̂, and the products of decays into the given; backward, d̂."""
+    """Returns x̂, and writes products of decays into `decays`. Backward it returns d̂, and writes nothing."""
     B, T, H, P = x_BTHP.shape
     M, L = heads["M"], heads["L"]
     scaled_BTHP = A_H.new_empty(B, T, H, P)
@@ -339,7 +345,7 @@ def _states(
     *,
     backward: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The states at the starts and ends of all blocks, and the one after the last; backward, their gradients."""
+    """Returns the states at the starts and ends of long blocks and the last state, or backward their gradients."""
     (B, _, H, P), (G, N), M = x_BTHP.shape, B_BTGN.shape[2:], decays_BMH.shape[1]
     states_BZHPN = first_BHPN.new_empty(B, M + 1, H, P, N)
     _added_kernel[(triton.cdiv(groups["Q"], ADDED_CHANNELS) * triton.cdiv(N, ADDED_STATES), M, B * G)](
@@ -429,6 +435,9 @@ class _Ssd(torch.autograd.Function):
 
 
 def ssd_wide(inputs: SsdInputs) -> tuple[Tensor, Tensor]:
-    """`ssm_asr.ops.ssd_kernel.ssd_kernel`, faster where N is large and heads share B and C."""
+    """Computes `ssm_asr.ops.ssd.ssd` by kernels, for float32 inputs with any strides.
+
+    It is faster than `ssm_asr.ops.ssd_kernel.ssd_kernel` where N is large and heads share B and C.
+    """
     y_BTHP, end_BHPN = _Ssd.apply(LEAST_LOG_DECAY, *inputs)
     return y_BTHP, end_BHPN

@@ -1,7 +1,10 @@
-"""Log-probabilities of a joint that is only a sum of two projections, smoothed by its two halves.
+"""This module computes log-probabilities of the simple joiner, which only adds up two projections.
 
-Source: Kuang et al. 2022 (arXiv 2206.13236). Shapes: B utterances, T frames, S symbols, U = S+1 predictor outputs, V
-vocabulary with the blank.
+They may be smoothed with the distributions of the two projections alone: `am` of the encoder, `lm` of the predictor.
+
+Source: Kuang et al. 2022, "Pruned RNN-T" (arXiv 2206.13236).
+
+Shapes: B utterances, T frames, S symbols, U = S+1 predictor outputs, V vocabulary with the blank.
 """
 
 from typing import Any
@@ -19,7 +22,20 @@ from ssm_asr.ops.precision import at_least_float32
 def smoothed_terms(
     lm_BUV: Tensor, am_BTV: Tensor, symbols_BS: Tensor, blank: int, lm_scale: float, am_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(symbol, blank) log-probabilities (B, T, U) of the simple joint, at least in float32; the last has no symbol."""
+    """Computes the log-probabilities of symbol and blank by the simple joiner, in float32 at least.
+
+    Args:
+        lm_BUV: logits of the predictor.
+        am_BTV: logits of the encoder.
+        symbols_BS: int64 ids; symbol s may follow predictor output s.
+        blank: id of the blank.
+        lm_scale: weight of the distribution by the predictor alone.
+        am_scale: weight of the distribution by the encoder alone, with the predictor's mean distribution as a prior.
+
+    Returns:
+        The log-probabilities of the symbols (B, T, U), -inf at the last predictor output, which no symbol follows, and
+        the log-probabilities of the blank (B, T, U).
+    """
     half = {am_BTV.dtype, lm_BUV.dtype} <= {torch.float16, torch.bfloat16}
     if half and am_scale == 0.0 and dispatch.use_kernels(am_BTV):
         from ssm_asr.ops.sum_joint_kernel import SmoothedTerms  # only where Triton is installed
@@ -44,10 +60,10 @@ def smoothed_terms(
 
 
 class SumJointTerms(torch.autograd.Function):
-    """log_softmax(am + lm) in parts: am at the symbols (B, T, S), am at the blank (B, T), normalisers (B, T, U).
+    """Computes the parts of log_softmax(am + lm).
 
-    The normaliser of every pair of a frame and a predictor output is one matrix product: log sum_v exp(am_v)
-    exp(lm_v) (arXiv 2206.13236).
+    The parts are am at the symbols (B, T, S), am at the blank (B, T), and the normalisers (B, T, U). One matrix product
+    gives the normalisers for all pairs of a frame and a predictor output: log Σ_v exp(am_v)·exp(lm_v).
     """
 
     @staticmethod
@@ -61,8 +77,8 @@ class SumJointTerms(torch.autograd.Function):
             for batch in pieces(B, T * V, am_BTV.device):
                 am_exp, am_max = _exp_below_max(am_BTV[batch])
                 lm_exp, lm_max = _exp_below_max(lm_BUV[batch])
-                # Without the smallest number a frame and a context that share no likely token would have the
-                # logarithm of 0.
+                # The smallest number keeps the logarithm finite where a frame and a predictor output share no likely
+                # token.
                 torch.add(torch.matmul(am_exp, lm_exp.mT), smallest(am_exp.dtype), out=sum_BTU[batch])
                 normaliser_BTU[batch] = sum_BTU[batch].log() + am_max + lm_max.mT
         ctx.save_for_backward(am_BTV, lm_BUV, symbols_BS, sum_BTU)
@@ -93,11 +109,11 @@ class SumJointTerms(torch.autograd.Function):
 
 
 def smallest(dtype: torch.dtype) -> float:
-    """The smallest normal number of a type."""
+    """Returns the smallest normal number of a type."""
     return torch.finfo(dtype).tiny
 
 
 def _exp_below_max(x: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(x - max) and max, over the last dim."""
+    """Returns exp(x - max) and max, with the maximum taken over the last dimension."""
     max_x = x.amax(2, keepdim=True)
     return (x - max_x).exp_(), max_x

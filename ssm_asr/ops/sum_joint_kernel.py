@@ -1,18 +1,20 @@
-"""The simple joint's log-probabilities (`rnnt_loss.smoothed_terms`) in Triton kernels for GPUs, and their gradients.
+"""These kernels compute the log-probabilities of the simple joiner, and their gradients.
 
-What `am` and `lm` have for the whole vocabulary is read once forward and twice backward, in the half precision that
-it comes in; everything else runs in float32. Factors of matrix products are each cut into two bfloat16 numbers, of
-which three products are made, so that errors are 2⁻¹⁶ of a sum, far below the rounding of what comes in. Sums are made
-in the same order run after run. With E = exp(am - max), L = exp(lm - max) and d_symbol, d_blank the gradients given:
+They compute `ssm_asr.ops.sum_joint.smoothed_terms` for an am_scale of 0. The logits `am` and `lm` are read once forward
+and twice backward, in the half precision that they have; everything else runs in float32. Each factor of a matrix
+product is cut into two bfloat16 numbers, and three products of these are added up. Errors are then 2⁻¹⁶ of a sum, far
+below the rounding of the inputs. Sums run in a fixed order. Let E = exp(am - max), L = exp(lm - max), and let d_symbol
+and d_blank be the gradients of the results. Then
 
     normaliser = log(E·Lᵀ) + maxima                     W = (d_symbol + d_blank) / (E·Lᵀ)
     d_am = (1 - lm_scale)·(d_symbol at the symbols + Σ_u d_blank at the blank - (W·L)·E)
     d_lm = Σ_t d_symbol at the symbol + Σ_t d_blank at the blank - (1 - lm_scale)·(Wᵀ·E)·L
            - lm_scale·Σ_t (d_symbol + d_blank)·softmax(lm)
 
-E and L are kept times powers of 2, which leave the results as they are: else products of small numbers would be lost.
+E and L are kept multiplied by powers of 2, which cancel in the results. Otherwise products of small numbers would be
+lost.
 
-Shapes: B utterances, T frames, S symbols, U = S+1 predictor outputs, V vocabulary with the blank; 2 a number's parts.
+Shapes: B utterances, T frames, S symbols, U = S+1 predictor outputs, V vocabulary with the blank, 2 parts of a number.
 """
 
 from typing import Any
@@ -25,12 +27,12 @@ from torch.autograd.function import once_differentiable
 
 from ssm_asr.ops.products_kernel import dot
 
-# Frames, predictor outputs and tokens that a program takes at once: for the terms and for both gradients.
+# Frames, predictor outputs and tokens that a program takes at once, for the log-probabilities and for both gradients.
 TERMS = dict(TIMES=64, OUTPUTS=64, WIDTH=32, num_warps=4)
 AM_GRADIENT = dict(TIMES=64, OUTPUTS=16, WIDTH=64, num_warps=4)
 LM_GRADIENT = dict(TIMES=64, OUTPUTS=64, WIDTH=64, num_warps=4)
-ELEMENTS = 4096  # of a tile where nothing is summed over predictor outputs
-PART = torch.bfloat16  # of a factor's two parts
+ELEMENTS = 4096  # elements of a tile in kernels without matrix products
+PART = torch.bfloat16  # type of the two parts of a factor
 LOWEST = tl.constexpr(-3e38)
 E_SCALE, L_SCALE = tl.constexpr(2.0**20), tl.constexpr(2.0**40)
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -38,7 +40,7 @@ SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 @triton.jit
 def _scaled_exp(x, scale):  # type: ignore[no-untyped-def]
-    """scale·exp(x), also where exp(x) alone would be smaller than a normal number."""
+    """Returns scale·exp(x), even where exp(x) alone would be smaller than the smallest normal number."""
     root = tl.exp(0.5 * x)
     return root * scale * root
 
@@ -57,7 +59,7 @@ def _load_am(am_ptr, t, v, T, V: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _load_parts(ptr, size, i, j, rows, columns, stride_i, stride_j):  # type: ignore[no-untyped-def]
-    """A tile of a matrix kept in two parts, which lie `size` numbers apart."""
+    """Loads both parts of a tile of a matrix. The parts lie `size` numbers apart."""
     place = i[:, None] * stride_i + j[None, :] * stride_j
     mask = (i < rows)[:, None] & (j < columns)[None, :]
     return tl.load(ptr + place, mask=mask, other=0.0), tl.load(ptr + size + place, mask=mask, other=0.0)
@@ -67,7 +69,7 @@ def _load_parts(ptr, size, i, j, rows, columns, stride_i, stride_j):  # type: ig
 def _exp_kernel(  # type: ignore[no-untyped-def]
     lm_ptr, L_ptr, max_ptr, sum_ptr, size, N, V: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """L in two parts, the max of a row, and the row's sum of L."""
+    """Computes L in two parts, the maximum of each row of lm, and the sum of L over each row."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = n < N
     start = n.to(tl.int64)[:, None] * V
@@ -95,7 +97,7 @@ def _sum_joint_kernel(  # type: ignore[no-untyped-def]
     am_ptr, lm_ptr, L_ptr, lm_max_ptr, lm_sum_ptr, symbols_ptr, am_max_ptr, sum_ptr, symbol_ptr, blank_ptr,
     T, U, size, blank, lm_scale, V: tl.constexpr, TIMES: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Both terms; the max of each frame, and E·Lᵀ with the scales of both."""
+    """Computes both log-probabilities, the maximum of each frame, and E·Lᵀ times the scales of E and L."""
     b = tl.program_id(2).to(tl.int64)
     t = tl.program_id(0) * TIMES + tl.arange(0, TIMES)
     u = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -113,7 +115,7 @@ def _sum_joint_kernel(  # type: ignore[no-untyped-def]
         E_high, E_low = _split(_scaled_exp(am - larger[:, None], E_SCALE), high.dtype)
         total = dot(E_high, E_low, tl.trans(high), tl.trans(low), total)
         largest = larger
-    # Without the smallest number a frame and a context that share no likely token would have the logarithm of 0.
+    # The smallest number keeps the logarithm finite where a frame and a predictor output share no likely token.
     total += SMALLEST * E_SCALE * L_SCALE
     lm_max = tl.load(lm_max_ptr + b * U + u, mask=u < U, other=0.0)
     lm_normaliser = tl.log(tl.load(lm_sum_ptr + b * U + u, mask=u < U, other=1.0) / L_SCALE) + lm_max
@@ -139,7 +141,7 @@ def _sum_joint_kernel(  # type: ignore[no-untyped-def]
 def _weights_kernel(  # type: ignore[no-untyped-def]
     sum_ptr, d_symbol_ptr, d_blank_ptr, W_ptr, N, U, ELEMENTS: tl.constexpr
 ):
-    """W in two parts."""
+    """Computes W in two parts."""
     n = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
     d_symbol = tl.load(d_symbol_ptr + n, mask=(n < N) & (n % U < U - 1), other=0.0)
     d_blank = tl.load(d_blank_ptr + n, mask=n < N, other=0.0)
@@ -220,7 +222,7 @@ def _lm_gradient_kernel(  # type: ignore[no-untyped-def]
 
 
 class SmoothedTerms(torch.autograd.Function):
-    """`rnnt_loss.smoothed_terms` with an am_scale of 0."""
+    """Computes `ssm_asr.ops.sum_joint.smoothed_terms` with an am_scale of 0."""
 
     @staticmethod
     def forward(

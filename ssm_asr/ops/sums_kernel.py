@@ -1,6 +1,7 @@
-"""Sums over the rows of a matrix, for the gradients of biases and scales: always in the same order, in float32.
+"""These kernels sum over the rows of a matrix, for the gradients of biases and scales, in float32 and a fixed order.
 
-In two stages: slabs of rows each leave their own sums, of which a second kernel takes the total.
+They work in two stages. The rows are cut into slabs, and one kernel writes the sums of each slab. Another one adds up
+the sums of all slabs.
 
 Shapes: N rows, D channels, S slabs of rows.
 """
@@ -12,14 +13,14 @@ from torch import Tensor
 
 from ssm_asr.ops.dispatch import ANY_COUNT
 
-ROWS, CHANNELS = 64, 64  # of a program's tile
+ROWS, CHANNELS = 64, 64  # sizes of a program's tile
 MOST_SLABS = 512
-PROGRAMS = 1024  # that keep a large GPU busy
+PROGRAMS = 1024  # as many programs keep a large GPU busy
 
 
 @triton.jit
 def load_rows(ptr, n, row_stride, d, mask):  # type: ignore[no-untyped-def]
-    """Rows n of a matrix in float32, zero where masked."""
+    """Loads rows n of a matrix in float32, with zeros where the mask is False."""
     return tl.load(ptr + n.to(tl.int64)[:, None] * row_stride + d[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
@@ -57,13 +58,22 @@ def _totals_kernel(  # type: ignore[no-untyped-def]
 
 
 def rows(x: Tensor) -> Tensor:
-    """x as a matrix (N, D) whose rows are each contiguous; a view if that is possible."""
+    """Returns x as a matrix (N, D) with contiguous rows, as a view if possible."""
     x_ND = x.reshape(-1, x.shape[-1])
     return x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()
 
 
 def slabs_of(N: int, tile_rows: int, columns: int = 1) -> tuple[int, int]:
-    """Rows of a slab, a multiple of the tile's, and how many slabs there are, if each has `columns` programs."""
+    """Cuts rows into slabs, few enough to be added up and many enough to keep a GPU busy.
+
+    Args:
+        N: number of rows.
+        tile_rows: rows of a program's tile.
+        columns: number of programs that share a slab, each with some of its columns.
+
+    Returns:
+        The rows of a slab, a multiple of tile_rows, and the number of slabs.
+    """
     tiles, most = triton.cdiv(N, tile_rows), max(1, min(MOST_SLABS, PROGRAMS // columns))
     slab_rows = max(1, triton.cdiv(tiles, most)) * tile_rows
     return slab_rows, max(1, triton.cdiv(N, slab_rows))
@@ -76,11 +86,15 @@ def totals(
     settings: Tensor | None = None,
     first_limited: int = 0,
 ) -> Tensor:
-    """The slabs' sums added up: (D,).
+    """Adds up the sums of all slabs, (D,), and may limit the parameter whose gradient they are.
 
     Args:
-        parameter: of which the channels from `first_limited` on are the gradient.
-        settings: of a LimitParameter, whether it acts (0 or 1) and its limits: flips gradients that lead out of them.
+        sums_SD: the sums of each slab.
+        dtype: type of the result.
+        parameter: the parameter whose gradient the sums are, from channel `first_limited` on.
+        settings: three numbers on the device, as `ssm_asr.ops.limit.limit` takes them: gradients that lead further out
+            of the limits are flipped. None flips nothing.
+        first_limited: the first channel that belongs to `parameter`.
     """
     S, D = sums_SD.shape
     out_D = torch.empty(D, device=sums_SD.device, dtype=dtype)
@@ -93,7 +107,7 @@ def totals(
 
 
 def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums over all dims of x but the last."""
+    """Returns the sums (D,) over all dimensions of x but the last, in the given type."""
     x_ND = rows(x)
     N, D = x_ND.shape
     columns = triton.cdiv(D, CHANNELS)

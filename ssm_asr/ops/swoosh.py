@@ -1,4 +1,6 @@
-"""The Swoosh activations (Yao et al., arXiv 2310.11230, equations 5 and 6), with a balancer before and dropout after.
+"""This module computes the Swoosh activations, with a balancer before and dropout after them.
+
+Source: Yao et al., "Zipformer" (arXiv 2310.11230), equations 5 and 6.
 
 Shapes: B batch, T frames, D channels.
 """
@@ -14,28 +16,32 @@ from ssm_asr.ops.numbers import Number, on_device
 
 
 class Drop(NamedTuple):
-    """Dropout of one batch: an element is dropped where its random number is below the rate, else divided by 1 - rate.
+    """Holds the dropout of one batch.
+
+    An element becomes 0 where its random number is below the rate, and is divided by 1 - rate elsewhere.
 
     Attributes:
-        uniform: random numbers in [0, 1), of a shape that broadcasts to the input's: (B, 1, D) for one mask along time.
-        rate: the probability to drop.
+        uniform: random numbers in [0, 1), of a shape that broadcasts to the input; (B, 1, D) shares a mask along time.
+        rate: probability with which an element is dropped.
     """
 
     uniform: Tensor
     rate: Number
 
     def apply(self, x: Tensor) -> Tensor:
-        """x with some of its elements dropped."""
+        """Returns x after dropout."""
         return x * ((self.uniform >= self.rate) / (1 - self.rate)).to(x.dtype)
 
 
 def swoosh(x: Tensor, shift: float, offset: float, by: Balance | None = None, drop: Drop | None = None) -> Tensor:
-    """log(1 + exp(x - shift)) - 0.08·x - offset, its input balanced and its output dropped at random.
+    """Computes log(1 + exp(x - shift)) - 0.08·x - offset, with a balancer on the input and dropout on the output.
 
     Args:
         x: of any shape; an image (B, D, H, W) may lie in channels-last memory.
-        by: how gradients of x are balanced; None leaves them.
-        drop: what is dropped of the result; None drops nothing.
+        shift: 4 for SwooshL, 1 for SwooshR.
+        offset: 0.035 for SwooshL, 0.313261687 for SwooshR.
+        by: how the gradient of x is balanced; None leaves it as it is.
+        drop: the dropout; None drops nothing.
     """
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return nn.functional.softplus(x - shift) - 0.08 * x - offset
@@ -44,7 +50,7 @@ def swoosh(x: Tensor, shift: float, offset: float, by: Balance | None = None, dr
         y = _by_kernel(x, shift, offset, by, drop if fused else None)
         return y if drop is None or fused else drop.apply(y)
     x = balance(x, by)
-    # Streaming is spared what the gradient costs.
+    # Without a gradient, as in streaming, a plain call is cheaper than an autograd function.
     y = (_Swoosh.apply if x.requires_grad else _swoosh)(x, shift, offset)
     return y if drop is None else drop.apply(y)
 
@@ -54,7 +60,7 @@ def _swoosh(x: Tensor, shift: float, offset: float) -> Tensor:
 
 
 class _Swoosh(torch.autograd.Function):
-    """The activation, keeping only x for the backward pass."""
+    """Computes the activation and keeps only x for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: float, offset: float) -> Tensor:

@@ -1,6 +1,9 @@
-"""Balancer, Swoosh and dropout, alone or as a chain, in one pass over memory each way where PyTorch makes many.
+"""These kernels compute balancer, Swoosh and dropout, alone or as a chain.
 
-While a Balancer does not act, its statistics cost a kernel that leaves at once, and its change of the gradient nothing.
+A chain is one pass over memory forward and one backward, where PyTorch makes many. In a batch where the balancer does
+not act, its statistics cost a kernel that returns at once, and its change of the gradient costs nothing.
+
+In all of them, `settings` are the five numbers of `ssm_asr.ops.balance.Balance` in a tensor on the device.
 
 Shapes: B sequences, T frames of each, N = B·T frames, D channels, S slabs of frames.
 """
@@ -15,15 +18,15 @@ from torch import Tensor
 from ssm_asr.ops.dispatch import ANY_COUNT
 from ssm_asr.ops.sums_kernel import rows
 
-ELEMENTS = 4096  # of a program's tile of frames and channels
-CHANNELS = 64  # of a tile at most
+ELEMENTS = 4096  # elements of a program's tile, frames times channels
+CHANNELS = 64  # the most channels of a tile
 PARTIAL_SUMS = 2048  # slabs times channels of a tile
 WARPS = 8
 
 
 @triton.jit
 def tile(T, D, FRAMES: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """This program's sequence, its frames in that, their rows among all frames, its channels, and what is inside."""
+    """Returns the program's sequence, its frames there, their rows among all frames, its channels, and a mask."""
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     t = tl.program_id(1) * FRAMES + tl.arange(0, FRAMES)
     b = tl.program_id(2).to(tl.int64)
@@ -34,7 +37,7 @@ def tile(T, D, FRAMES: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no
 def _sums_kernel(  # type: ignore[no-untyped-def]
     x_ptr, settings_ptr, sums_ptr, N, D, x_row, slab_frames, FRAMES: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """Sums of x and x² over each slab of frames; nothing at all while the balancer does not act."""
+    """Computes the sums of x and x² over each slab of frames, or nothing if the balancer does not act."""
     if tl.load(settings_ptr) > 0:
         d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
         first = tl.program_id(1) * slab_frames
@@ -55,7 +58,7 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def balanced(x, grad, settings_ptr, sums_ptr, N, d, D, grad_scale, SLABS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile of the gradient as a balancer that acts changes it."""
+    """Returns a tile of the gradient after a balancer that acts; `ssm_asr.ops.balance` has the equations."""
     slab = tl.arange(0, SLABS)
     sums = sums_ptr + slab[:, None] * 2 * D + d[None, :]
     mean = tl.sum(tl.load(sums, mask=(d < D)[None, :], other=0.0), axis=0) / N
@@ -69,7 +72,7 @@ def balanced(x, grad, settings_ptr, sums_ptr, N, d, D, grad_scale, SLABS: tl.con
     sign_r = tl.where(rms > high_rms, 1.0, tl.where(rms < low_rms, -1.0, 0.0))
     slope = sign_r / (rms * rms) - sign_m * m / (std * std)
     offset = sign_m * (1.0 + m * mean / std) / std
-    # Scaled before it is squared, which would overflow where a channel is all zeros.
+    # Numbers are scaled before they are squared: squares would overflow where a channel is all zeros.
     a, c = tl.abs(offset + slope * mean), tl.abs(slope * std)
     larger = tl.maximum(tl.maximum(a, c), 1e-20)
     size = larger * tl.sqrt((a / larger) * (a / larger) + (c / larger) * (c / larger))
@@ -93,7 +96,7 @@ def _balance_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _kept(uniform_ptr, rate_ptr, b, d, D):  # type: ignore[no-untyped-def]
-    """What dropout multiplies a sequence's channels by."""
+    """Returns what dropout multiplies the channels of a sequence by."""
     rate = tl.load(rate_ptr)
     uniform = tl.load(uniform_ptr + b * D + d, mask=d < D, other=0.0)
     return tl.where(uniform >= rate, 1.0 / (1.0 - rate), 0.0)[None, :]
@@ -131,19 +134,19 @@ def _swoosh_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def shaped(x_ND: Tensor, like: Tensor, channel_dim: int = -1) -> Tensor:
-    """The inverse of `rows` after moving the channels to the end."""
+    """Returns the rows in the shape of `like`; inverse of moving its channels to the end and taking `rows`."""
     return x_ND.reshape(like.movedim(channel_dim, -1).shape).movedim(-1, channel_dim)
 
 
 def launch(channels: int, frames: int, sequences: int = 1) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """The grid, and the size of a program's tile."""
+    """Returns the grid, and the sizes of a program's tile."""
     width = min(CHANNELS, triton.next_power_of_2(channels))
     sizes = dict(FRAMES=ELEMENTS // width, CHANNELS=width)
     return (triton.cdiv(channels, width), triton.cdiv(frames, sizes["FRAMES"]), sequences), sizes
 
 
 def statistics(x_ND: Tensor, settings: Tensor) -> tuple[Tensor, int]:
-    """What `balanced` needs to know of all frames: sums over S slabs, and S."""
+    """Returns the statistics that `balanced` needs: sums over S slabs of frames (S, 2, D), and S."""
     N, D = x_ND.shape
     (columns, _, _), sizes = launch(D, N)
     slabs = PARTIAL_SUMS // sizes["CHANNELS"]
@@ -155,10 +158,14 @@ def statistics(x_ND: Tensor, settings: Tensor) -> tuple[Tensor, int]:
 
 
 def balance(x: Tensor, grad: Tensor, settings: Tensor, grad_scale: float, channel_dim: int = -1) -> Tensor:
-    """The gradient as a Balancer changes it, with the channels next to each other in memory.
+    """Returns the gradient after a balancer, with the channels next to each other in memory.
 
     Args:
-        settings: whether it acts (0 or 1), and the least and greatest mean/std and rms of a channel.
+        x: the input of the balancer.
+        grad: the gradient, of the shape of x.
+        settings: the five numbers of the balancer, on the device.
+        grad_scale: size of the added gradient, relative to each element of the gradient.
+        channel_dim: dimension of the channels.
     """
     x_ND, grad_ND = rows(x.movedim(channel_dim, -1)), rows(grad.movedim(channel_dim, -1))
     N, D = x_ND.shape
@@ -178,7 +185,7 @@ class _Swoosh(torch.autograd.Function):
         ctx: Any, x: Tensor, shift: float, offset: float, channel_dim: int, settings: Tensor | None, grad_scale: float,
         uniform_B1D: Tensor | None, rate: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        # Settings and rate are parts of a tensor that other modules write their part of meanwhile: no saving of them.
+        # settings and rate may be views of a tensor that other modules write to, which autograd would refuse to save.
         ctx.settings, ctx.grad_scale, ctx.rate = settings, grad_scale, rate
         ctx.shift, ctx.channel_dim = shift, channel_dim
         ctx.save_for_backward(x, uniform_B1D)
@@ -220,13 +227,17 @@ def swoosh(
     uniform_B1D: Tensor | None = None,
     rate: Tensor | None = None,
 ) -> Tensor:
-    """log(1 + exp(x - shift)) - 0.08·x - offset, after a balancer and before dropout with one mask along time.
+    """Returns log(1 + exp(x - shift)) - 0.08·x - offset, after a balancer and before dropout.
 
     Args:
-        channel_dim: the result has these next to each other in memory.
-        settings, grad_scale: of the balancer, as for `balance`; None if there is none.
-        uniform_B1D, rate: dropout keeps where the random number is at least the rate (a scalar on the device); x is
-            then (B, T, D). None if there is none.
+        x: of any shape, or (B, T, D) with dropout.
+        shift, offset: they tell SwooshL from SwooshR.
+        channel_dim: dimension of the channels, which lie next to each other in the memory of the result.
+        settings: the five numbers of the balancer, on the device; None if there is no balancer.
+        grad_scale: size of the gradient that the balancer adds, relative to each element of the gradient.
+        uniform_B1D: random numbers in [0, 1), one for all frames of a channel. Dropout keeps channels whose number is
+            not below the rate. None if there is no dropout.
+        rate: the probability of dropout, a scalar on the device; None if there is no dropout.
     """
     out: Tensor = _Swoosh.apply(x, shift, offset, channel_dim, settings, grad_scale, uniform_B1D, rate)
     return out

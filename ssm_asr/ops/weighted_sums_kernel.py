@@ -1,12 +1,12 @@
-"""Sums over keys by attention weights: one kernel forward, and one backward for the values and one for the weights.
+"""These kernels sum values with attention weights: one in the forward pass, two in the backward pass.
 
-    mixed_t = Σ_k weights_tk·value_k, a head at a time
+    mixed_t = Σ_k weights_tk·value_k for each head
 
-Only blocks of keys that some query of a block sees are read; the other weights are 0. But a query that sees no key has
-the same weight for every key (ssm_asr.ops.attention_kernel). Values are taken and given as projections have them,
-the heads' parts side by side.
+A program reads only blocks of keys that some of its queries sees, because all other weights are 0. The exception is a
+query that sees no key: it gives all keys equal weights (see ssm_asr.ops.attention_kernel). Values are read and written
+as in projections, with the heads' parts side by side.
 
-Shapes: B batch, H heads, T queries, K keys, V value dim of all heads, D of one head.
+Shapes: B batch, H heads, T queries, K keys, V value dimension of all heads, D of one head.
 """
 
 from typing import Any
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ssm_asr.ops.attention_kernel import UNSPECIALIZED, spans
 
-QUERIES, KEYS, WARPS = 64, 64, 4  # of a program's tile
+QUERIES, KEYS, WARPS = 64, 64, 4  # sizes of a program's tile, and its warps
 
 
 @triton.jit
 def _read_keys(first_ptr, end_ptr, b, t, T, K):  # type: ignore[no-untyped-def]
-    """The first key with a weight, and the end of those, of a block of queries."""
+    """Returns the first key with a weight and the end of the keys with weights, over a block of queries."""
     first, end, low, high = spans(first_ptr, end_ptr, b, t, T, K)
     blind = tl.max(tl.where(t < T, tl.where(end <= first, 1, 0), 0), axis=0)
     return tl.where(blind > 0, 0, low), tl.where(blind > 0, K, high)
@@ -31,7 +31,10 @@ def _read_keys(first_ptr, end_ptr, b, t, T, K):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _part(ptr, b, h, row, length, row_stride, d, D):  # type: ignore[no-untyped-def]
-    """Rows of one head's part of a tensor (B, length, heads · D) whose batch elements follow each other."""
+    """Returns pointers to rows of one head's part of a tensor (B, length, H·D), and their mask.
+
+    Batch elements must follow each other in memory.
+    """
     pointers = ptr + b.to(tl.int64) * length * row_stride + row[:, None] * row_stride + h * D + d[None, :]
     return pointers, (row < length)[:, None] & (d < D)[None, :]
 
@@ -135,15 +138,15 @@ class _WeightedSums(torch.autograd.Function):
 
 
 def weighted_sums(weights_BHTK: Tensor, value_BKV: Tensor, span_2BT: Tensor) -> Tensor:
-    """Sums (B, T, V) in the type of the values.
+    """Returns the weighted sums (B, T, V) in the type of the values.
 
-    The gradient of the weights is for `attention_weights` alone: for keys that a query does not see it is whatever lay
-    in memory, and not read there.
+    The gradient of the weights is meant for `attention_weights` alone. For keys that a query does not see, it holds
+    whatever was in memory; `attention_weights` does not read it there.
 
     Args:
-        weights_BHTK: of any strides but the last; the type of the values.
-        value_BKV: the heads' parts side by side.
-        span_2BT: the first key that each query sees, and the end of those; int32, contiguous.
+        weights_BHTK: in the type of the values; the last stride is 1, others are free.
+        value_BKV: the heads' parts lie side by side.
+        span_2BT: the first visible key of each query, and the end of its visible keys; int32, contiguous.
     """
     mixed_BTV: Tensor = _WeightedSums.apply(weights_BHTK, value_BKV.contiguous(), *span_2BT)
     return mixed_BTV

@@ -1,6 +1,8 @@
-"""The gradient of a whitener, which pushes channels towards a covariance with equal eigenvalues.
+"""A whitener returns its input, and changes the gradient to push the channels' covariance towards equal eigenvalues.
 
-Source: Yao et al. (arXiv 2310.11230), appendix A.3.3. Shapes: D channels (last), G groups of C of them, N frames.
+Source: Yao et al., "Zipformer" (arXiv 2310.11230), appendix A.3.3.
+
+Shapes: D channels (last dimension), G groups of C = D / G channels, N frames (all other dimensions together).
 """
 
 from typing import Any
@@ -14,15 +16,19 @@ from ssm_asr.ops.precision import at_least_float32
 
 
 def whiten(x: Tensor, numbers: Numbers, over_limit: Tensor, groups: int, grad_scale: float) -> Tensor:
-    """x itself; its gradient gets one of `grad_scale` of its own norm where the channels are too correlated.
+    """Returns x itself. If the channels are too correlated, the backward pass adds a gradient against this.
+
+    The whitener acts if it is due and either found the metric over its limit the last time or acts anyway. It then
+    computes the metric anew; if this is over the limit, the gradient of the metric is added.
 
     Args:
         x: (…, D).
-        numbers: whether a call to act is due, whether it acts even where nothing was found last (each 0 or 1), and the
-            limit on the metric.
-        over_limit: a scalar of type bool, whether the metric was over the limit when it was last computed. The
-            backward pass writes it anew.
+        numbers: three numbers: whether the whitener is due in this batch (1 or 0), whether it then acts even if the
+            metric was within the limit the last time (1 or 0), and the limit on `whitening_metric`.
+        over_limit: scalar of type bool: whether the metric was over the limit when it was last computed. The backward
+            pass updates it in place whenever the whitener acts.
         groups: G.
+        grad_scale: norm of the added gradient, relative to the norm of the gradient.
     """
     due, anyway, limit = numbers
     if known_zero(due) or (known_zero(anyway) and not x.is_cuda and not over_limit):
@@ -30,21 +36,21 @@ def whiten(x: Tensor, numbers: Numbers, over_limit: Tensor, groups: int, grad_sc
     if dispatch.use_kernels(x):
         whitened: Tensor = _WhitenByKernel.apply(x, on_device(numbers, x.device), over_limit, groups, grad_scale)
         return whitened
-    # On a GPU the host does not know whether the metric was over the limit, and need not wait to know it.
+    # On a GPU the device evaluates `over_limit`, so that the host does not have to wait for it.
     acts = due * torch.clamp(over_limit + anyway, max=1)
     whitened = _Whiten.apply(x, limit, acts, over_limit, groups, grad_scale)
     return whitened
 
 
 def whitening_metric(x_ND: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """How far the channels of each group are from uncorrelated and equally large: 1 when they are, up to D/G.
+    """Measures how far the channels of each group are from being uncorrelated and having equal variances.
 
     Args:
         x_ND: frames by channels; the channels of a group lie side by side.
         groups: G.
 
     Returns:
-        The metric (scalar) and its gradient with respect to x_ND.
+        The metric, a scalar from 1 (uncorrelated, with equal variances) to C, and its gradient with respect to x_ND.
     """
     x_NGC = x_ND.reshape(x_ND.shape[0], groups, -1)
     x_GNC = (x_NGC - x_NGC.mean(dim=0)).transpose(0, 1)
@@ -85,12 +91,13 @@ class _Whiten(torch.autograd.Function):
 
 
 class _WhitenByKernel(torch.autograd.Function):
-    """The kernels do next to nothing for a batch on which the whitener does not act."""
+    """Computes `_Whiten` by kernels, which at most copy the gradient in a batch where the whitener does not act."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, numbers: Tensor, over_limit: Tensor, groups: int, grad_scale: float) -> Tensor:
         ctx.save_for_backward(x)
-        # The numbers are part of a tensor whose other parts are written meanwhile, which autograd would refuse.
+        # The numbers may be a view of one tensor with the numbers of all modules. Other modules write to this tensor
+        # before the backward pass, and autograd would refuse a saved tensor that was written to.
         ctx.numbers, ctx.over_limit, ctx.groups, ctx.grad_scale = numbers, over_limit, groups, grad_scale
         return x.view_as(x)
 

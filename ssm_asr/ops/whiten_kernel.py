@@ -1,13 +1,17 @@
-"""Whiten's change of the gradient in four kernels, which leave at once, or only copy, for a batch on which it acts not.
+"""These four kernels compute how a whitener changes the gradient.
 
-With cov the covariance of a group's channels (a sum over frames, not a mean) and m the mean of all groups' diagonals,
+In a batch in which the whitener does not act, they return at once, or only copy the gradient. Let cov be the covariance
+of a group's channels (a sum over frames, not a mean), and m the mean of the diagonals of all groups. Then
 
     metric = Σ (cov/m)² / D        W = cov/m - metric·I        d metric / dx ~ (x - mean) W
 
-The norm of (x - mean) W is the root of tr W cov W, so that nothing of x's size is made but the result.
+The norm of (x - mean) W is the root of tr W cov W. So the result is the only tensor of the size of x that is made. Sums
+run in float32 and in a fixed order.
+
+`settings` are the three numbers of `ssm_asr.ops.whiten.whiten` in a tensor on the device.
 
 Shapes: N frames, D channels, G groups of C channels, S slabs of frames, P blocks of channels by channels on and above
-the diagonals of all groups, E edge of a block. Sums are taken in float32, in an order that is always the same.
+the diagonals of all groups (a block is called a pair where it is counted), E edge of a block.
 """
 
 import torch
@@ -17,16 +21,16 @@ from torch import Tensor
 
 from ssm_asr.ops.dispatch import ANY_COUNT
 
-FRAMES = 64  # of a tile whose products are summed
+FRAMES = 64  # frames of a tile whose products are summed
 LOADED = 8  # slabs, and rows of a block, that are summed at a time
-PROGRAMS = 528  # that share the sums: four for each of an H100's processors
+PROGRAMS = 528  # programs that share the sums: four for each multiprocessor of an H100
 APPLIED = 128  # frames of a tile of the gradient
 WARPS = 8
 
 
 @triton.jit
 def _block(index, blocks):  # type: ignore[no-untyped-def]
-    """Row and column of a block, of those on and above the diagonal of a square of blocks x blocks."""
+    """Returns row and column of a block, counted on and above the diagonal of a square of blocks × blocks."""
     row = 0
     while index >= blocks - row:
         index -= blocks - row
@@ -47,7 +51,7 @@ def _total(ptr, count):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _metric(sums_ptr, count, D):  # type: ignore[no-untyped-def]
-    """The whitening metric and the mean of the covariances' diagonals."""
+    """Returns the whitening metric, and the mean of the diagonals of the covariances."""
     diagonal = _total(sums_ptr + count, count) / D + 1e-20
     return _total(sums_ptr, count) / diagonal / diagonal / D, diagonal
 
@@ -58,7 +62,7 @@ def _products_kernel(  # type: ignore[no-untyped-def]
     N, D, C, x_stride, grad_stride, blocks, pairs, slab_frames,
     SHIFTED: tl.constexpr, FRAMES: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Notes whether the module acts; if so, products of channels, and sums of x and grad², over each slab of frames."""
+    """Writes whether the whitener acts, and if so products of channels and sums of x and grad² over slabs of frames."""
     pair, slab = tl.program_id(0), tl.program_id(1)
     due, anyway = tl.load(settings_ptr) > 0, tl.load(settings_ptr + 1) > 0
     acts = due & (anyway | (tl.load(over_limit_ptr) != 0))
@@ -77,7 +81,7 @@ def _products_kernel(  # type: ignore[no-untyped-def]
             inside_i, inside_j = (first + n < N) & (i < C)[None, :], (first + n < N) & (j < C)[None, :]
             x_i = tl.load(x + n * x_stride + i[None, :], mask=inside_i, other=0.0)
             x_j = tl.load(x + n * x_stride + j[None, :], mask=inside_j, other=0.0)
-            if SHIFTED:  # a mean far above the deviations would cost the digits of their products
+            if SHIFTED:  # a mean far above the deviations would cost digits of the products
                 x_i = tl.where(inside_i, x_i - tl.load(shift_ptr + group + i, mask=i < C)[None, :], 0.0)
                 x_j = tl.where(inside_j, x_j - tl.load(shift_ptr + group + j, mask=j < C)[None, :], 0.0)
             of_diagonal = inside_i & (row == column)
@@ -99,7 +103,7 @@ def _covariance_kernel(  # type: ignore[no-untyped-def]
     acts_ptr, products_ptr, columns_ptr, mean_ptr, cov_ptr, sums_ptr,
     N, D, C, S, blocks, pairs, LOADED: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of a block of the covariance, and their sums for the metric and for the gradient's norm."""
+    """Computes some rows of a block of the covariance, and their sums for the metric and for the gradient's norm."""
     if tl.load(acts_ptr) > 0:
         pair, part = tl.program_id(0), tl.program_id(1)
         row, column = _block(pair % pairs, blocks)
@@ -140,7 +144,7 @@ def _size_kernel(  # type: ignore[no-untyped-def]
     acts_ptr, settings_ptr, over_limit_ptr, cov_ptr, sums_ptr, sizes_ptr, weight_ptr,
     D, C, blocks, pairs, count, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Notes whether the metric is over the limit; W, and each block's part of tr W (cov/m) W."""
+    """Writes whether the metric is over the limit, W, and the part of each block in tr W (cov/m) W."""
     if tl.load(acts_ptr) > 0:
         pair = tl.program_id(0)
         metric, mean = _metric(sums_ptr, count, D)
@@ -185,7 +189,7 @@ def _apply_kernel(  # type: ignore[no-untyped-def]
     if acts:
         metric, mean = _metric(sums_ptr, count, D)
         if metric > tl.load(settings_ptr + 2):
-            # A rounding error's size where the metric has no gradient, as when all channels are one and the same.
+            # The least size is a rounding error: it counts where the metric has no gradient, as with equal channels.
             size = tl.maximum(_total(sizes_ptr, size_count), 1e-6 * D * metric * metric)
             scale = grad_scale * tl.sqrt(_total(sums_ptr + 2 * count, count)) / tl.sqrt(mean * size)
             x_ptr += first.to(tl.int64) * x_stride + group
@@ -207,7 +211,7 @@ def _apply_kernel(  # type: ignore[no-untyped-def]
 
 
 def _frames(x: Tensor, order: list[int]) -> Tensor:
-    """(..., D) -> (N, D) with the other dimensions in the given order, which copies only what has no one stride."""
+    """Returns x as (N, D), with the dimensions before D in the given order. It copies only if a view is impossible."""
     x = x.permute(*order, -1)
     return (x if x.stride(-1) == 1 else x.contiguous()).flatten(0, -2)
 
@@ -215,18 +219,23 @@ def _frames(x: Tensor, order: list[int]) -> Tensor:
 def whiten(
     x: Tensor, grad: Tensor, settings: Tensor, over_limit: Tensor, groups: int = 1, grad_scale: float = 0.01
 ) -> Tensor:
-    """The gradient as `Whiten` changes it; x and the gradient (..., D), of one type of at most 32 bits.
+    """Returns the gradient after a whitener.
 
     Args:
-        settings: whether a call to act is due, and is so even where nothing was found last (0 or 1), and the limit.
-        over_limit: whether the metric was over the limit; noted anew if it acts.
+        x: (…, D), the input of the whitener, in a type of at most 32 bits.
+        grad: the gradient, in the shape and type of x.
+        settings: the three numbers of the whitener, on the device.
+        over_limit: scalar of type bool: whether the metric was over the limit. It is updated if the whitener acts.
+        groups: G.
+        grad_scale: norm of the added gradient, relative to the norm of the gradient.
     """
-    order = sorted(range(x.ndim - 1), key=x.stride().__getitem__, reverse=True)  # as in memory: most need no copy
+    # Dimensions are ordered as in memory, so that most inputs need no copy.
+    order = sorted(range(x.ndim - 1), key=x.stride().__getitem__, reverse=True)
     x_ND, grad_ND = _frames(x, order), _frames(grad, order)
     (N, D), C = x_ND.shape, x.shape[-1] // groups
     edge = min(max(triton.next_power_of_2(C), 16), 64)
     blocks = triton.cdiv(C, edge)
-    pairs = blocks * (blocks + 1) // 2  # of a group
+    pairs = blocks * (blocks + 1) // 2  # blocks of a group
     P = groups * pairs
     slab_frames = FRAMES * triton.cdiv(N, FRAMES * max(PROGRAMS // P, 1))
     S, parts = triton.cdiv(N, slab_frames), edge // LOADED
@@ -237,7 +246,7 @@ def whiten(
     )
     weight_GCC = torch.empty(groups, C, C, dtype=x.dtype, device=x.device)
     flag = over_limit.view(torch.uint8)
-    shifted = x.dtype == torch.float32  # half precision has fewer digits than a mean could cost
+    shifted = x.dtype == torch.float32  # half precision has so few digits that a mean costs none in float32
     shift_D = x_ND.mean(dim=0) if shifted else mean_D
     strides = x_ND.stride(0), grad_ND.stride(0)
     _products_kernel[(P, S)](
@@ -252,13 +261,13 @@ def whiten(
         acts, settings, flag, cov_GCC, sums_3P, sizes_P, weight_GCC,
         D, C, blocks, pairs, P * parts, EDGE=edge, num_warps=WARPS,
     )  # fmt: skip
-    copied = grad_ND.data_ptr() != grad.data_ptr()  # then it is nobody else's
+    copied = grad_ND.data_ptr() != grad.data_ptr()  # a copy belongs to nobody else, so it may be overwritten
     out_ND = grad_ND if copied else torch.empty(N, D, dtype=grad.dtype, device=x.device)
     _apply_kernel[(groups * blocks, triton.cdiv(N, APPLIED))](
         x_ND, shift_D, grad_ND, acts, settings, mean_D, sums_3P, sizes_P, weight_GCC, out_ND,
         N, D, C, *strides, blocks, P * parts, P, grad_scale,
         SHIFTED=shifted, IN_PLACE=copied, FRAMES=APPLIED, EDGE=edge, num_warps=WARPS,
     )  # fmt: skip
-    # Back to the dimensions' own order, with memory as it is.
+    # The dimensions get their own order back; memory stays as it is.
     out = out_ND.reshape(*(x.shape[dim] for dim in order), D)
     return out.permute(*sorted(range(len(order)), key=order.__getitem__), -1)

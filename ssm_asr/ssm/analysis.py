@@ -1,6 +1,6 @@
-"""What state-space models and convolutions are as systems: poles, Hankel singular values, sign changes, fits.
+"""These functions analyse state-space models and convolutions as systems: poles, Hankel singular values and fits.
 
-Shapes: D channels, L lags, M poles (pairs: both), N states of a fit, S starts of it.
+Shapes: D channels, L lags, M poles (both of each pair), N states of a fit, S starting points of a fit.
 """
 
 from typing import Any
@@ -15,15 +15,19 @@ from ssm_asr.ssm.s4d import S4D
 
 Array = NDArray[Any]
 
-# Where fits start: the shortest and longest time constant of a pole, in frames.
+# The starting points of fits: the shortest and the longest time constant of a pole, in frames.
 SPREADS_FRAMES = ((0.2, 2.0), (0.5, 8.0), (2.0, 30.0), (0.3, 100.0))
 FIT_STEPS = 400
-RATES = (1e-4, 4.5)  # of decay a frame: a faster one would weigh so much at lag 0 that float32 could not cancel it
-RIDGE = 1e-6  # relative; keeps the weights of poles that come to lie together within what float32 can cancel
+# Limits on decay rates, per frame. A faster decay would weigh so much at lag 0 that float32 could not cancel it.
+RATES = (1e-4, 4.5)
+RIDGE = 1e-6  # relative; keeps the weights of poles that move close together small enough for float32 to cancel
 
 
 def modes(ssm: S4D) -> tuple[Array, Array]:
-    """Poles and weights (D, M) with K[l] = Σ_m weight_m·pole_m^l, in double precision; of pairs, both."""
+    """Returns the poles and weights, (D, M) each, with which K[l] = Σ_m weight_m·pole_m^l.
+
+    They are in double precision, and contain both poles of each pair.
+    """
     with torch.no_grad():
         dt_D1 = ssm.log_dt.double().exp()[:, None]
         A_DM = torch.complex(-ssm.A_log.double().exp(), torch.zeros_like(ssm.A_log, dtype=torch.float64))
@@ -38,7 +42,13 @@ def modes(ssm: S4D) -> tuple[Array, Array]:
 
 
 def hankel_of_modes(poles_DM: Array, weights_DM: Array) -> Array:
-    """Hankel singular values of K[1], K[2], …, largest first: roots of the eigenvalues of both Gramians' product."""
+    """Returns the Hankel singular values of K[1], K[2], …, the largest first: (D, M).
+
+    They are the roots of the eigenvalues of the product of the controllability and the observability Gramian.
+
+    Args:
+        poles_DM, weights_DM: as `modes` returns them.
+    """
     b_DM = np.sqrt(np.abs(weights_DM)) + 0j
     c_DM = np.divide(weights_DM, b_DM, out=np.zeros_like(b_DM), where=b_DM != 0) * poles_DM
     reach_DMM = b_DM[:, :, None] * b_DM[:, None].conj() / (1 - poles_DM[:, :, None] * poles_DM[:, None].conj())
@@ -48,20 +58,26 @@ def hankel_of_modes(poles_DM: Array, weights_DM: Array) -> Array:
 
 
 def hankel_of_taps(taps_DL: Array) -> Array:
-    """Hankel singular values of h[1] … h[L-1], zero after, the largest first."""
+    """Returns the Hankel singular values of the taps 1 … L-1 with zeros after them, the largest first: (D, L-1)."""
     lag = np.add.outer(range(taps_DL.shape[1] - 1), range(taps_DL.shape[1] - 1)) + 1
     padded_DL = np.pad(taps_DL.astype(np.float64), ((0, 0), (0, taps_DL.shape[1])))
     return np.linalg.svd(padded_DL[:, lag], compute_uv=False)
 
 
 def effective_rank(values_DM: Array) -> Array:
-    """exp of the entropy of the normalised singular values: M for equal ones, 1 for a single one."""
+    """Returns exp of the entropy of the normalised singular values, (D,): M if all are equal, 1 for a single one."""
     share_DM = values_DM / values_DM.sum(axis=1, keepdims=True)
     return np.exp(-(share_DM * np.log(np.where(share_DM > 0, share_DM, 1.0))).sum(axis=1))
 
 
 def sign_changes(kernel_DL: Array, scale_DL: Array | float = 0.0) -> Array:
-    """How often each kernel changes its sign; rounding errors of sums of size `scale_DL` do not count."""
+    """Counts how often each impulse response changes its sign, (D,).
+
+    Args:
+        kernel_DL: the impulse responses.
+        scale_DL: size of the terms that were summed up. Numbers as small as the rounding errors of these sums are left
+            out.
+    """
     counts = []
     for row_L in np.where(np.abs(kernel_DL) > 1e-10 * np.asarray(scale_DL), kernel_DL, 0.0):
         signs = np.sign(row_L[row_L != 0])
@@ -70,9 +86,17 @@ def sign_changes(kernel_DL: Array, scale_DL: Array | float = 0.0) -> Array:
 
 
 def fit_real_poles(taps_DL: Tensor, states: int) -> tuple[Tensor, Tensor]:
-    """Poles in (0, 1) and weights (D, N) for which Σ_n weight_n·pole_n^l is nearest to the taps l = 1 … L-1, then 0.
+    """Fits Σ_n weight_n·pole_n^l with real poles to the taps at l = 1 … L-1 and to zeros after them.
 
-    With u_n[l] = √(1 - pole_n²)·pole_n^(l-1), of norm 1 over l = 1, 2, …, products have closed forms.
+    The fit minimises the squared error over all l > 0. Its modes are u_n[l] = √(1 - pole_n²)·pole_n^(l-1), which have a
+    norm of 1 over l = 1, 2, …, and whose inner products have closed forms.
+
+    Args:
+        taps_DL: the impulse responses; lag 0 is not used.
+        states: N.
+
+    Returns:
+        The poles, which lie in (0, 1), and the weights, (D, N) each.
     """
     target_DL = taps_DL[:, 1:].double()
     target_SDL = (target_DL / target_DL.norm(dim=1, keepdim=True).clamp(min=1e-12)).expand(len(SPREADS_FRAMES), -1, -1)
@@ -97,7 +121,7 @@ def fit_real_poles(taps_DL: Tensor, states: int) -> tuple[Tensor, Tensor]:
 
 
 def _explained(log_rate_SDN: Tensor, target_SDL: Tensor) -> tuple[Tensor, Tensor]:
-    """The part (S, D) of the target's energy that the best sums of these modes have, and their coefficients."""
+    """Returns the part of the target's energy in the best sums of the modes, (S, D), and the coefficients (S, D, N)."""
     rate_SDN = log_rate_SDN.exp()
     poles_SDN, norms_SDN = (-rate_SDN).exp(), (-torch.expm1(-2 * rate_SDN)).sqrt()
     lag_L = torch.arange(target_SDL.shape[-1], dtype=torch.float64)
@@ -109,7 +133,16 @@ def _explained(log_rate_SDN: Tensor, target_SDL: Tensor) -> tuple[Tensor, Tensor
 
 
 def set_modes(ssm: S4D, poles_DN: Tensor, weights_DN: Tensor, first_D: Tensor) -> None:
-    """Gives S4D with real poles this kernel, and `first_D` at lag 0. The step is one frame: A = log(pole)."""
+    """Sets an S4D with real poles to given modes.
+
+    The step becomes one frame, so that A = log(pole).
+
+    Args:
+        ssm: the model, which is changed.
+        poles_DN: poles in (0, 1).
+        weights_DN: weights of the modes.
+        first_D: the impulse response at lag 0, including D.
+    """
     A_DN = poles_DN.log()
     with torch.no_grad():
         ssm.log_dt.zero_()

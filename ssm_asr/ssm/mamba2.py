@@ -1,11 +1,11 @@
-"""The Mamba-2 block around its selective state-space operation.
+"""This module holds the Mamba-2 block; ssm_asr.ops.ssd computes the selective state-space operation at its core.
 
-Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 7. Parameter names are those of the package
-mamba_ssm.
+Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 7. Parameters have the names that the package
+mamba_ssm gives them.
 
-Shapes: B batch, T frames, D model channels, I inner channels, H heads, P channels a head (H·P = I), N state size,
-G groups of heads that share B and C, C = I + 2·G·N convolved channels, K frames that the convolution keeps (its taps -
-1). As in the paper, dt, A, B, C and D also name the operation's inputs.
+Shapes: B batch, T frames, D model channels, I inner channels, H heads, P channels of a head (H·P = I), N state size,
+G groups of heads that share B and C, C = I + 2·G·N convolved channels, K frames in the cache of the convolution, which
+has K + 1 taps. As in the paper, dt, A, B, C and D also name inputs of the operation.
 """
 
 import math
@@ -20,14 +20,14 @@ from ssm_asr.ops.ssd import SsdInputs, ssd, ssd_loop
 
 
 class Mamba2State(NamedTuple):
-    """What a block keeps between chunks: the operation's state, and the last K inputs of the convolution."""
+    """Holds what a block keeps between chunks: the state of the operation, and the last K inputs of the convolution."""
 
     ssm_BHPN: Tensor
     conv_BCK: Tensor
 
 
 class GatedRMSNorm(nn.Module):
-    """weight·v / rms(v) with v = y·SiLU(z), the rms over each of `groups` equal parts of the channels."""
+    """Computes weight·v / rms(v) with v = y·SiLU(z), where each of `groups` equal parts of the channels has its rms."""
 
     def __init__(self, channels: int, groups: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -35,17 +35,20 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
-        """(B, T, I), (B, T, I) -> (B, T, I), by a kernel in the type of z."""
+        """Returns (B, T, I); a kernel returns it in the type of z."""
         return gated_norm(y_BTI, z_BTI, self.weight, self.groups, self.eps)
 
 
 class Mamba2(nn.Module):
-    """The Mamba-2 block: projection, causal convolution, state-space operation, gated norm, projection (section 7).
+    """Computes the Mamba-2 block (section 7).
 
-    [z, x, B, C, dt] = in_proj(u); SiLU of a causal depthwise convolution on [x, B, C]; dt = softplus(dt + dt_bias);
-    A = -exp(A_log). At the start A is uniform in [-16, -1], softplus(dt_bias) log-uniform in [1e-3, 0.1], D = 1.
+    It projects the input, [z, x, B, C, dt] = in_proj(u), and applies a causal depthwise convolution and SiLU to
+    [x, B, C]. The state-space operation follows with dt = softplus(dt + dt_bias) and A = -exp(A_log), then the gated
+    norm, and a projection back to D channels. At the start of training A is uniform in [-16, -1], softplus(dt_bias) is
+    log-uniform in [1e-3, 0.1], and D is 1.
 
-    Under autocast the operation and its state are in float32, and only the projections and the convolution are not.
+    Under autocast only the projections and the convolution run in lower precision. The operation, its state and the
+    norm stay in float32.
 
     Attributes:
         ssm_parameter_names: see ssm_asr.ssm.parameters.
@@ -56,7 +59,7 @@ class Mamba2(nn.Module):
         d_state: N.
         nheads: H.
         ngroups: G.
-        d_conv: taps of the convolution.
+        d_conv: K + 1, the taps of the convolution.
 
     Raises:
         ValueError: if I is not a multiple of H, or H not a multiple of G.
@@ -76,14 +79,14 @@ class Mamba2(nn.Module):
         self.in_proj = nn.Linear(d_model, d_inner + self.conv_channels + nheads, bias=False)
         self.conv1d = nn.Conv1d(self.conv_channels, self.conv_channels, d_conv, groups=self.conv_channels)
         dt_H = torch.empty(nheads).uniform_(math.log(1e-3), math.log(0.1)).exp()
-        self.dt_bias = nn.Parameter(dt_H + torch.log(-torch.expm1(-dt_H)))  # softplus of it is dt
+        self.dt_bias = nn.Parameter(dt_H + torch.log(-torch.expm1(-dt_H)))  # its softplus is dt
         self.A_log = nn.Parameter(torch.empty(nheads).uniform_(1.0, 16.0).log())
         self.D = nn.Parameter(torch.ones(nheads))
         self.norm = GatedRMSNorm(d_inner, ngroups)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
     def init_state(self, batch_size: int, device: torch.device | None = None) -> Mamba2State:
-        """Zeros, in the precision of the parameters."""
+        """Returns the state before the first frame: zeros in the precision of the parameters."""
         head_dim, dtype = self.d_inner // self.nheads, self.A_log.dtype
         return Mamba2State(
             torch.zeros(batch_size, self.nheads, head_dim, self.d_state, dtype=dtype, device=device),
@@ -93,15 +96,15 @@ class Mamba2(nn.Module):
     def forward(
         self, u_BTD: Tensor, padding_mask_BT: Tensor | None = None, state: Mamba2State | None = None
     ) -> tuple[Tensor, Mamba2State]:
-        """Sequences of any length, 0 included, from the given state, or from zeros.
+        """Computes the outputs of sequences of any length, 0 included.
 
         Args:
-            u_BTD: inputs.
-            padding_mask_BT: True at padding, which only the ends of sequences may have. Outputs there mean nothing.
-            state: of the frames before; it is not changed.
+            u_BTD: the inputs.
+            padding_mask_BT: True at padding, which may only be at the ends of sequences. Outputs there mean nothing.
+            state: the state before the first frame; it is not changed. None is a state of zeros.
 
         Returns:
-            y_BTD in the type of u, and for every sequence the state after its own last frame.
+            The outputs y_BTD in the type of u, and the state of each sequence after its last valid frame.
         """
         fresh = state is None
         if state is None:
@@ -116,20 +119,21 @@ class Mamba2(nn.Module):
         return self.out_proj(y_BTI).to(u_BTD.dtype), Mamba2State(ssm_BHPN, conv_BCK)
 
     def stream(self, u_BTD: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
-        """One chunk of any length."""
+        """Computes the outputs (B, T, D) of a chunk of any length, and the new state."""
         return self(u_BTD, state=state)
 
     def _operate(
         self, xBC_BTC: Tensor, dt_BTH: Tensor, padding_mask_BT: Tensor | None, state_BHPN: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The operation in the precision of its state: y (B, T, I) and the new state."""
+        """Computes the state-space operation in the precision of its state: y (B, T, I) and the new state."""
         B, T, _ = xBC_BTC.shape
         dtype, bc = state_BHPN.dtype, self.ngroups * self.d_state
         x_BTI, B_BTF, C_BTF = xBC_BTC.to(dtype).split([self.d_inner, bc, bc], dim=-1)
         dt_BTH = functional.softplus(dt_BTH.to(dtype) + self.dt_bias)
         if padding_mask_BT is not None:
             dt_BTH = dt_BTH.masked_fill(padding_mask_BT[..., None], 0.0)
-        whole = padding_mask_BT is not None  # and not a chunk, which in an exported model has a fixed length
+        # Whole sequences come with a mask. Chunks do not: in an exported model they have a fixed length.
+        whole = padding_mask_BT is not None
         inputs = SsdInputs(
             x_BTI.reshape(B, T, self.nheads, -1),
             dt_BTH,

@@ -1,4 +1,4 @@
-"""The parameters of state-space models that an optimiser should treat apart from weight matrices."""
+"""These functions find the parameters of state-space models that need other optimiser settings than weight matrices."""
 
 from typing import Any
 
@@ -6,10 +6,11 @@ from torch import nn
 
 
 def ssm_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Those of the model's parameters that set the dynamics of state-space models: poles, steps, inputs and outputs.
+    """Returns the parameters that set the dynamics of state-space models: poles, step sizes, inputs and outputs.
 
-    They are few and act through exponentials: give them a parameter group with its own learning rate and no weight
-    decay. A module names its own in the class attribute `ssm_parameter_names`; one that is None there is left out.
+    They are few and act through exponentials, so they need a learning rate of their own and no weight decay. A module
+    lists the names of its parameters of this kind in the class attribute `ssm_parameter_names`. A parameter that is
+    None is left out.
     """
     named = ((module, name) for module in model.modules() for name in getattr(module, "ssm_parameter_names", ()))
     found = (getattr(module, name) for module, name in named)
@@ -17,7 +18,13 @@ def ssm_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def parameter_groups(model: nn.Module, ssm_lr_scale: float) -> list[dict[str, Any]]:
-    """All trainable parameters for an optimiser; those of state-space dynamics in a group with `lr_scale`."""
+    """Returns the trainable parameters as groups for an optimiser.
+
+    Args:
+        model: the model.
+        ssm_lr_scale: the `lr_scale` of the group with the parameters of `ssm_parameters`. This group comes last, and is
+            missing if there are none.
+    """
     apart = ssm_parameters(model)
     ids = {id(p) for p in apart}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
