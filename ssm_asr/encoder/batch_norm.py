@@ -1,4 +1,7 @@
-"""Batch normalisation of padded sequences. Shapes: B batch, D channels, T frames."""
+"""Batch normalisation of padded sequences.
+
+Shapes: B batch, D channels, T frames.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -7,10 +10,18 @@ from ssm_asr.ops.precision import at_least_float32
 
 
 class MaskedBatchNorm(nn.Module):
-    """Batch norm (Ioffe and Szegedy, arXiv 1502.03167) whose means and variances in training leave out padding.
+    """Batch norm whose means and variances, in training, leave out padding.
 
-    Parameters and buffers are named as those of nn.BatchNorm1d, and mean the same; among several processes, each
-    uses its own batch. In evaluation it is a fixed affine map, frame by frame, and so the same in streaming.
+    Its parameters and buffers have the names and the meaning of those in nn.BatchNorm1d. When several processes train,
+    each normalises by its own batch. In evaluation it is a fixed affine map of each frame, so that streaming and
+    whole-utterance results agree.
+
+    Source: Ioffe and Szegedy (arXiv 1502.03167).
+
+    Args:
+        channels: D.
+        momentum: weight of the new batch in the running statistics.
+        eps: is added to the variance before its root is taken.
     """
 
     weight: Tensor
@@ -29,7 +40,7 @@ class MaskedBatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, x_BDT: Tensor, padding_mask_BT: Tensor | None = None) -> Tensor:
-        """(B, D, T) -> (B, D, T); True in the mask is padding."""
+        """Normalises (B, D, T) and returns (B, D, T); the mask is True at padding, and None means no padding."""
         if not self.training:
             return nn.functional.batch_norm(
                 x_BDT, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
@@ -47,7 +58,7 @@ class MaskedBatchNorm(nn.Module):
         return (centred_BDT * scale_D[:, None] + self.bias[:, None]).to(x_BDT.dtype)
 
     def _track(self, mean_D: Tensor, var_D: Tensor) -> None:
-        """Moves the running statistics; not to what is no number, since it would stay for ever."""
+        """Moves the running statistics towards the batch's, but never to inf or NaN, which would stay for ever."""
         for running_D, new_D in ((self.running_mean, mean_D), (self.running_var, var_D)):
             new_D = new_D.to(running_D.dtype)
             running_D.lerp_(torch.where(new_D.isfinite(), new_D, running_D), self.momentum)

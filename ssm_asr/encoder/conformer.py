@@ -1,11 +1,13 @@
-"""The Conformer encoder, its convolution module open to state-space models: whole-utterance, chunk-masked, streaming.
+"""The Conformer encoder, for whole utterances, chunk-masked and streaming.
 
-Sources: Gulati et al. (arXiv 2005.08100); Shan et al. (arXiv 2309.08551) for the mixers. Self-attention with relative
-positions is that of Dai et al., "Transformer-XL" (arXiv 1901.02860), section 3.3. Two frames of 50 Hz are joined at the
-start, so that all layers run at 25 Hz.
+Its convolution module mixes frames by a convolution, a state-space model, both, or neither. Pairs of 50 Hz frames are
+joined at the input, so that all layers run at 25 Hz.
 
-Shapes: B batch, T frames (at 50 Hz or 25 Hz, as said), E front-end dim, D channels, L left-context frames kept from
-before, K = L + T keys, P = K + T - 1 relative positions, H heads, Q dim of a head.
+Sources: Gulati et al., "Conformer" (arXiv 2005.08100); for the mixers Shan et al. (arXiv 2309.08551); for the attention
+with relative positions Dai et al., "Transformer-XL" (arXiv 1901.02860), section 3.3.
+
+Shapes: B batch, T frames (at 25 Hz unless 50 Hz is said), E channels of the front end, D channels, L left-context
+frames kept from earlier chunks, K = L + T keys, P = K + T - 1 relative positions, H heads, Q channels of a head.
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from ssm_asr.ops.attention import Context, context_of_chunk, context_of_sequence
 from ssm_asr.ops.precision import at_least_float32
 from ssm_asr.ssm.s4d import PARAMETERISATIONS
 
-# From 50 Hz, the rate of the front end, to 25 Hz.
+# The front end's frames at 50 Hz become frames at 25 Hz.
 SUBSAMPLING = 2
 
 
@@ -68,15 +70,25 @@ class ConformerConfig(EncoderConfig):
 
 
 class LayerState(NamedTuple):
-    """What a layer keeps between chunks, at 25 Hz."""
+    """The state of a layer between chunks: keys and values of the left context at 25 Hz, and the mixer's state."""
 
     key_BLD: Tensor
     value_BLD: Tensor
-    mixer: Any  # of the mixer's own kind
+    mixer: Any  # each kind of mixer has a type of its own
 
 
 class RelativeAttention(nn.Module):
-    """Multi-head self-attention with scores (q + u)·k + (q + v)·linear_pos(position), divided by the root of Q."""
+    """Multi-head self-attention with the scores ((q + u)·k + (q + v)·linear_pos(position)) / sqrt(Q).
+
+    u and v are learned biases of each head, of content and of position.
+
+    Source: Dai et al. (arXiv 1901.02860), section 3.3.
+
+    Args:
+        dim: D, a multiple of `heads`.
+        heads: H.
+        dropout: rate at which attention weights are dropped.
+    """
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -93,10 +105,14 @@ class RelativeAttention(nn.Module):
     def forward(
         self, x_BTD: Tensor, pos_PD: Tensor, context: Context, past: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Output (B, T, D), and the keys and values (B, K, D) of which streaming keeps the last L.
+        """Returns the output (B, T, D), the keys and the values, (B, K, D) each.
 
         Args:
-            past: keys and values (B, L, D) of the left context in streaming.
+            x_BTD: frames of the queries.
+            pos_PD: encodings from `RelativePositions`.
+            context: which keys each query sees.
+            past: in streaming, keys and values (B, L, D) of the left context: the last L that the previous chunk
+                returned.
         """
         B, T, D = x_BTD.shape
         query_BTD, key_BKD, value_BKD = self.in_proj(x_BTD).chunk(3, dim=-1)
@@ -116,7 +132,7 @@ class RelativeAttention(nn.Module):
 
 
 class ConvolutionModule(nn.Module):
-    """LayerNorm, Linear to 2D, GLU, mixer, batch norm, SiLU, Linear."""
+    """Applies LayerNorm, a linear layer to 2D channels, a GLU, the mixer, batch norm, SiLU and a linear layer."""
 
     def __init__(self, config: ConformerConfig) -> None:
         super().__init__()
@@ -129,11 +145,14 @@ class ConvolutionModule(nn.Module):
         self.out_proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, x_BTD: Tensor, padding_mask_BT: Tensor | None) -> Tensor:
-        """Whole sequences. The mixer is causal, so that padding (True), which comes last, touches no valid frame."""
+        """Maps whole sequences (B, T, D) -> (B, T, D); the mask is True at padding.
+
+        Only batch norm needs the mask: the mixer is causal, so that padding, which comes last, touches no valid frame.
+        """
         return self._finish(self.mixer(self._gated(x_BTD)), padding_mask_BT)
 
     def stream(self, x_BTD: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One chunk and the mixer's state -> output and new state."""
+        """Maps one chunk, given the mixer's state; returns the output (B, T, D) and the mixer's new state."""
         mixed_BDT, state = self.mixer.stream(self._gated(x_BTD), state)
         return self._finish(mixed_BDT, None), state
 
@@ -146,14 +165,17 @@ class ConvolutionModule(nn.Module):
 
 
 def feed_forward(dim: int, hidden: int, dropout: float) -> nn.Sequential:
-    """LayerNorm, Linear, SiLU, dropout, Linear."""
+    """Makes a feed-forward module: LayerNorm, a linear layer, SiLU, dropout and a linear layer, (…, D) -> (…, D)."""
     return nn.Sequential(
         nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.SiLU(), nn.Dropout(dropout), nn.Linear(hidden, dim)
     )
 
 
 class ConformerLayer(nn.Module):
-    """Half a feed-forward, attention, convolution module, half a feed-forward, each added to its input; LayerNorm."""
+    """A Conformer layer: feed-forward, attention, convolution module, feed-forward, and LayerNorm at the end.
+
+    The output of each module is added to its input; the feed-forward modules count half.
+    """
 
     def __init__(self, config: ConformerConfig) -> None:
         super().__init__()
@@ -168,13 +190,13 @@ class ConformerLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def init_state(self, batch_size: int, left_context: int, device: torch.device | None = None) -> LayerState:
-        """The state at the start of a stream; left_context is in frames at 25 Hz."""
+        """Returns the state at the start of `batch_size` streams; left_context is in frames at 25 Hz."""
         key_BLD = torch.zeros(batch_size, left_context, self.dim, device=device)
         mixer = self.conv_module.mixer.init_state(batch_size, device)
         return LayerState(key_BLD, torch.zeros_like(key_BLD), mixer)
 
     def forward(self, x_BTD: Tensor, pos_PD: Tensor, context: Context) -> Tensor:
-        """A whole sequence, attention masked by `context`."""
+        """Maps whole sequences (B, T, D) -> (B, T, D); `context` says which keys attention sees."""
         x_BTD = x_BTD + 0.5 * self.dropout(self.feed_forward1(x_BTD))
         mixed_BTD, _, _ = self.attention(self.norm_attention(x_BTD), pos_PD, context)
         x_BTD = x_BTD + self.dropout(mixed_BTD)
@@ -182,7 +204,7 @@ class ConformerLayer(nn.Module):
         return self._finish(x_BTD)
 
     def stream(self, x_BTD: Tensor, pos_PD: Tensor, context: Context, state: LayerState) -> tuple[Tensor, LayerState]:
-        """One chunk."""
+        """Maps one chunk (B, T, D) -> (B, T, D), and returns it with the new state."""
         frames = x_BTD.shape[1]
         x_BTD = x_BTD + 0.5 * self.dropout(self.feed_forward1(x_BTD))
         past = state.key_BLD, state.value_BLD
@@ -197,7 +219,11 @@ class ConformerLayer(nn.Module):
 
 
 class Conformer(Encoder):
-    """All layers, from 50 Hz frames of width embed_dim to 25 Hz frames of width dim."""
+    """The encoder: it maps 50 Hz frames of `embed_dim` channels to 25 Hz frames of `dim` channels.
+
+    Attributes:
+        out_channels: D, the width of the output.
+    """
 
     config: ConformerConfig
 
@@ -213,22 +239,24 @@ class Conformer(Encoder):
     def init_state(
         self, batch_size: int, left_context: int, device: torch.device | None = None
     ) -> tuple[LayerState, ...]:
-        """The state of every layer at the start of a stream, left_context in frames at 50 Hz."""
+        """Returns the state of every layer at the start of `batch_size` streams; left_context is in frames at 50 Hz."""
         return tuple(layer.init_state(batch_size, left_context // SUBSAMPLING, device) for layer in self._layers())
 
     def forward(self, x_BTE: Tensor, lens_B: Tensor, chunk: int, left_context: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Whole sequences, masked as in streaming.
+        """Encodes whole sequences, masked to what streaming sees.
 
         Args:
-            x_BTE: frames at 50 Hz; lens_B: how many of them are not padding.
-            chunk, left_context: in frames at 50 Hz, -1 for all there is; a tensor as for `context_of_sequences`.
+            x_BTE: T frames at 50 Hz.
+            lens_B: how many frames of each sequence are not padding.
+            chunk: in frames at 50 Hz; -1 is the whole sequence.
+            left_context: in frames at 50 Hz, -1 for all; or a tensor, as `context_of_sequences` takes it.
 
         Returns:
-            (B, (T+1)//2, D), and its lengths.
+            The output (B, (T+1)//2, D), and the lengths (B,) in frames at 25 Hz.
         """
         frame_T = torch.arange(x_BTE.shape[1], device=x_BTE.device)
         context = context_of_sequences(x_BTE, lens_B, chunk, left_context, spans=False).every(SUBSAMPLING)
-        # The last frame of an odd number is paired with itself, not with padding.
+        # In a sequence of odd length the last frame is paired with itself, not with padding.
         valid_BT = torch.minimum(frame_T, lens_B[:, None] - 1).clamp(min=0)
         x_BTD = self._join_frames(x_BTE.gather(1, valid_BT[..., None].expand_as(x_BTE)))
         pos_PD = self.positions(x_BTD)
@@ -239,11 +267,13 @@ class Conformer(Encoder):
     def stream(
         self, x_BTE: Tensor, state: tuple[LayerState, ...], processed_B: Tensor | None
     ) -> tuple[Tensor, tuple[LayerState, ...]]:
-        """One chunk of an even number of frames at 50 Hz -> half as many output frames, and the new state.
+        """Encodes one chunk; returns half as many frames (B, T/2, D), and the new state.
 
         Args:
-            processed_B: frames at 50 Hz that each stream has had before this chunk, int64; may be None without left
-                context.
+            x_BTE: an even number T of frames at 50 Hz.
+            state: the state that the previous chunk returned; it is not changed.
+            processed_B: frames at 50 Hz that each stream has had before this chunk, int64; None is allowed if there is
+                no left context.
         """
         x_BTD, left_context = self._join_frames(x_BTE), state[0].key_BLD.shape[1]
         pos_PD = self.positions(x_BTD, left_context)
@@ -259,7 +289,7 @@ class Conformer(Encoder):
         return cast(list[ConformerLayer], self.layers)
 
     def _join_frames(self, x_BTE: Tensor) -> Tensor:
-        """Pairs of frames side by side, projected to the width of the layers: (B, (T+1)//2, D)."""
+        """Projects each pair of 50 Hz frames to one frame of the layers: (B, T, E) -> (B, (T+1)//2, D)."""
         missing = -x_BTE.shape[1] % SUBSAMPLING
         if missing:
             x_BTE = torch.cat([x_BTE, x_BTE[:, -1:].expand(-1, missing, -1)], dim=1)

@@ -1,8 +1,8 @@
-"""The convolution module of the Zipformer, whole-utterance, chunk-causal and streaming.
+"""The convolution module of the Zipformer, for whole utterances, chunk-causal and streaming.
 
-Source: Yao et al. (arXiv 2310.11230), section 3.1.
+Source: Yao et al., "Zipformer" (arXiv 2310.11230), section 3.1.
 
-Shapes: B batch, T time, D channels, E = 2D, C chunk, N chunks, K kernel size, M = K // 2 cached frames.
+Shapes: B batch, T frames, D channels, E = 2D, C frames of a chunk, M = kernel // 2 cached frames.
 """
 
 import torch
@@ -17,8 +17,15 @@ from ssm_asr.ops.gates import gated
 class ChunkCausalConv(nn.Module):
     """A depthwise convolution that looks ahead only to the end of its chunk.
 
-    The sum of a causal convolution with the left half of the kernel, and one with the whole kernel inside the chunk,
-    whose output near the chunk's edges is scaled by 1 + learned terms.
+    It is the sum of two convolutions: a causal one with the left half of the kernel, and one with the whole kernel that
+    sees only its own chunk. Near the edges of a chunk the output of the second is scaled by 1 + learned terms.
+
+    Args:
+        channels: D.
+        kernel: taps of the whole kernel.
+
+    Raises:
+        ValueError: if `kernel` is even.
     """
 
     def __init__(self, channels: int, kernel: int) -> None:
@@ -31,11 +38,16 @@ class ChunkCausalConv(nn.Module):
         self.chunkwise_conv_scale = nn.Parameter(torch.zeros(2, channels, kernel))
 
     def forward(self, x_BDT: Tensor, chunk: int) -> Tensor:
-        """(B, D, T) -> (B, D, T); chunk is in frames, -1 for the whole sequence."""
+        """Convolves whole sequences (B, D, T) -> (B, D, T); `chunk` is in frames, and -1 is the whole sequence."""
         return chunk_causal_conv(x_BDT, x_BDT.shape[2] if chunk < 0 else chunk, self._weights())
 
     def stream(self, x_BDC: Tensor, cache_BDM: Tensor) -> tuple[Tensor, Tensor]:
-        """One chunk, with the last M frames before it: output (B, D, C) and the new cache."""
+        """Convolves one chunk; returns the output (B, D, C) and the new cache.
+
+        Args:
+            x_BDC: the chunk.
+            cache_BDM: the last M input frames before the chunk.
+        """
         return chunk_causal_step(x_BDC, cache_BDM, self._weights())
 
     def _weights(self) -> ChunkCausalWeights:
@@ -43,7 +55,13 @@ class ChunkCausalConv(nn.Module):
 
 
 class ConvolutionModule(nn.Module):
-    """Linear to 2D, GLU, depthwise convolution, SwooshR, Linear."""
+    """Applies a linear layer to 2D channels, a GLU, a depthwise convolution, SwooshR and a second linear layer.
+
+    Args:
+        channels: D.
+        kernel: taps of the depthwise convolution, an odd number.
+        causal: whether the convolution is a `ChunkCausalConv`, as streaming needs, or sees both sides.
+    """
 
     def __init__(self, channels: int, kernel: int, causal: bool) -> None:
         super().__init__()
@@ -67,14 +85,20 @@ class ConvolutionModule(nn.Module):
         self.out_proj = scaled_linear(channels, channels, 0.05)
 
     def forward(self, x_BTD: Tensor, padding_mask_BT: Tensor | None, chunk: int = -1) -> Tensor:
-        """(B, T, D) -> (B, T, D). Padded frames (True) are zeroed before the convolution."""
+        """Maps whole sequences (B, T, D) -> (B, T, D).
+
+        Args:
+            x_BTD: the frames.
+            padding_mask_BT: True at padding, which is set to 0 before the convolution.
+            chunk: in frames, -1 for the whole sequence; only a causal module uses it.
+        """
         gated_BDT = self._gated(x_BTD, padding_mask_BT)
         if self.causal:
             return self._finish(self.depthwise_conv(gated_BDT, chunk))
         return self._finish(self.depthwise_conv(gated_BDT))
 
     def stream(self, x_BTD: Tensor, cache_BDM: Tensor) -> tuple[Tensor, Tensor]:
-        """One chunk and the cache of the last M gated frames -> output and new cache."""
+        """Maps one chunk, given the last M gated frames before it; returns the output (B, T, D) and the new cache."""
         assert isinstance(self.depthwise_conv, ChunkCausalConv), "only a causal module streams"
         out_BDT, cache_BDM = self.depthwise_conv.stream(self._gated(x_BTD), cache_BDM)
         return self._finish(out_BDT), cache_BDM

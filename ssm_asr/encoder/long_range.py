@@ -1,9 +1,10 @@
-"""What carries information over long stretches of time in a Zipformer layer, beside self-attention.
+"""Long-range modules, which carry information over long stretches of time in a Zipformer layer, beside self-attention.
 
-A long-range module has a name in LONG_RANGE, under which a layer holds it, so that the parameters of published
-checkpoints keep their names. Sammo is a Zipformer whose module is `mamba2`.
+Each module has a name in LONG_RANGE. A layer holds its module under this name, so that the parameters have the names
+that published checkpoints give them. Sammo is a Zipformer whose long-range module is `mamba2`.
 
-Shapes: B batch, T frames, L left-context frames kept from before, K = L + T keys, D channels, N hidden channels.
+Shapes: B batch, T frames, L left-context frames kept from earlier chunks, K = L + T keys, D channels, N hidden
+channels.
 """
 
 from abc import abstractmethod
@@ -21,31 +22,58 @@ from ssm_asr.ssm.mamba2 import Mamba2
 
 
 class LongRange(Protocol):
-    """The contract: what `mix_stream` gives chunk by chunk equals what `mix` gives at once, masked to chunks."""
+    """The interface of a long-range module.
+
+    `mix_stream`, called chunk by chunk, must return what `mix` returns for the whole sequence masked to these chunks.
+    """
 
     @abstractmethod
     def init_long_range(self, batch_size: int, left_context: int, device: torch.device | None = None) -> Any:
-        """The state at the start of a stream, a named tuple of zeros, batch first; left_context in frames."""
+        """Returns the state at the start of `batch_size` streams: a named tuple of zeros, batch first.
+
+        Args:
+            batch_size: B.
+            left_context: L, in frames of the layer.
+            device: where the tensors are made.
+        """
 
     @abstractmethod
     def mix(self, x_BTD: Tensor, weights_BTK: Tensor, context: Context) -> Tensor:
-        """Whole sequences (B, T, D) -> (B, T, D), with the attention weights of the layer's first head."""
+        """Maps whole sequences (B, T, D) -> (B, T, D).
+
+        Args:
+            x_BTD: the frames.
+            weights_BTK: attention weights of the layer's first head.
+            context: which keys each query sees, and which frames are padding.
+        """
 
     @abstractmethod
     def mix_stream(self, x_BTD: Tensor, weights_BTK: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One chunk, and the new state."""
+        """Maps one chunk (B, T, D) -> (B, T, D), and returns it with the new state.
+
+        Args:
+            x_BTD: the frames.
+            weights_BTK: attention weights of the layer's first head.
+            state: the state that the previous chunk returned; it is not changed.
+        """
 
 
 class NonlinState(NamedTuple):
-    """What nonlin attention keeps: its gated inputs of the left context."""
+    """The state of nonlin attention: its gated inputs over the left context."""
 
     nonlin_BLN: Tensor
 
 
 class NonlinAttention(Scheduled):
-    """x·tanh(s), mixed over time by one head's weights, times y; s, x and y are projections of the input.
+    """Computes x·tanh(s), mixes it over time by the weights of one head, and multiplies the result by y.
 
-    Source: Yao et al. (arXiv 2310.11230), section 3.2.
+    s, x and y are projections of the input to N channels each; a last projection leads back to D channels.
+
+    Source: Yao et al., "Zipformer" (arXiv 2310.11230), section 3.2.
+
+    Args:
+        channels: D.
+        hidden: N.
     """
 
     def __init__(self, channels: int, hidden: int) -> None:
@@ -61,20 +89,26 @@ class NonlinAttention(Scheduled):
         self.constant_rate = Schedule((0, 0.25), (4000, 0.025))
 
     def init_long_range(self, batch_size: int, left_context: int, device: torch.device | None = None) -> NonlinState:
-        """The gated inputs before the first frame: zeros."""
+        """See `LongRange.init_long_range`."""
         return NonlinState(torch.zeros(batch_size, left_context, self.hidden, device=device))
 
     def mix(self, x_BTD: Tensor, weights_BTK: Tensor, context: Context) -> Tensor:
-        """As `LongRange.mix`; the weights say which frames are seen."""
+        """See `LongRange.mix`; the weights are 0 at hidden keys, so that `context` is not needed."""
         return self(x_BTD, weights_BTK)[0]
 
     def mix_stream(self, x_BTD: Tensor, weights_BTK: Tensor, state: NonlinState) -> tuple[Tensor, NonlinState]:
-        """As `LongRange.mix_stream`."""
+        """See `LongRange.mix_stream`."""
         y_BTD, gated_BKN = self(x_BTD, weights_BTK, state.nonlin_BLN)
         return y_BTD, NonlinState(gated_BKN[:, x_BTD.shape[1] :])
 
     def forward(self, x_BTD: Tensor, weights_BTK: Tensor, gated_BLN: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Output (B, T, D), and the gated inputs (B, K, N), those of the left context in front if there are any."""
+        """Returns the output (B, T, D) and the gated inputs (B, K, N).
+
+        Args:
+            x_BTD: the frames.
+            weights_BTK: attention weights of one head.
+            gated_BLN: in streaming, the gated inputs of the left context, which come first among the K.
+        """
         gate, x, y = self.in_proj(x_BTD).chunk(3, dim=-1)
         x = self.whiten_x(x)
         gated_BKN = gated((x, gate), "tanh", by=self.balance_gate.settings(gate))
@@ -85,22 +119,25 @@ class NonlinAttention(Scheduled):
 
 
 class LongRangeMamba2(Mamba2):
-    """Mamba-2 from the first frame of a sequence to the last. It sees the past, and no attention weights."""
+    """Runs Mamba-2 over the sequence from its first frame to its last.
+
+    It is causal at every frame, and it uses neither attention weights nor left context.
+    """
 
     def init_long_range(self, batch_size: int, left_context: int, device: torch.device | None = None) -> Any:
-        """As `LongRange.init_long_range`; its size does not depend on the left context."""
+        """See `LongRange.init_long_range`; the state's size does not depend on the left context."""
         return self.init_state(batch_size, device)
 
     def mix(self, x_BTD: Tensor, weights_BTK: Tensor, context: Context) -> Tensor:
-        """As `LongRange.mix`."""
+        """See `LongRange.mix`."""
         return self(x_BTD, context.padding_mask_BK)[0]
 
     def mix_stream(self, x_BTD: Tensor, weights_BTK: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """As `LongRange.mix_stream`."""
+        """See `LongRange.mix_stream`."""
         return self.stream(x_BTD, state)
 
 
-# Name in the configuration and in checkpoints -> what makes the module for a ZipformerConfig and a width D.
+# The name in the configuration and in checkpoints -> a function that makes the module from a ZipformerConfig and D.
 LONG_RANGE: dict[str, Callable[[Any, int], nn.Module] | None] = {
     "nonlin_attention": lambda config, dim: NonlinAttention(dim, dim * 3 // 4),
     "mamba2": lambda config, dim: LongRangeMamba2(

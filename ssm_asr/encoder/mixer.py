@@ -1,9 +1,11 @@
-"""What mixes frames in the convolution module of a Conformer: a convolution, a state-space model, or both.
+"""Mixers, which mix frames in the convolution module of a Conformer: a convolution, a state-space model, or both.
+
+All mixers are causal at every frame and treat each channel by itself.
 
 Source: Shan et al., "Augmenting conformers with structured state-space sequence models for online speech recognition"
-(arXiv 2309.08551), section 3. All are causal at every frame, and treat each channel by itself.
+(arXiv 2309.08551), section 3.
 
-Shapes: B batch, D channels, T frames, L taps, K = L - 1 cached frames, N states of a channel.
+Shapes: B batch, D channels, T frames, L taps, K = L - 1 cached frames, N real numbers of state per channel.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +20,7 @@ MIXERS = ("none", "conv", "dir", "com", "rep")
 
 
 class ConvState(NamedTuple):
-    """The last inputs of a convolution."""
+    """The state of a convolution: its last K inputs."""
 
     conv_BDK: Tensor
 
@@ -30,26 +32,29 @@ class SsmState(NamedTuple):
 
 
 class ConvSsmState(NamedTuple):
-    """Both."""
+    """The state of a convolution and of the state-space model that follows it."""
 
     conv_BDK: Tensor
     ssm_BDN: Tensor
 
 
 class Mixer(nn.Module, ABC):
-    """Mixes frames over time: forward takes whole sequences (B, D, T) to (B, D, T)."""
+    """The interface of a mixer. Its `forward` maps whole sequences (B, D, T) -> (B, D, T).
+
+    `stream`, called chunk by chunk, must return what `forward` returns for the whole sequence.
+    """
 
     @abstractmethod
     def init_state(self, batch_size: int, device: torch.device | None = None) -> Any:
-        """The state at the start of a stream, all zeros."""
+        """Returns the state at the start of `batch_size` streams: a named tuple of zeros, batch first."""
 
     @abstractmethod
     def stream(self, x_BDT: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """A chunk of any length: output (B, D, T) and the new state."""
+        """Maps a chunk of any length (B, D, T); returns the output (B, D, T) and the new state."""
 
 
 class NoMixer(Mixer):
-    """The identity: attention alone connects the frames."""
+    """`none`: the identity, so that only attention connects the frames."""
 
     def init_state(self, batch_size: int, device: torch.device | None = None) -> tuple[()]:
         return ()
@@ -70,7 +75,7 @@ class FiniteMixer(Mixer):
 
     @abstractmethod
     def taps(self) -> Tensor:
-        """The impulse response: (D, L)."""
+        """Returns the impulse response (D, L)."""
 
     def init_state(self, batch_size: int, device: torch.device | None = None) -> ConvState:
         return ConvState(torch.zeros(batch_size, self.channels, self.length - 1, device=device))
@@ -84,7 +89,7 @@ class FiniteMixer(Mixer):
 
 
 class ConvMixer(FiniteMixer):
-    """`conv`: the taps are free parameters. There is no bias: batch norm or a state-space model follows."""
+    """`conv`: the taps are free parameters. A bias is not needed before batch norm or a state-space model."""
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__(channels, kernel)
@@ -95,7 +100,7 @@ class ConvMixer(FiniteMixer):
 
 
 class ReparameterizedMixer(FiniteMixer):
-    """`rep`: the taps are the first ones of a state-space model's impulse response."""
+    """`rep`: the taps are the first L values of a state-space model's impulse response."""
 
     def __init__(self, channels: int, length: int, states: int, parameterisation: str) -> None:
         super().__init__(channels, length)
@@ -106,7 +111,7 @@ class ReparameterizedMixer(FiniteMixer):
 
 
 class DropInMixer(Mixer):
-    """`dir`: a state-space model."""
+    """`dir`: a state-space model takes the place of the convolution."""
 
     def __init__(self, channels: int, states: int, parameterisation: str) -> None:
         super().__init__()
@@ -124,7 +129,7 @@ class DropInMixer(Mixer):
 
 
 class StackedMixer(Mixer):
-    """`com`: a short convolution, then a state-space model."""
+    """`com`: a state-space model follows a short convolution."""
 
     def __init__(self, channels: int, kernel: int, states: int, parameterisation: str) -> None:
         super().__init__()
@@ -144,7 +149,19 @@ class StackedMixer(Mixer):
 
 
 def make_mixer(kind: str, channels: int, conv_kernel: int, ssm_states: int, ssm_param: str, rep_length: int) -> Mixer:
-    """The mixer of that name, one of MIXERS; it uses those of the settings that it has."""
+    """Makes a mixer, which uses only those of the settings that its kind has.
+
+    Args:
+        kind: one of MIXERS.
+        channels: D.
+        conv_kernel: taps of the convolution in `conv` and `com`.
+        ssm_states: N of the state-space model in `dir`, `com` and `rep`.
+        ssm_param: parameterisation of the state-space model; see `S4D`.
+        rep_length: L of `rep`.
+
+    Raises:
+        ValueError: if there is no such kind.
+    """
     if kind == "none":
         return NoMixer()
     if kind == "conv":

@@ -1,7 +1,8 @@
 """Small building blocks of the Zipformer: activations, BiasNorm, bypass, feed-forward, change of frame rate.
 
-Source: Yao et al. (arXiv 2310.11230), sections 3.1 - 3.3. Shapes: B batch, T frames, S frames at a lower rate, D
-channels, F hidden channels.
+Source: Yao et al., "Zipformer" (arXiv 2310.11230), sections 3.1 to 3.3.
+
+Shapes: B batch, T frames, S frames at a lower rate, D channels, F hidden channels.
 """
 
 import torch
@@ -16,50 +17,53 @@ from ssm_asr.ops.swoosh import swoosh
 
 
 class Swoosh(nn.Module):
-    """One of the two Swoosh activations (equations 5 and 6)."""
+    """One of the two Swoosh activations (equations 5 and 6): log(1 + exp(x - shift)) - 0.08·x - offset."""
 
     def __init__(self, shift: float, offset: float) -> None:
         super().__init__()
         self.shift, self.offset = shift, offset
 
     def forward(self, x: Tensor, balancer: Balancer | None = None, dropout: Dropout | None = None) -> Tensor:
-        """dropout(swoosh(balancer(x))); a kernel does all three in one pass."""
+        """Returns dropout(swoosh(balancer(x))), in the shape of x.
+
+        The balancer and the dropout are arguments so that one GPU kernel can compute all three in one pass.
+        """
         by = None if balancer is None else balancer.settings(x)
         drop = None if dropout is None else dropout.settings(x)
         return swoosh(x, self.shift, self.offset, by, drop)
 
 
 class SwooshL(Swoosh):
-    """log(1 + exp(x - 4)) - 0.08·x - 0.035: for outputs that should be nearly off for most inputs."""
+    """log(1 + exp(x - 4)) - 0.08·x - 0.035, for modules whose output should be near 0 for most inputs."""
 
     def __init__(self) -> None:
         super().__init__(4.0, 0.035)
 
 
 class SwooshR(Swoosh):
-    """log(1 + exp(x - 1)) - 0.08·x - 0.313261687, which is 0 at 0."""
+    """log(1 + exp(x - 1)) - 0.08·x - 0.313261687, which is 0 at x = 0."""
 
     def __init__(self) -> None:
         super().__init__(1.0, 0.313261687)
 
 
 class Linear(nn.Linear):
-    """nn.Linear, by the operation ssm_asr.ops.linear."""
+    """nn.Linear, computed by ssm_asr.ops.linear, which has a faster bias gradient on a GPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in) -> (…, out)."""
+        """Maps (…, in_features) -> (…, out_features)."""
         return linear(x, self.weight, self.bias)
 
 
 def scaled_linear(in_features: int, out_features: int, scale: float, bias: bool = True) -> Linear:
-    """Linear with default weights times `scale` and a bias uniform in ±0.1·scale."""
+    """Makes a linear layer: `scale` multiplies the default initial weights, and the bias is uniform in ±0.1·scale."""
     layer = Linear(in_features, out_features, bias=bias)
     scale_parameters_(layer, scale)
     return layer
 
 
 def scale_parameters_(module: nn.Linear | nn.Conv1d | nn.Conv2d, scale: float) -> None:
-    """Scales a fresh layer's weights in place and draws its bias anew, uniform in ±0.1·scale."""
+    """Multiplies the weights of a new layer by `scale` in place, and draws its bias anew, uniform in ±0.1·scale."""
     with torch.no_grad():
         module.weight.mul_(scale)
         if module.bias is not None:
@@ -67,7 +71,7 @@ def scale_parameters_(module: nn.Linear | nn.Conv1d | nn.Conv2d, scale: float) -
 
 
 class BiasNorm(nn.Module):
-    """y = x · exp(log_scale) / rms(x - bias), the rms over channels (equation 4); any shape (…, D)."""
+    """Computes x · exp(log_scale) / rms(x - bias), with the rms taken over channels (equation 4)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -76,16 +80,16 @@ class BiasNorm(nn.Module):
         self.limit = LimitParameter(-1.5, 1.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, D) -> (…, D)."""
+        """Normalises x, of any shape (…, D)."""
         return bias_norm(x, self.bias, self.log_scale, self.limit.settings())
 
 
 class Bypass(nn.Module):
-    """orig + (new - orig)·bypass_scale, a learned scale a channel (section 3.3).
+    """Computes orig + (new - orig)·bypass_scale, with a learned scale for each channel (section 3.3).
 
     Args:
         channels: D.
-        factor: how many frames of `orig` there are for one of `new`, which is repeated.
+        factor: frames of `orig` for one frame of `new`, which is repeated to match.
     """
 
     def __init__(self, channels: int, factor: int = 1) -> None:
@@ -95,12 +99,24 @@ class Bypass(nn.Module):
         self.limit = LimitParameter(Schedule((0, 0.9), (20000, 0.2)), 1.0)
 
     def forward(self, orig_BTD: Tensor, new_BSD: Tensor, keep_B11: Tensor | None = None) -> Tensor:
-        """(B, T, D) from S = T / factor frames, rounded up. Sequences for which `keep` is False skip the module."""
+        """Returns (B, T, D).
+
+        Args:
+            orig_BTD: the input of the bypassed module.
+            new_BSD: its output, of S = T / factor frames, rounded up.
+            keep_B11: False for sequences that skip the module; None if none does.
+        """
         return bypass(orig_BTD, new_BSD, self.bypass_scale, keep_B11, self.limit.settings(), self.factor)
 
 
 class FeedForward(nn.Module):
-    """Linear, SwooshL, dropout with one mask along time, Linear."""
+    """Applies a linear layer, SwooshL, dropout and a linear layer. Dropout uses one mask for all frames.
+
+    Args:
+        channels: D.
+        hidden: F.
+        dropout: rate of dropout.
+    """
 
     def __init__(self, channels: int, hidden: int, dropout: Value) -> None:
         super().__init__()
@@ -112,15 +128,15 @@ class FeedForward(nn.Module):
         self.whiten = Whiten(Schedule((0, 7.5), (20000, 15.0)))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """Maps (B, T, D) -> (B, T, D)."""
         hidden_BTF = self.activation(self.in_proj(x_BTD), self.balancer, self.dropout)
         return self.whiten(self.out_proj(hidden_BTF))
 
 
 class Downsample(nn.Module):
-    """Weighted mean of each group of `factor` frames, with learned weights softmax(bias).
+    """Replaces each group of `factor` frames by its weighted mean, with the learned weights softmax(bias).
 
-    The last frame is repeated to fill the last group: (B, T, D) -> (B, ceil(T/factor), D).
+    The last frame is repeated to fill the last group.
     """
 
     def __init__(self, factor: int) -> None:
@@ -129,12 +145,12 @@ class Downsample(nn.Module):
         self.bias = nn.Parameter(torch.zeros(factor))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D) -> (B, S, D)."""
+        """Maps (B, T, D) -> (B, S, D), with S = T / factor rounded up."""
         return downsample(x_BTD, self.bias)
 
 
 def set_channels(x_BTD: Tensor, channels: int) -> Tensor:
-    """Cuts, or fills with zeros, to the given number of channels."""
+    """Cuts x to its first `channels` channels, or appends channels of zeros: (B, T, D) -> (B, T, channels)."""
     if channels <= x_BTD.shape[-1]:
         return x_BTD[..., :channels]
     return nn.functional.pad(x_BTD, (0, channels - x_BTD.shape[-1]))

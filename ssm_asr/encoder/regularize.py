@@ -1,15 +1,15 @@
-"""What keeps Zipformer training stable.
+"""Regularisers that keep the training of a Zipformer stable.
 
-Each module here is the identity (or plain dropout) in the forward pass, and acts on gradients or drops at random while
-training. In evaluation all of them do nothing. What they compute is in ssm_asr.ops; here are their settings.
+In training each module here either leaves its input alone and changes the gradient, or drops parts of its input at
+random. In evaluation all of them do nothing. The operations are in ssm_asr.ops; these modules hold their settings.
+
+Every probability and limit may be a `Schedule` over the batch count, counted in batches of 600 s of audio, which the
+training step sets by `set_batch_count`. Whether a regulariser acts on a batch is drawn with Python's `random`; masks
+over data are drawn with torch.
 
 Source: Yao et al., "Zipformer" (arXiv 2310.11230), sections 3.4 and 3.5 and appendix A.
 
-Every probability and limit may be a `Schedule` in the batch count b, which the training step sets by `set_batch_count`,
-normalised to batches of 600 s of audio. Decisions are drawn with Python's `random`; masks that belong to data are drawn
-with torch.
-
-Shapes: B batch, T frames, D channels (last dimension unless said), G groups.
+Shapes: B batch, T frames, D channels (the last dimension unless said), G groups of channels, R rates.
 """
 
 import math
@@ -27,24 +27,26 @@ from ssm_asr.ops.whiten import whiten
 
 
 def _mean_limit(positive: float) -> float:
-    """The limit on mean/std that stands for a share of positive values, for a roughly normal channel."""
+    """Converts a limit on the share of positive values to a limit on mean/std, for a roughly normal channel."""
     x, eps = 2 * positive - 1, 1e-10
     return 0.8139535143 * 0.5 * (math.log(1 + x + eps) - math.log(1 - x + eps))
 
 
 def _rms_limit(mean_abs: float) -> float:
-    """The root mean square of a normal variable with this mean absolute value."""
+    """Returns the root mean square of a normal variable of mean 0 with this mean absolute value."""
     return mean_abs * 1.25331413732
 
 
 class Balancer(Scheduled):
     """Keeps each channel's share of positive values and its mean absolute value within limits (appendix A.3.2).
 
+    The statistics are estimated from the channel's mean, standard deviation and rms, as if it were normal.
+
     Args:
         positive: least and greatest share of positive values; None sets no limit.
-        abs: least and greatest mean absolute value of a normal variable with the channel's rms.
-        prob: share of the training batches on which it acts.
-        channel_dim: the dimension that is not averaged over.
+        abs: least and greatest mean absolute value, of a normal variable with the channel's rms.
+        prob: probability of acting on a training batch.
+        channel_dim: the dimension of the channels; the statistics are taken over all others.
         grad_scale: size of the added gradient, relative to each element of the gradient.
     """
 
@@ -62,11 +64,14 @@ class Balancer(Scheduled):
         self.channel_dim, self.grad_scale = channel_dim, grad_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """x itself."""
+        """Returns x, whose gradient is balanced."""
         return balance(x, self.settings(x))
 
     def settings(self, x: Tensor) -> Balance | None:
-        """What it does to the gradient of x in this batch, for an operation that does it on its way; None is none."""
+        """Returns what is to be done to the gradient of x in this batch, or None for nothing.
+
+        An operation that takes it balances the gradient in its own backward pass, at less cost than `forward`.
+        """
         if not self.training or not x.requires_grad:
             return None
         return Balance(self.draw(*self.requests), self.grad_scale, self.channel_dim)
@@ -75,13 +80,14 @@ class Balancer(Scheduled):
 class Whiten(Scheduled):
     """Pushes the channels of each group towards a covariance with equal eigenvalues (appendix A.3.3).
 
-    It acts on a quarter of the training batches, and on a tenth of those while it finds nothing to do.
+    To save time it looks only at some of the training batches, and at a tenth of those while the last one that it
+    looked at was within the limit.
 
     Args:
-        limit: the metric above which it acts; 1 is white.
+        limit: the value of `whitening_metric` above which it acts; uncorrelated channels of equal size have 1.
         groups: G.
-        grad_scale: size of the added gradient, relative to the gradient's norm.
-        prob: share of the training batches on which it may act.
+        grad_scale: norm of the added gradient, relative to the norm of the gradient.
+        prob: probability of looking at a training batch.
     """
 
     def __init__(self, limit: Value, groups: int = 1, grad_scale: float = 0.01, prob: Value = 0.25) -> None:
@@ -92,7 +98,7 @@ class Whiten(Scheduled):
         self.register_buffer("over_limit", torch.tensor(True), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x itself."""
+        """Returns x (…, D), whose gradient is changed where the channels are too correlated."""
         if not self.training or not x.requires_grad:
             return x
         return whiten(x, self.draw(*self.requests), self.over_limit, self.groups, self.grad_scale)
@@ -110,47 +116,64 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class ScaleGradient(nn.Module):
-    """The identity, with gradients multiplied by a constant."""
+    """Passes its input on, and multiplies the gradient by a constant."""
 
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """x itself."""
+        """Returns x, whose gradient is multiplied by `scale`."""
         return _ScaleGradient.apply(x, self.scale) if x.requires_grad else x
 
 
 class LimitParameter(Scheduled):
-    """Keeps a parameter near [low, high]: on 60 % of the batches, gradients that lead further out are flipped."""
+    """Keeps a parameter near the interval [low, high] by flipping gradients that lead further out of it.
+
+    Args:
+        low: lower end of the interval.
+        high: upper end of the interval.
+        prob: probability of acting on a training batch.
+    """
 
     def __init__(self, low: Value, high: Value, prob: float = 0.6) -> None:
         super().__init__()
         self.requests = (Chance(prob), Now(low), Now(high))
 
     def forward(self, parameter: Tensor) -> Tensor:
-        """The parameter itself."""
+        """Returns the parameter, whose gradient is limited."""
         return limit(parameter, self.settings())
 
     def settings(self) -> Numbers | None:
-        """What it does in this batch, for an operation that does it on its way; see ssm_asr.ops.limit."""
+        """Returns the numbers of `ssm_asr.ops.limit.limit` for this batch, or None for nothing.
+
+        An operation that takes them limits the gradient in its own backward pass, at less cost than `forward`.
+        """
         return self.draw(*self.requests) if self.training else None
 
 
 class Dropout(Scheduled):
-    """Dropout with a scheduled rate, its mask shared along `shared_dim` (time) if given."""
+    """Dropout whose rate may follow a schedule.
+
+    Args:
+        rate: probability that an element is dropped.
+        shared_dim: a dimension along which all elements share one mask, such as time; None draws each element.
+    """
 
     def __init__(self, rate: Value, shared_dim: int | None = None) -> None:
         super().__init__()
         self.rate, self.shared_dim = rate, shared_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        """x with some of its elements dropped, and the others scaled up."""
+        """Returns x with some of its elements set to 0 and the others divided by 1 - rate."""
         drop = self.settings(x)
         return x if drop is None else drop.apply(x)
 
     def settings(self, x: Tensor) -> Drop | None:
-        """What it drops of x in this batch, for an operation that does it on its way; None is nothing."""
+        """Returns what is to be dropped of x in this batch, or None for nothing.
+
+        An operation that takes it drops the elements in its own pass, at less cost than `forward`.
+        """
         if not self.training:
             return None
         rate = self.now(self.rate)
@@ -161,11 +184,15 @@ class Dropout(Scheduled):
 
 
 def sequence_masks(module: Scheduled, x_BTD: Tensor, *drop_rates: Value) -> list[Tensor | None]:
-    """For each rate a mask (B, 1, 1), False with that probability for a whole sequence; None where nothing is dropped.
+    """Draws for each rate a mask (B, 1, 1), which is False, with the probability of the rate, for a whole sequence.
 
     Args:
-        module: whose settings the rates are; in evaluation nothing is dropped.
-        x_BTD: the sequences.
+        module: the module to which the rates belong; in evaluation nothing is dropped.
+        x_BTD: the sequences; their number B and their device are used.
+        drop_rates: R rates.
+
+    Returns:
+        R masks, each of which may be None where nothing is dropped.
     """
     if not module.training:
         return [None] * len(drop_rates)
@@ -177,12 +204,19 @@ def sequence_masks(module: Scheduled, x_BTD: Tensor, *drop_rates: Value) -> list
 
 
 def whitening_flags(model: nn.Module) -> list[bool]:
-    """What every Whiten found last: the only state of the regularisers, to be saved with a training run."""
+    """Returns whether each `Whiten` of the model found its input over the limit when it last looked.
+
+    The flags are the only state of the regularisers, so that a training run saves them to be resumed exactly.
+    """
     return [bool(module.over_limit) for module in model.modules() if isinstance(module, Whiten)]
 
 
 def load_whitening_flags(model: nn.Module, flags: list[bool]) -> None:
-    """The inverse of `whitening_flags`."""
+    """Restores what `whitening_flags` returned.
+
+    Raises:
+        ValueError: if the model has another number of `Whiten` modules.
+    """
     modules = [module for module in model.modules() if isinstance(module, Whiten)]
     for module, flag in zip(modules, flags, strict=True):
         module.over_limit.fill_(flag)

@@ -1,8 +1,8 @@
-"""Settings that follow the number of batches, and random decisions of modules.
+"""Settings of modules that follow the batch count, and the random decisions of modules.
 
 A module asks for its numbers of a batch by `Scheduled.draw`. It gets floats, drawn on the host with Python's `random`.
-While a training step has `Draws` in use, it gets places on the device that hold them, so that one captured CUDA graph
-serves every batch.
+While a training step has `Draws` in use, the module gets instead places on the device that hold the numbers, so that
+one captured CUDA graph serves every batch.
 """
 
 import random
@@ -21,6 +21,9 @@ from ssm_asr.ops.numbers import Number, Numbers
 class Schedule:
     """A piecewise-linear function of the batch count, constant before its first point and after its last.
 
+    Args:
+        points: pairs (batch count, value), in ascending order of the batch count.
+
     >>> Schedule((0, 0.2), (4000, 0.05))(2000)
     0.125
     """
@@ -29,6 +32,7 @@ class Schedule:
         self.points = points
 
     def __call__(self, batch_count: float) -> float:
+        """Returns the value at a batch count."""
         x0, y0 = self.points[0]
         if batch_count <= x0:
             return y0
@@ -43,23 +47,23 @@ Value = float | Schedule
 
 
 class Now(NamedTuple):
-    """A request for the present value of a setting, or for a function of it."""
+    """A request for the present value of a setting, transformed by a function."""
 
     value: Value
     transform: Callable[[float], float] = float
 
     def drawn(self, batch_count: float) -> float:
-        """The number after so many batches."""
+        """Returns the number at this batch count."""
         return self.transform(self.value(batch_count) if isinstance(self.value, Schedule) else self.value)
 
 
 class Chance(NamedTuple):
-    """A request for a decision: 1 with a probability, else 0."""
+    """A request for a random decision: 1 with the given probability, else 0."""
 
     probability: Value
 
     def drawn(self, batch_count: float) -> float:
-        """The number after so many batches, from Python's `random`."""
+        """Draws the number for this batch count with Python's `random`."""
         return float(random.random() < Now(self.probability).drawn(batch_count))
 
 
@@ -67,45 +71,46 @@ Request = Now | Chance
 
 
 class Scheduled(nn.Module):
-    """A module some of whose settings follow the batch count, which `set_batch_count` moves."""
+    """A module some of whose settings follow the batch count, which `set_batch_count` sets."""
 
     batch_count: float = 0.0
 
     def draw(self, *requests: Request) -> Numbers:
-        """The module's numbers of this batch: floats, or on the device while `Draws` are in use in training."""
+        """Returns a number for each request: floats or, in training with `Draws` in use, a tensor on the device."""
         draws = _in_use.get()
         if draws is not None and self.training:
             return draws.numbers(self, requests)
         return tuple(request.drawn(self.batch_count) for request in requests)
 
     def now(self, value: Value) -> Number:
-        """The present value of a setting; a constant is a float in any case."""
+        """Returns the present value of a setting; a constant is always a float, never a tensor."""
         return self.draw(Now(value))[0] if isinstance(value, Schedule) else value
 
     def chance(self, probability: Value) -> Number:
-        """1 with the given probability while training, else 0; always 0 in evaluation."""
+        """Draws 1 with the given probability in training, else 0; in evaluation it returns 0."""
         return self.draw(Chance(probability))[0] if self.training else 0.0
 
 
 class Draws:
     """All decisions and scheduled values of some modules, as numbers in one tensor on the device.
 
-    The first forward pass in training tells which there are. `renew` draws those of the next batch, in the order of
-    that pass, and brings them to the device in one copy, for which the host does not wait.
+    The first forward pass in training finds out which numbers the modules ask for. `renew` draws the numbers of the
+    next batch, in the order of the first pass, and copies all of them to the device at once, without making the host
+    wait.
 
     Args:
         device: where the numbers lie.
-        most: numbers for which there is room.
+        capacity: numbers for which there is room.
     """
 
-    def __init__(self, device: torch.device, most: int = 8192) -> None:
-        self.all = torch.zeros(most, device=device)
+    def __init__(self, device: torch.device, capacity: int = 8192) -> None:
+        self.all = torch.zeros(capacity, device=device)
         self._found: dict[tuple[Scheduled, tuple[Request, ...]], Tensor] = {}
         self._count = 0
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Within it, modules in training take their numbers from here."""
+        """Returns a context in which modules in training take their numbers from this object."""
         token = _in_use.set(self)
         try:
             yield
@@ -113,7 +118,11 @@ class Draws:
             _in_use.reset(token)
 
     def numbers(self, module: Scheduled, requests: tuple[Request, ...]) -> Tensor:
-        """The place of a module's numbers, which holds their values for this batch."""
+        """Returns the place on the device (a slice of the tensor) that holds a module's numbers for this batch.
+
+        Raises:
+            ValueError: if the modules ask for more numbers than there is room for.
+        """
         key = (module, requests)
         if key not in self._found:
             place = self.all[self._count : self._count + len(requests)]
@@ -125,7 +134,7 @@ class Draws:
         return self._found[key]
 
     def renew(self) -> None:
-        """Draws all numbers anew."""
+        """Draws all numbers anew, for the next batch."""
         drawn = torch.tensor([number for key in self._found for number in _drawn(*key)])
         self.all[: self._count] = to_device(drawn, self.all.device)
 
@@ -138,7 +147,7 @@ def _drawn(module: Scheduled, requests: tuple[Request, ...]) -> list[float]:
 
 
 def set_batch_count(model: nn.Module, batch_count: float) -> None:
-    """Moves every schedule of the model to `batch_count` (batches of 600 s)."""
+    """Moves every schedule of the model to `batch_count`, counted in batches of 600 s of audio."""
     for module in model.modules():
         if isinstance(module, Scheduled):
             module.batch_count = batch_count

@@ -1,8 +1,9 @@
-"""Streaming state: what a layer must remember between chunks.
+"""Streaming states: what layers must remember between chunks.
 
-A state is a (nested) named tuple of tensors, batch first, zeros at the start of a stream, never hidden in a
-module and never changed in place. A layer declares its state by `init_state(batch_size)`; everything that needs
-to know about states (memory tables, export, batching of streams) reads that declaration through this file.
+A state is a named tuple of tensors, which may be nested. Every tensor has the batch as its first dimension and is zero
+at the start of a stream. A state is never hidden in a module and never changed in place. A layer declares its state by
+`init_state(batch_size)`. Everything that needs to know about states (memory tables, export, batching of streams) reads
+this declaration through the functions here.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,12 @@ from torch import Tensor
 
 
 def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yields (dotted field name, tensor) for every tensor of a nested state, in declaration order."""
+    """Yields (dotted field name, tensor) for every tensor of a nested state, in the order of declaration.
+
+    Args:
+        state: a tensor, a named tuple or a tuple of states.
+        name: put in front of every field name.
+    """
     if isinstance(state, Tensor):
         yield name, state
         return
@@ -23,7 +29,7 @@ def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def rebuild(state: Any, tensors: Iterator[Tensor]) -> Any:
-    """A state of the same structure as `state`, with its tensors taken from `tensors` in the order of `leaves`."""
+    """Returns a state with the structure of `state` and the tensors of `tensors`, in the order of `leaves`."""
     if isinstance(state, Tensor):
         return next(tensors)
     values = [rebuild(value, tensors) for value in state]
@@ -31,24 +37,25 @@ def rebuild(state: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 def stack_states(states: list[Any]) -> Any:
-    """Joins states of single streams (or of batches) along the batch, the first dimension of every tensor."""
+    """Joins the states of single streams, or of batches of streams, to the state of one batch."""
     columns = zip(*([tensor for _, tensor in leaves(state)] for state in states), strict=True)
     return rebuild(states[0], iter([torch.cat(column) for column in columns]))
 
 
 def select_states(state: Any, streams: list[int]) -> Any:
-    """The state of the given streams of a batch, in the given order."""
+    """Returns the state of the given streams of a batch, in the given order."""
     return rebuild(state, iter([tensor[streams] for _, tensor in leaves(state)]))
 
 
 def state_sizes(state: Any) -> dict[str, int]:
-    """Floats that one stream's state holds, by kind: the field's name without its shape, summed over layers.
+    """Returns how many floats the state of one stream holds, by kind and summed over layers.
 
-    A counter, whatever its integer type, counts as one float: that is how exported models carry it.
+    The kind is the name of the field without its shape suffix. An integer counter counts as one float, because
+    exported models carry it as a float.
     """
     sizes: dict[str, int] = {}
     for name, tensor in leaves(state):
-        # processed.0 is the first of the tuple "processed"; key_BLQ, wherever it is, a key.
+        # "processed.0", the first of a tuple, is of the kind "processed"; "3.key_BLQ" is of the kind "key".
         kind = next(part for part in reversed(name.split(".")) if not part.isdigit())
         kind = kind.rpartition("_")[0] or kind
         sizes[kind] = sizes.get(kind, 0) + tensor.numel() // tensor.shape[0]

@@ -1,8 +1,9 @@
-"""The convolutional front end: 100 Hz features to 50 Hz encoder frames.
+"""The convolutional front end, which turns 100 Hz features into 50 Hz encoder frames.
 
-Source: Yao et al. (arXiv 2310.11230), section 3.1.
+Source: Yao et al., "Zipformer" (arXiv 2310.11230), section 3.1.
 
-Shapes: B batch, T feature frames, S = (T - 7) // 2 encoder frames, F = 80 mels, C channels, W = 19 frequencies left.
+Shapes: B batch, T feature frames, S = (T - 7) // 2 encoder frames, F = 80 mels, C channels, W = 19 remaining
+frequencies, D channels of the output. Where a chunk is spoken of, C is its length in encoder frames.
 """
 
 from typing import Any, cast
@@ -17,14 +18,19 @@ from ssm_asr.ops.depthwise import depthwise_image, first_conv
 from ssm_asr.ops.linear import conv2d, linear_of_image, pointwise
 from ssm_asr.ops.numbers import known_zero
 
-# Every encoder frame sees 3 frames of the ConvNeXt input to either side.
+# The 7 × 7 convolution of ConvNeXt sees 3 frames at 50 Hz on either side of each frame.
 LOOK_AHEAD = 3
-# A chunk of C encoder frames is computed from 2C + 13 feature frames, and the next starts 2C later.
+# A chunk of C encoder frames is computed from 2C + 13 feature frames; the next chunk starts 2C feature frames later.
 CHUNK_OVERLAP = 13
 
 
 class ConvNeXt(Scheduled):
-    """A 7×7 depthwise convolution, an inverted bottleneck, and a residual."""
+    """Applies a 7 × 7 depthwise convolution and an inverted bottleneck, and adds the result to its input.
+
+    Args:
+        channels: C.
+        hidden_ratio: channels of the bottleneck, as a multiple of C.
+    """
 
     def __init__(self, channels: int, hidden_ratio: int = 3) -> None:
         super().__init__()
@@ -39,11 +45,16 @@ class ConvNeXt(Scheduled):
         self.skip_rate = Schedule((0, 0.2), (20000, 0.015))
 
     def forward(self, x_BCTW: Tensor) -> Tensor:
-        """(B, C, T, W) -> (B, C, T, W), zero-padded in time."""
+        """Maps whole images (B, C, T, W) -> (B, C, T, W), with zeros before the first frame and after the last."""
         return self._finish(x_BCTW, depthwise_image(self.depthwise_conv, x_BCTW))
 
     def stream(self, x_BCTW: Tensor, cache_BCTW: Tensor) -> tuple[Tensor, Tensor]:
-        """x holds the chunk and 3 frames after it, the cache the 3 frames before it."""
+        """Maps a chunk of T frames; returns the output (B, C, T, W) and the new cache (B, C, 3, W).
+
+        Args:
+            x_BCTW: the chunk and the 3 frames after it, T + 3 frames.
+            cache_BCTW: the 3 frames before the chunk.
+        """
         frames = x_BCTW.shape[2] - LOOK_AHEAD
         padded = torch.cat([cache_BCTW, x_BCTW], dim=2)
         conv = self.depthwise_conv
@@ -66,10 +77,14 @@ class ConvNeXt(Scheduled):
 
 
 class ConvSubsampling(nn.Module):
-    """Three 3×3 convolutions, ConvNeXt, and a projection to the encoder's width ("encoder_embed").
+    """Applies three 3 × 3 convolutions, ConvNeXt and a projection to the encoder's width.
+
+    Published checkpoints call it `encoder_embed`.
 
     Args:
-        channels: of the three convolutions, (8, 32, 128) in all published models.
+        out_channels: D.
+        channels: output channels of the three convolutions; all published models have (8, 32, 128).
+        dropout: rate of dropout after the projection.
     """
 
     def __init__(self, out_channels: int, channels: tuple[int, int, int], dropout: Value) -> None:
@@ -95,22 +110,28 @@ class ConvSubsampling(nn.Module):
         self.dropout = Dropout(dropout, shared_dim=1)
 
     def forward(self, features_BTF: Tensor, lens_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, F) -> (B, S, D), and the lengths in encoder frames."""
-        # All convolutions are faster with the channels last, which a tensor of one channel says by its strides alone.
+        """Maps whole sequences (B, T, F) -> (B, S, D); returns them with their lengths (B,) in encoder frames.
+
+        Args:
+            features_BTF: log-mel features.
+            lens_B: lengths in feature frames.
+        """
+        # Convolutions are faster in channels-last memory. PyTorch recognises it by the strides, which for one channel
+        # must be made so by this permutation.
         x = self._convolve(features_BTF[..., None].permute(0, 3, 1, 2))
         return self._finish(self.convnext(x)), units.embed_frames(lens_B)
 
     def init_state(self, batch_size: int, device: torch.device | None = None) -> Tensor:
-        """The ConvNeXt inputs before the first chunk: (B, C, 3, W) zeros."""
+        """Returns the state at the start of streams, zeros (B, C, 3, W): ConvNeXt's input before the first chunk."""
         return torch.zeros(batch_size, self.channels, LOOK_AHEAD, self.frequencies, device=device)
 
     def stream(self, features_BTF: Tensor, cache_BCTW: Tensor) -> tuple[Tensor, Tensor]:
-        """2C + 13 feature frames -> C encoder frames, and the new cache."""
+        """Maps one chunk of 2C + 13 feature frames to C encoder frames (B, C, D); returns them with the new cache."""
         x, cache_BCTW = self.convnext.stream(self._convolve(features_BTF[:, None]), cache_BCTW)
         return self._finish(x), cache_BCTW
 
     def _convolve(self, x_B1TF: Tensor) -> Tensor:
-        """`self.conv`, whose balancers take part in the activations."""
+        """Applies `self.conv`, but hands its balancers to the activations, so that one GPU kernel computes both."""
         conv1, scale, balance1, swoosh1, *rest = cast(list[Any], list(self.conv))
         x = swoosh1(scale(first_conv(conv1, x_B1TF)), balance1)
         for conv, balance, swoosh in (rest[:3], rest[3:]):

@@ -1,10 +1,12 @@
-"""The Zipformer encoder: stacks of layers at several frame rates, whole-utterance, chunk-masked and streaming.
+"""The Zipformer encoder: stacks of layers at several frame rates, for whole utterances, chunk-masked and streaming.
+
+Its parameters have the names that published checkpoints give them.
 
 Source: Yao et al., "Zipformer: A faster and better encoder for automatic speech recognition" (arXiv 2310.11230).
-Parameter names are those of published checkpoints.
 
-Shapes: B batch, T frames at 50 Hz (or at the stack's rate), D channels, L left-context frames, K = L + T keys,
-P relative positions.
+Shapes: B batch, T frames at 50 Hz or at the rate of the stack, D channels, L left-context frames kept from earlier
+chunks, K = L + T keys, P = K + T - 1 relative positions, E channels of a position encoding, Q query and V value
+channels of all heads, M frames that a convolution keeps.
 """
 
 import math
@@ -77,10 +79,14 @@ class ZipformerConfig(EncoderConfig):
 
 
 class LayerState(NamedTuple):
-    """What a layer keeps between chunks, at its stack's frame rate."""
+    """The state of a layer between chunks, in frames of its stack.
+
+    It holds keys and values of the left context, the inputs that the two convolutions still need, and the state of the
+    long-range module.
+    """
 
     key_BLQ: Tensor
-    long_range: Any  # of the long-range module; () without one
+    long_range: Any  # each long-range module has a type of its own; () without a module
     value1_BLV: Tensor
     value2_BLV: Tensor
     conv1_BDM: Tensor
@@ -88,14 +94,23 @@ class LayerState(NamedTuple):
 
 
 class ZipformerLayer(Scheduled):
-    """Attention weights once, three feed-forwards, three uses of the weights, two convolutions (figure 2)."""
+    """A Zipformer layer (figure 2).
+
+    It computes attention weights once and uses them in two self-attention modules and, if there is one, in the
+    long-range module; it has three feed-forward modules, two convolution modules and two bypasses.
+
+    Args:
+        config: of the encoder.
+        stack: index of the layer's stack.
+        bypass_skip_rate: probability that a training sequence skips the layer.
+    """
 
     def __init__(self, config: ZipformerConfig, stack: int, bypass_skip_rate: Schedule) -> None:
         super().__init__()
         dim, heads = config.dim[stack], config.heads[stack]
         feedforward, kernel = config.feedforward_dim[stack], config.conv_kernel[stack]
         self.long_range = config.long_range
-        # Never used; published checkpoints have it, so it is kept for their sake.
+        # This parameter is not used. It exists because published checkpoints have it.
         self.bypass_scale = nn.Parameter(torch.full((dim,), 0.5))
         self.bypass = Bypass(dim)
         self.bypass_mid = Bypass(dim)
@@ -126,7 +141,7 @@ class ZipformerLayer(Scheduled):
         self.bypass_skip_rate = bypass_skip_rate
 
     def init_state(self, batch_size: int, left_context: int, device: torch.device | None = None) -> LayerState:
-        """The state at the start of a stream; left_context is in frames of this stack."""
+        """Returns the state at the start of `batch_size` streams; left_context is in frames of this stack."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(batch_size, *shape, device=device)
@@ -143,11 +158,18 @@ class ZipformerLayer(Scheduled):
         )
 
     def forward(self, x_BTD: Tensor, pos_PE: Tensor, context: Context, chunk: int) -> Tensor:
-        """A whole sequence, attention masked by `context`, convolutions cut at chunks of `chunk` frames (-1: none)."""
+        """Maps whole sequences (B, T, D) -> (B, T, D).
+
+        Args:
+            x_BTD: the frames.
+            pos_PE: encodings from `RelativePositions`.
+            context: which keys attention sees, and which frames are padding.
+            chunk: frames of a chunk, beyond whose end convolutions do not see; -1 is the whole sequence.
+        """
         return self._run(x_BTD, pos_PE, context, chunk, None)[0]
 
     def stream(self, x_BTD: Tensor, pos_PE: Tensor, context: Context, state: LayerState) -> tuple[Tensor, LayerState]:
-        """One chunk."""
+        """Maps one chunk (B, T, D) -> (B, T, D), and returns it with the new state."""
         y_BTD, new_state = self._run(x_BTD, pos_PE, context, -1, state)
         assert new_state is not None
         return y_BTD, new_state
@@ -155,8 +177,9 @@ class ZipformerLayer(Scheduled):
     def _run(
         self, x: Tensor, pos_PE: Tensor, context: Context, chunk: int, state: LayerState | None
     ) -> tuple[Tensor, LayerState | None]:
+        """Maps whole sequences if there is no state, else one chunk; returns the output and the new state."""
         left_context = 0 if state is None else state.key_BLQ.shape[1]
-        past = state if left_context else None  # what attention sees of the frames before
+        past = state if left_context else None  # without left context attention sees nothing of earlier chunks
 
         def keep(cache_BKD: Tensor) -> Tensor:
             return cache_BKD[:, cache_BKD.shape[1] - left_context :]
@@ -193,7 +216,7 @@ class ZipformerLayer(Scheduled):
     def _mix_long_range(
         self, x: Tensor, weights: Tensor, context: Context, mask: Tensor | None, state: LayerState | None
     ) -> tuple[Tensor, Any]:
-        """Adds the long-range module's output, if there is one; the new state is for streaming only."""
+        """Adds the output of the long-range module, if there is one; returns x and, in streaming, the new state."""
         module, new_state = self._long_range_module(), ()
         if module is None:
             return x, new_state
@@ -209,18 +232,25 @@ class ZipformerLayer(Scheduled):
     def _convolve(
         self, module: ConvolutionModule, x: Tensor, context: Context, chunk: int, cache: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        """Runs a convolution module on one chunk if there is a cache, else on whole sequences."""
         if cache is not None:
             return module.stream(x, cache)
         return module(x, context.padding_mask_BK, chunk), None
 
 
 class Stack(nn.Module):
-    """Layers at one frame rate."""
+    """A stack: layers that follow each other at one frame rate.
+
+    Args:
+        config: of the encoder.
+        index: number of the stack.
+    """
 
     def __init__(self, config: ZipformerConfig, index: int) -> None:
         super().__init__()
         self.positions = RelativePositions(config.pos_dim)
-        # The layers stop being skipped one after the other, each in its share of the first 4000 batches.
+        # Early in training a layer is skipped by half of the sequences. Layer by layer, each in its own share of the
+        # first 4000 batches of 600 s, the rate falls to its last value.
         stacks, count = len(config.layers), config.layers[index]
         begin, end = (4000 * (index + i) / (stacks + 1) for i in (1, 2))
         share = (end - begin) / count
@@ -237,11 +267,18 @@ class Stack(nn.Module):
     def init_state(
         self, batch_size: int, left_context: int, device: torch.device | None = None
     ) -> tuple[LayerState, ...]:
-        """The states of all layers at the start; left_context is in frames of this stack."""
+        """Returns the states of all layers at the start of streams; left_context is in frames of this stack."""
         return tuple(layer.init_state(batch_size, left_context, device) for layer in self._layers())
 
     def forward(self, x_BTD: Tensor, context: Context, chunk: int, channel_mask: Tensor | None) -> Tensor:
-        """Whole sequences; channel_mask (B, 1, D) hides channels of some training sequences."""
+        """Maps whole sequences (B, T, D) -> (B, T, D).
+
+        Args:
+            x_BTD: frames at the rate of the stack.
+            context: which keys attention sees, and which frames are padding.
+            chunk: in frames of the stack; -1 is the whole sequence.
+            channel_mask: (B, 1, D), 0 for channels that training hides in some sequences; None hides nothing.
+        """
         pos_PE = self.positions(x_BTD)
         x_BTD = add_masked(None, x_BTD, channel_mask)
         for layer in self.layers:
@@ -251,9 +288,13 @@ class Stack(nn.Module):
     def stream(
         self, x_BTD: Tensor, state: tuple[LayerState, ...], processed_B: Tensor | None
     ) -> tuple[Tensor, tuple[LayerState, ...]]:
-        """One chunk; processed_B counts the frames (of this stack) that each stream has had before.
+        """Maps one chunk (B, T, D) -> (B, T, D), and returns it with the new state.
 
-        It may be None where there is no left context.
+        Args:
+            x_BTD: frames at the rate of the stack.
+            state: the state that the previous chunk returned; it is not changed.
+            processed_B: frames of the stack that each stream has had before this chunk, int64; None is allowed if there
+                is no left context.
         """
         left_context = state[0].key_BLQ.shape[1]
         pos_PE = self.positions(x_BTD, left_context)
@@ -269,7 +310,10 @@ class Stack(nn.Module):
 
 
 class DownsampledStack(nn.Module):
-    """A stack run at a lower frame rate: downsample, stack, upsample, bypass with the input (section 3.1)."""
+    """Runs a stack at a lower frame rate (section 3.1).
+
+    It downsamples its input, runs the stack, upsamples the result, and combines it with the input by a bypass.
+    """
 
     def __init__(self, config: ZipformerConfig, index: int) -> None:
         super().__init__()
@@ -281,11 +325,11 @@ class DownsampledStack(nn.Module):
     def init_state(
         self, batch_size: int, left_context: int, device: torch.device | None = None
     ) -> tuple[LayerState, ...]:
-        """As Stack.init_state; left_context is in frames at 50 Hz."""
+        """See `Stack.init_state`; left_context is in frames at 50 Hz."""
         return self.encoder.init_state(batch_size, left_context // self.factor, device)
 
     def forward(self, x_BTD: Tensor, context: Context, chunk: int, channel_mask: Tensor | None) -> Tensor:
-        """As Stack.forward, with context and chunk at 50 Hz."""
+        """See `Stack.forward`; x, context and chunk are in frames at 50 Hz."""
         chunk = chunk if chunk < 0 else chunk // self.factor
         y_BTD = self.encoder(self.downsample(x_BTD), context.every(self.factor), chunk, channel_mask)
         return self.out_combiner(x_BTD, y_BTD)
@@ -293,14 +337,18 @@ class DownsampledStack(nn.Module):
     def stream(
         self, x_BTD: Tensor, state: tuple[LayerState, ...], processed_B: Tensor | None
     ) -> tuple[Tensor, tuple[LayerState, ...]]:
-        """As Stack.stream, with processed_B at 50 Hz."""
+        """See `Stack.stream`; x and processed_B are in frames at 50 Hz."""
         processed_B = None if processed_B is None else processed_B // self.factor
         y_BTD, state = self.encoder.stream(self.downsample(x_BTD), state, processed_B)
         return self.out_combiner(x_BTD, y_BTD), state
 
 
 class Zipformer(Scheduled, Encoder):
-    """All stacks, from 50 Hz frames of width dim[0] to 25 Hz frames of width max(dim)."""
+    """The encoder: it maps 50 Hz frames of dim[0] channels to 25 Hz frames of max(dim) channels.
+
+    Attributes:
+        out_channels: max(dim), the width of the output.
+    """
 
     config: ZipformerConfig
 
@@ -317,18 +365,20 @@ class Zipformer(Scheduled, Encoder):
     def init_state(
         self, batch_size: int, left_context: int, device: torch.device | None = None
     ) -> tuple[tuple[LayerState, ...], ...]:
-        """The state of every layer at the start of a stream, left_context in frames at 50 Hz."""
+        """Returns the state of every layer at the start of `batch_size` streams; left_context is in frames at 50 Hz."""
         return tuple(stack.init_state(batch_size, left_context, device) for stack in self._stacks())
 
     def forward(self, x_BTD: Tensor, lens_B: Tensor, chunk: int, left_context: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Whole sequences, masked as in streaming.
+        """Encodes whole sequences, masked to what streaming sees.
 
         Args:
-            x_BTD: frames at 50 Hz; lens_B: how many of them are not padding.
-            chunk, left_context: in frames at 50 Hz, -1 for all there is; a tensor as for `context_of_sequences`.
+            x_BTD: T frames at 50 Hz.
+            lens_B: how many frames of each sequence are not padding.
+            chunk: in frames at 50 Hz, -1 for the whole sequence; an encoder that is not causal ignores it.
+            left_context: in frames at 50 Hz, -1 for all; or a tensor, as `context_of_sequences` takes it.
 
         Returns:
-            (B, (T+1)//2, max dim), and its lengths.
+            The output (B, (T+1)//2, max(dim)), and the lengths (B,) in frames at 25 Hz.
         """
         context = context_of_sequences(x_BTD, lens_B, chunk if self.config.causal else -1, left_context)
         outputs: list[Tensor] = []
@@ -339,12 +389,13 @@ class Zipformer(Scheduled, Encoder):
     def stream(
         self, x_BTD: Tensor, state: tuple[tuple[LayerState, ...], ...], processed_B: Tensor | None
     ) -> tuple[Tensor, tuple[tuple[LayerState, ...], ...]]:
-        """One chunk of frames at 50 Hz -> half as many output frames, and the new state.
-
-        The chunk must be a multiple of every stack's downsampling factor.
+        """Encodes one chunk; returns half as many frames (B, T/2, max(dim)), and the new state.
 
         Args:
-            processed_B: frames that each stream has had before this chunk, int64; may be None without left context.
+            x_BTD: T frames at 50 Hz, where T is a multiple of the configuration's `chunk_multiple`.
+            state: the state that the previous chunk returned; it is not changed.
+            processed_B: frames at 50 Hz that each stream has had before this chunk, int64; None is allowed if there is
+                no left context.
         """
         outputs: list[Tensor] = []
         new_state = []
@@ -357,7 +408,10 @@ class Zipformer(Scheduled, Encoder):
         return cast(list[Stack | DownsampledStack], self.encoders)
 
     def _input_of(self, i: int, x_BTD: Tensor, outputs: list[Tensor]) -> Tensor:
-        """From the output of the stack before; appends those of its channels to `outputs` that no later stack has."""
+        """Returns the input of stack i, the output of the stack before with as many channels as stack i has.
+
+        Channels that neither stack i nor a later one has are appended to `outputs`.
+        """
         dims = self.config.dim
         widest = max(dims[i:])
         if i and dims[i - 1] > widest:
@@ -366,13 +420,14 @@ class Zipformer(Scheduled, Encoder):
         return set_channels(x_BTD, dims[i])
 
     def _finish(self, outputs: list[Tensor]) -> Tensor:
-        """Puts the channels side by side, each from the last stack that has it, and halves the frame rate."""
+        """Puts the channels side by side, each taken from the last stack that has it, and halves the frame rate."""
         return self.downsample_output(torch.cat(outputs[::-1], dim=-1))
 
     def _channel_masks(self, x_BTD: Tensor) -> list[Tensor | None]:
-        """(B, 1, D) a stack: with probability 0.125 a sequence loses the channels above unmasked_dim.
+        """Draws a mask (B, 1, D) for each stack, or None for a stack whose channels are never masked.
 
-        A second draw takes their upper half alone, so that the upper half goes about twice as often.
+        With probability 0.125 a sequence loses all channels above unmasked_dim. A second draw of this probability takes
+        only the upper half of these channels, which are lost about twice as often as the lower half.
         """
         if not self.training:
             return [None] * len(self.config.dim)

@@ -1,4 +1,4 @@
-"""Does an exported file compute what the model computes?"""
+"""Compares an exported file with the model from which it was made."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -8,17 +8,22 @@ from torch import Tensor
 
 from ssm_asr.exporting.parts import Part
 
-TOLERANCE = 1e-4
-ROUNDING_ERRORS = 4.0  # of the model's own: more of them are allowed than TOLERANCE
+TOLERANCE = 1e-4  # the largest `difference` allowed of a file in float32
+ROUNDING_ERRORS = 4.0  # where a model's own rounding error is large, a difference of so many of them is allowed too
 BATCH_SIZES = (1, 3)
 CHUNKS = 4
 
 
 def difference(expected: Tensor, actual: Tensor, is_state: bool = False) -> float:
-    """The largest absolute difference, of values above 1 relative to the value; of states to the largest of all.
+    """Returns the largest difference between two tensors: absolute for values up to 1, relative for larger values.
 
-    In the state of a recurrence large numbers cancel out, and leave rounding errors of their size to small ones. What
-    matters of these shows in the outputs of later chunks.
+    The differences of a state are relative to its largest value. In a recurrence large numbers cancel out, so that its
+    small numbers have the rounding errors of large ones. Errors that matter show in the outputs of later chunks.
+
+    Args:
+        expected: what the model computed.
+        actual: what the file computed.
+        is_state: whether the tensors are a streaming state.
 
     Raises:
         ValueError: if the shapes differ.
@@ -31,18 +36,20 @@ def difference(expected: Tensor, actual: Tensor, is_state: bool = False) -> floa
 
 
 def listed(outputs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
-    """Outputs as a sequence, be it of one."""
+    """Returns the outputs of a module as a sequence, even if there is only one."""
     return [outputs] if isinstance(outputs, Tensor) else outputs
 
 
 @torch.inference_mode()
 def worst_difference(part: Part, run: Callable[..., Tensor | Sequence[Tensor]]) -> float:
-    """The worst `difference` of any output, new states included, over several chunks and batch sizes.
+    """Returns the largest `difference` of any output, new states included, over CHUNKS chunks and all BATCH_SIZES.
 
-    Both sides get the same random inputs, the same at every call, and carry their own states from chunk to chunk.
+    Model and file get equal random inputs, which do not change from call to call. Each carries its own states from
+    chunk to chunk.
 
     Args:
-        run: takes the tensors that the part's module takes, and returns what it returns.
+        part: the part of the model that was exported.
+        run: calls the file: it takes the arguments of the part's module and returns the outputs in the same order.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -50,9 +57,9 @@ def worst_difference(part: Part, run: Callable[..., Tensor | Sequence[Tensor]]) 
 
 
 def rounding_error(part: Part) -> float:
-    """The worst difference between the model in float32 and in float64.
+    """Returns the largest difference between the model in float32 and the model in float64.
 
-    Where it is large, numbers in the model cancel out, and a file can be no nearer to the model than that.
+    It is large where large numbers in the model cancel out. No file can be expected to be nearer to the model.
     """
     module = copy.deepcopy(part.module).double()
     return worst_difference(part, lambda *inputs: module(*(x.double() if x.is_floating_point() else x for x in inputs)))
@@ -73,4 +80,4 @@ def _worst_difference(part: Part, run: Callable[..., Tensor | Sequence[Tensor]])
                 for number, pair in enumerate(zip(expected, actual, strict=True))
             ]
             mine, theirs = expected[outputs:], actual[outputs:]
-    return float(torch.tensor(differences).max())  # NaN if there is one
+    return float(torch.tensor(differences).max())  # unlike Python's max, NaN if there is one

@@ -1,11 +1,12 @@
-"""A streaming CTC head for sherpa-onnx: the interface of its `zipformer2_ctc`, for any encoder.
+"""A streaming CTC model for sherpa-onnx, for any encoder, behind the interface of its `zipformer2_ctc`.
 
-That runtime carries the states of a Zipformer. It is told of one layer whose values are as large as half the packed
-state, so that two of its states hold everything; the others are as small as they can be, and stay as they are. (Its
-other interface that takes foreign states, that of NeMo's CTC models, computes NeMo's features, not ours.)
+For this interface sherpa-onnx carries the states of a Zipformer, whose sizes it reads from the metadata. The metadata
+here describe one layer whose attention values are as large as half the packed state, so that its two value states hold
+everything. The other states are as small as possible and pass through unchanged. (The interface of sherpa-onnx for CTC
+models of NeMo also takes states of any size, but it computes NeMo's features.)
 
 Shapes: N streams, T feature frames of a chunk, F mels, S output frames, V vocabulary, D floats of a packed state,
-H = ceil(D / 2).
+H = D / 2 rounded up.
 """
 
 import torch
@@ -17,12 +18,12 @@ from ssm_asr.exporting.state import PackedState
 from ssm_asr.exporting.zipformer2 import EMBED_CHANNELS, LAYER_STATES, batch_axis
 from ssm_asr.transducer.model import Transducer
 
-# One layer of 4 channels, its kernel 3 frames long.
+# Channels and convolution kernel (in frames) of the layer that the metadata describe.
 CHANNELS, KERNEL = 4, 3
 
 
 class CtcEncoder(nn.Module):
-    """A streaming step and the CTC head."""
+    """A streaming step of the encoder, and the CTC head."""
 
     def __init__(self, model: Transducer, left_context: int) -> None:
         super().__init__()
@@ -30,18 +31,23 @@ class CtcEncoder(nn.Module):
         self.half_size = -(-self.state.size // 2)
 
     def forward(self, x_NTF: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-        """Log-probabilities (N, S, V) and the new states, of which the values (1, N, H) are ours."""
+        """Encodes one chunk; returns the log-probabilities (N, S, V) and the new states.
+
+        Args:
+            x_NTF: features of the chunk.
+            states: as `start` makes them; the two value states (1, N, H) hold the packed state.
+        """
         key, nonlin, val1_1NH, val2_1NH, *others = states
         packed_ND = torch.cat([val1_1NH[0], val2_1NH[0, :, : self.state.size - self.half_size]], dim=1)
         out_NSD, state = self.model.stream(x_NTF, self.state.unpack(packed_ND))
         first_NH, second = self.state.pack(state).split([self.half_size, self.state.size - self.half_size], dim=1)
         second_NH = nn.functional.pad(second, (0, 2 * self.half_size - self.state.size))
-        # What passes through is computed with, so that it is an output of its own.
+        # Adding 0 makes these outputs tensors of their own, so that no input is an output itself.
         unchanged = [x + 0 for x in (key, nonlin, *others)]
         return self.model.ctc_output(out_NSD), *unchanged[:2], first_NH[None], second_NH[None], *unchanged[2:]
 
     def start(self, N: int) -> tuple[Tensor, ...]:
-        """The states of N new streams, as the runtime makes them from the metadata."""
+        """Returns the states of N new streams, as sherpa-onnx makes them from the metadata."""
         values, convs = torch.zeros(1, N, self.half_size), torch.zeros(N, CHANNELS, KERNEL // 2)
         embed = torch.zeros(N, EMBED_CHANNELS, LOOK_AHEAD, self.model.encoder_embed.frequencies)
         key, nonlin = torch.zeros(1, N, 1), torch.zeros(1, N, 1, 3 * CHANNELS // 4)
@@ -49,10 +55,12 @@ class CtcEncoder(nn.Module):
 
 
 def ctc_model(model: Transducer, chunk: int, left_context: int) -> Part:
-    """The encoder and its CTC head in one graph.
+    """Makes the part that holds the encoder and its CTC head.
 
     Args:
-        chunk, left_context: in frames of 20 ms.
+        model: a transducer with a CTC head.
+        chunk: in frames of 20 ms.
+        left_context: in frames of 20 ms.
 
     Raises:
         ValueError: if the model has no CTC head.

@@ -1,4 +1,4 @@
-"""Export directories: written aside, checked, and renamed into place only when all is well."""
+"""Export directories, which are written beside their place, checked, and renamed into place only if all is well."""
 
 import contextlib
 import math
@@ -18,12 +18,12 @@ MARK = "# Exported model"  # the first line of every README.md that an export wr
 
 
 class ExportError(ValueError):
-    """An export that cannot be made, or does not compute what the model computes; the message is one line."""
+    """An export cannot be made, or does not compute what the model computes. The message is one line."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """A file of an export, its size, and its worst difference from the model (see check.worst_difference)."""
+    """A file of an export, its size in bytes, and its difference from the model (see `check.worst_difference`)."""
 
     name: str
     size_bytes: int
@@ -32,10 +32,13 @@ class Written:
 
 @contextlib.contextmanager
 def whole_directory(out: Path) -> Iterator[Path]:
-    """A directory to write in, which takes the place of `out` if the block ends well and vanishes if it does not.
+    """Returns a context with a new directory to write in.
+
+    If the block ends well, the directory takes the place of `out`, and an earlier export there is removed. If the block
+    raises, the directory is removed and `out` stays as it was.
 
     Raises:
-        ExportError: if `out` is there and holds something else than an export.
+        ExportError: if `out` exists and is not an export.
     """
     readme = out / "README.md"
     if out.exists() and not (readme.is_file() and readme.read_text(encoding="utf-8").startswith(MARK)):
@@ -53,11 +56,16 @@ def whole_directory(out: Path) -> Iterator[Path]:
 
 
 def write_onnx_files(parts: list[Part], precisions: list[str], directory: Path) -> list[Written]:
-    """Writes every part in every precision, and checks each against the model.
+    """Writes every part in every precision as ONNX, and compares each file with the model.
+
+    Args:
+        parts: the parts of the export.
+        precisions: names from `onnx_files.PRECISIONS`.
+        directory: where the files are written.
 
     Raises:
-        ExportError: if a file in float32 differs by more than check.TOLERANCE, a smaller one overflows, or a file
-            cannot be what the runtime expects.
+        ExportError: if a file in float32 differs from the model by more than rounding explains, a file in another
+            precision gives inf or NaN, or a file is not what the runtime expects.
     """
     written = []
     for part in parts:
@@ -84,7 +92,11 @@ def write_onnx_files(parts: list[Part], precisions: list[str], directory: Path) 
 
 
 def write_torchscript(parts: list[Part], directory: Path) -> list[Written]:
-    """Writes every part as TorchScript, and checks each against the model."""
+    """Writes every part as TorchScript, and compares each file with the model.
+
+    Raises:
+        ExportError: if a file differs from the model by more than rounding explains.
+    """
     written = []
     for part in parts:
         path = directory / f"{part.name}.pt"
@@ -96,14 +108,14 @@ def write_torchscript(parts: list[Part], directory: Path) -> list[Written]:
 
 
 def _checked(part: Part, path: Path) -> Written:
-    """A file in float32, which must equal the model.
+    """Compares a file in float32 with the model.
 
     Raises:
-        ExportError: if it differs by more than check.TOLERANCE, and than rounding explains.
+        ExportError: if the difference is more than check.TOLERANCE and more than rounding explains.
     """
     run = torch.jit.load(str(path)) if path.suffix == ".pt" else onnx_files.runner(path)
     difference = check.worst_difference(part, run)
-    near = difference <= check.TOLERANCE  # NaN is not
+    near = difference <= check.TOLERANCE  # false for NaN
     if not near and not difference <= check.ROUNDING_ERRORS * check.rounding_error(part):
         raise ExportError(f"{path.name}: differs from the model by {difference:.1e}, more than {check.TOLERANCE:g}")
     return Written(path.name, path.stat().st_size, difference)

@@ -1,4 +1,4 @@
-"""The formats that a model is exported to: which parts each has, and how they are used."""
+"""The formats to which a model is exported: which parts each format has, and what its README says."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +18,14 @@ CARRIERS = {"packed": packed_encoder, "zipformer2": native_encoder}
 
 
 class Settings(NamedTuple):
-    """What an export is made for; chunk and left context in frames of 20 ms."""
+    """The settings of an export.
+
+    Attributes:
+        chunk: in frames of 20 ms.
+        left_context: in frames of 20 ms.
+        carrier: a name from CARRIERS, which says how sherpa-onnx carries the states.
+        precisions: names from `onnx_files.PRECISIONS`.
+    """
 
     chunk: int
     left_context: int
@@ -27,7 +34,7 @@ class Settings(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What a format has written, and what its README says."""
+    """The files that a format has written, and two texts for its README: facts about them, and how to use them."""
 
     files: list[Written]
     facts: str
@@ -35,7 +42,7 @@ class Content(NamedTuple):
 
 
 def export_sherpa(loaded: Loaded, settings: Settings, directory: Path) -> Content:
-    """A streaming transducer for sherpa-onnx."""
+    """Writes a streaming transducer for sherpa-onnx."""
     model, chunk, left_context = loaded.model, settings.chunk, settings.left_context
     parts = [CARRIERS[settings.carrier](model, chunk, left_context), decoder(model), joiner(model)]
     files = write_onnx_files(parts, settings.precisions, directory)
@@ -44,7 +51,7 @@ def export_sherpa(loaded: Loaded, settings: Settings, directory: Path) -> Conten
 
 
 def export_sherpa_offline(loaded: Loaded, settings: Settings, directory: Path) -> Content:
-    """A transducer for whole utterances in sherpa-onnx."""
+    """Writes a transducer that sherpa-onnx runs on whole utterances."""
     model = loaded.model
     files = write_onnx_files([offline_encoder(model), decoder(model), joiner(model)], settings.precisions, directory)
     call = readme.transducer_call("from_transducer", settings.precisions[0])
@@ -52,7 +59,7 @@ def export_sherpa_offline(loaded: Loaded, settings: Settings, directory: Path) -
 
 
 def export_sherpa_ctc(loaded: Loaded, settings: Settings, directory: Path) -> Content:
-    """A streaming CTC head for sherpa-onnx."""
+    """Writes a streaming encoder with its CTC head for sherpa-onnx."""
     chunk, left_context = settings.chunk, settings.left_context
     files = write_onnx_files([ctc.ctc_model(loaded.model, chunk, left_context)], settings.precisions, directory)
     call = f'from_zipformer2_ctc(tokens="tokens.txt", model="{files[0].name}", num_threads=1)'
@@ -60,7 +67,7 @@ def export_sherpa_ctc(loaded: Loaded, settings: Settings, directory: Path) -> Co
 
 
 def export_torchscript(loaded: Loaded, settings: Settings, directory: Path) -> Content:
-    """The streaming step, the predictor and the joiner in TorchScript."""
+    """Writes the streaming step of the encoder, the predictor and the joiner as TorchScript."""
     model, chunk, left_context = loaded.model, settings.chunk, settings.left_context
     encoder = packed_encoder(model, chunk, left_context)
     files = write_torchscript([encoder, decoder(model), joiner(model)], directory)
@@ -69,7 +76,7 @@ def export_torchscript(loaded: Loaded, settings: Settings, directory: Path) -> C
 
 
 def export_weight_files(loaded: Loaded, settings: Settings, directory: Path) -> Content:
-    """Weights for other programs."""
+    """Writes the weights for other programs."""
     export_weights(loaded, directory)
     return Content([], "Weights under icefall's names.", readme.weights_usage(loaded.experiment.model))
 
@@ -81,18 +88,27 @@ FORMATS: dict[str, Callable[[Loaded, Settings, Path], Content]] = {
     "torchscript": export_torchscript,
     "weights": export_weight_files,
 }
-# Those made for a chunk and a left context.
+# The formats that are made for one chunk and one left context.
 STREAMING = ("sherpa", "sherpa-ctc", "torchscript")
 
 
 def write_export(loaded: Loaded, format_name: str, settings: Settings, directory: Path) -> list[Written]:
     """Writes the files of a format, tokens.txt, config.yaml and README.md into a directory.
 
-    The configuration is that of the checkpoint with the chunk and left context of the export as those of decoding.
+    config.yaml is the configuration of the checkpoint, with the chunk and the left context of the export in `decode`.
+
+    Args:
+        loaded: an opened checkpoint.
+        format_name: a name from FORMATS.
+        settings: of the export.
+        directory: an existing directory.
+
+    Returns:
+        The files that were compared with the model.
 
     Raises:
         ExportError: if a file does not compute what the model computes.
-        ValueError: if the model cannot be had in this format.
+        ValueError: if the format does not have these settings, or cannot hold this model.
     """
     if settings.precisions != ["fp32"] and not format_name.startswith("sherpa"):
         raise ValueError(f"--precision {' '.join(settings.precisions)}: format {format_name} is in fp32; leave it out")

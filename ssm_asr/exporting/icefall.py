@@ -1,4 +1,7 @@
-"""Published Zipformer weights: read without running code, and the configuration inferred from their shapes."""
+"""Imports published Zipformer weights.
+
+The file is read without running code from it, and the configuration is inferred from the shapes of the weights.
+"""
 
 import pickle
 import re
@@ -16,18 +19,21 @@ from ssm_asr.data.tokens import Tokenizer
 from ssm_asr.encoder.zipformer import ZipformerConfig
 from ssm_asr.transducer.model import ModelConfig, Transducer
 
-# Channels that training never masks, by width, in the published sizes S, M and L.
+# Width of a stack -> how many of its channels training never masks, in the published sizes S, M and L.
 UNMASKED_DIM = {256: 192, 384: 256, 512: 256, 768: 320}
 LAYER = re.compile(r"encoder\.encoders\.(\d+)\.(?:encoder\.)?layers\.(\d+)\.")
 SAME_IN_ALL_STACKS = ("query_head_dim", "value_head_dim", "pos_dim", "causal")
-MOST_NAMED = 5  # weights in a message
+MOST_NAMED = 5  # an error message names so many weights at most
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict of a file, in float32 on the CPU.
+    """Reads the state dict of a file; all tensors are returned in float32 on the CPU.
+
+    Args:
+        path: a .safetensors file, or a file of PyTorch that holds a state dict, plain or under `model`.
 
     Raises:
-        ValueError: if there is none, or the file holds more than tensors and plain values.
+        ValueError: if there is no state dict, or the file holds more than tensors and plain values.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the pretrained.pt or .safetensors of a published model")
@@ -36,14 +42,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content = safetensors.torch.load_file(path)
         else:
-            # Training checkpoints hold the name of their directory; to make a path of it touches no file.
-            # What torch warns of is refused, and reported below.
+            # icefall's checkpoints hold a path, the name of their directory. Making a path object touches no file.
+            # Whatever torch warns about is refused, and reported below.
             with torch.serialization.safe_globals([PosixPath]), warnings.catch_warnings(action="ignore"):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         reason = "damaged, or holds more than tensors and plain values, which may be code"
         raise ValueError(f"{path}: refused: {reason}; save the state dict alone where it was made") from None
-    except Exception as error:  # torch and safetensors raise many kinds
+    except Exception as error:  # torch and safetensors raise exceptions of many kinds
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: no weights that can be read ({reason}); give a state dict") from None
     weights = content.get("model", content) if isinstance(content, dict) else None
@@ -53,18 +59,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def infer_config(weights: dict[str, Tensor], pos_head_dim: int) -> ModelConfig:
-    """The configuration of the model that has these weights.
+    """Infers the configuration of the model from the shapes of its weights.
 
-    What only training reads (unmasked_dim, chunks, left contexts, losses) is not in the weights, and is as in the
-    published recipes. Where unmasked_dim is not published for a width, no channel is masked.
+    Settings that only training reads (unmasked_dim, chunks, left contexts, losses) cannot be inferred. They get the
+    values of the published recipes; for a width without a published unmasked_dim no channel is masked.
 
     Args:
-        pos_head_dim: width of a head's position query. The weights of all heads are side by side in one matrix, so
-            that this width must be known to count the heads.
+        weights: the state dict of a Zipformer transducer.
+        pos_head_dim: channels of a head's position query. The number of heads follows from it, because the weights of
+            all heads lie side by side in one matrix.
 
     Raises:
-        KeyError: naming a weight that every Zipformer transducer has.
-        ValueError: if the heads are not of this width, or differ between stacks.
+        KeyError: if a weight is missing that every Zipformer transducer has; the argument is its name.
+        ValueError: if the shapes do not fit heads of this width, or differ between stacks where they must not.
     """
     layers = {0: 0}
     for match in filter(None, map(LAYER.match, weights)):
@@ -94,9 +101,9 @@ def infer_config(weights: dict[str, Tensor], pos_head_dim: int) -> ModelConfig:
 
 
 def _infer_stack(weights: dict[str, Tensor], index: int, pos_head_dim: int) -> dict[str, Any]:
-    """Fields of ZipformerConfig for one stack, from its first layer."""
+    """Infers the fields of ZipformerConfig for one stack, from its first layer."""
     stack = f"encoder.encoders.{index}."
-    downsampling = weights.get(f"{stack}downsample.bias")  # one entry a frame; stacks at 50 Hz have none
+    downsampling = weights.get(f"{stack}downsample.bias")  # one number a frame of a group; not at 50 Hz
     first = f"{stack}layers.0." if downsampling is None else f"{stack}encoder.layers.0."
     causal = f"{first}conv_module1.depthwise_conv.causal_conv.weight" in weights
     kernel = weights[f"{first}conv_module1.depthwise_conv.{'chunkwise_conv.' if causal else ''}weight"].shape[2]
@@ -125,7 +132,11 @@ def _infer_stack(weights: dict[str, Tensor], index: int, pos_head_dim: int) -> d
 
 
 def check_fit(config: ModelConfig, vocab_size: int, weights: dict[str, Tensor]) -> None:
-    """Raises ValueError unless the weights are exactly those of the model; one line for each kind of difference."""
+    """Checks that a model of this configuration has exactly these weights.
+
+    Raises:
+        ValueError: with one line for weights that are missing, one for unknown weights, and one for other shapes.
+    """
     with torch.device("meta"):
         expected = Transducer(config, vocab_size).state_dict()
     missing = [name for name in expected if name not in weights]
@@ -137,12 +148,13 @@ def check_fit(config: ModelConfig, vocab_size: int, weights: dict[str, Tensor]) 
         ("has what this program does not know:", unknown, "leave it out with --drop PREFIX"),
         ("has weights of other shapes than the rest implies:", shapes, "this is no Zipformer of the published form"),
     )
-    lines = [f"{what} {_some(names)}; {remedy}" for what, names, remedy in problems if names]
+    lines = [f"{what} {_shortened(names)}; {remedy}" for what, names, remedy in problems if names]
     if lines:
         raise ValueError("\n".join(lines))
 
 
-def _some(names: list[str]) -> str:
+def _shortened(names: list[str]) -> str:
+    """Joins the first names, and says how many more there are."""
     more = len(names) - MOST_NAMED
     return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
@@ -150,15 +162,16 @@ def _some(names: list[str]) -> str:
 def import_weights(
     path: Path, tokens: Path, pos_head_dim: int = ZipformerConfig.pos_head_dim, drop: Sequence[str] = ()
 ) -> tuple[Experiment, Tokenizer, dict[str, Tensor]]:
-    """What a checkpoint of this program is made of, from a published model.
+    """Reads a published model; returns the configuration, the tokenizer and the weights of a checkpoint.
 
     Args:
-        tokens: directory with tokens.txt or a sentencepiece model, or one of these files.
-        pos_head_dim: see infer_config.
-        drop: weights whose names begin with one of these are left out.
+        path: the weights, see `read_weights`.
+        tokens: a directory with tokens.txt or a sentencepiece model, or one of these files.
+        pos_head_dim: see `infer_config`.
+        drop: prefixes of names; weights with one of them are left out.
 
     Raises:
-        ValueError: one line for each thing wrong, with file and remedy.
+        ValueError: with one line for each thing that is wrong, which names the file and a remedy.
         FileNotFoundError: if there are no tokens.
     """
     weights = {name: value for name, value in read_weights(path).items() if not name.startswith(tuple(drop))}

@@ -1,4 +1,4 @@
-"""ONNX files: written from parts, converted to half precision or 8-bit weights, validated, and run."""
+"""Writes parts as ONNX files, converts these to half precision or 8-bit weights, validates them, and runs them."""
 
 import warnings
 from collections.abc import Callable
@@ -20,7 +20,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 
 
 def file_name(part: str, precision: str) -> str:
-    """encoder.onnx, encoder.fp16.onnx, encoder.int8.onnx."""
+    """Returns the name of a part's file, such as encoder.onnx, encoder.fp16.onnx or encoder.int8.onnx."""
     return f"{part}.onnx" if precision == "fp32" else f"{part}.{precision}.onnx"
 
 
@@ -28,10 +28,10 @@ def write_onnx(part: Part, path: Path) -> None:
     """Writes a part in float32.
 
     Raises:
-        ValueError: if the file does not have the inputs, outputs and metadata of the part.
+        ValueError: as in `validate`.
     """
     with warnings.catch_warnings():
-        # About shapes that become constants, as they should, and the age of the exporter; the file is tried afterwards.
+        # The warnings are about shapes that become constants, as they should, and about the age of the exporter.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             part.module,
@@ -51,11 +51,13 @@ def write_onnx(part: Part, path: Path) -> None:
 
 
 def convert(path: Path, precision: str, out: Path) -> None:
-    """Converts a float32 file to a smaller one; inputs, outputs and metadata stay as they are.
+    """Converts a float32 file to a smaller one with equal inputs, outputs and metadata.
 
     Args:
-        precision: fp16 stores the weights in half precision and computes in float32, so that it runs on any processor;
-            int8 has the weights of linear layers in 8 bits, and quantises what they multiply as it comes.
+        path: the file in float32.
+        precision: "fp16" stores the weights in half precision and computes in float32, so that it runs on any
+            processor; "int8" stores the weights of linear layers in 8 bits and quantises their inputs dynamically.
+        out: the file to write.
     """
     if precision == "fp16":
         onnx.save(_with_half_weights(onnx.load(path)), out)
@@ -67,7 +69,10 @@ def convert(path: Path, precision: str, out: Path) -> None:
 
 
 def _with_half_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Every matrix of constants in half precision, and a cast to float32 where it is used; vectors are small."""
+    """Stores every constant matrix in half precision, and casts it back to float32 in the graph.
+
+    Vectors stay in float32, because they are small.
+    """
     casts = []
     for tensor in model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1:
@@ -81,7 +86,7 @@ def _with_half_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def open_onnx(path: Path) -> onnxruntime.InferenceSession:
-    """A session on one CPU thread, for streams of small chunks."""
+    """Opens a file on one CPU thread, which is enough for small chunks."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -89,7 +94,7 @@ def open_onnx(path: Path) -> onnxruntime.InferenceSession:
 
 
 def runner(path: Path) -> Callable[..., list[Tensor]]:
-    """The file as a function of tensors, bound by position as runtimes bind them."""
+    """Returns the file as a function of tensors, which are bound to its inputs by position, as runtimes do."""
     session = open_onnx(path)
     names = [node.name for node in session.get_inputs()]
 
@@ -101,10 +106,10 @@ def runner(path: Path) -> Callable[..., list[Tensor]]:
 
 
 def validate(part: Part, path: Path) -> None:
-    """Looks for what makes a runtime end its process, not raise an exception.
+    """Checks what a runtime takes for granted: where it is wrong, a runtime may end its process without an exception.
 
     Raises:
-        ValueError: if names, order, types or sizes of inputs and outputs, or metadata, are not those of the part.
+        ValueError: if names, order, types or sizes of inputs or outputs, or the metadata, are not those of the part.
     """
     session = open_onnx(path)
     inputs = part.draw(2)

@@ -1,7 +1,7 @@
-"""The graphs of an export, each with what a runtime must be told about it.
+"""The parts of an export: graphs, each with what a runtime must be told about it.
 
-Shapes: N streams or hypotheses, T = 2C + 13 feature frames of a chunk, F mels, S = C/2 output frames, J joiner dim,
-V vocabulary, K context size, D floats of a stream's packed state.
+Shapes: N streams or hypotheses, C frames of 20 ms of a chunk, T = 2C + 13 feature frames of a chunk, F mels, S = C/2
+output frames, J joiner channels, V vocabulary, K context size, D floats of a stream's packed state.
 """
 
 from collections.abc import Callable
@@ -21,15 +21,16 @@ Metadata = dict[str, str | int]
 
 @dataclass(frozen=True)
 class Part:
-    """One graph: a module, its inputs and outputs in the order in which runtimes bind them, and its metadata.
+    """A graph to export: a module, its inputs and outputs in the order in which runtimes bind them, and its metadata.
 
     Attributes:
-        name: of the file, without what follows the first dot.
-        module: in evaluation mode.
-        draw: random inputs for so many streams, states at zero.
-        inputs, outputs: names, and which of their axes are of any size.
+        name: name of the file up to its first dot.
+        module: the module, in evaluation mode.
+        draw: makes the inputs for N streams, given N: random features or tokens, and states of zeros.
+        inputs: name of each input -> its axes that may have any size, with their names.
+        outputs: name of each output -> its axes that may have any size, with their names.
         metadata: what the runtime reads from the file.
-        states: how many of the last inputs are states, which come back as the last outputs.
+        states: number of states; they are the last inputs, and the new states are the last outputs.
     """
 
     name: str
@@ -42,57 +43,71 @@ class Part:
 
 
 def random_features(streams: int, frames: int) -> Tensor:
-    """(N, T, F) in the range of log-mels of speech."""
+    """Draws features (N, T, F) in the range of log-mels of speech."""
     return torch.randn(streams, frames, units.NUM_MELS) * 4 - 8
 
 
 def chunk_facts(chunk: int) -> Metadata:
-    """Feature frames that a chunk takes (T), and after how many the next one starts; `chunk` in frames of 20 ms."""
+    """Returns metadata about chunks: the feature frames of a chunk (T), and after how many the next chunk starts.
+
+    Args:
+        chunk: in frames of 20 ms.
+    """
     return {"T": 2 * chunk + CHUNK_OVERLAP, "decode_chunk_len": 2 * chunk}
 
 
 class PackedEncoder(nn.Module):
-    """A streaming step with all states in one vector, and the joiner's projection of its output."""
+    """A streaming step of the encoder with all states in one vector, and the joiner's projection of its output."""
 
     def __init__(self, model: Transducer, left_context: int) -> None:
         super().__init__()
         self.model, self.state = model, PackedState(model, left_context)
 
     def forward(self, x_NTF: Tensor, state0_1ND: Tensor, state1_1N1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Output (N, S, J) and the new states; the second state is the carrier's, and stays as it is."""
+        """Encodes one chunk; returns the projected output (N, S, J) and the two new states.
+
+        Args:
+            x_NTF: features of the chunk.
+            state0_1ND: the packed state.
+            state1_1N1: a second state, which the runtime insists on; it passes through unchanged.
+        """
         out_NSD, state = self.model.stream(x_NTF, self.state.unpack(state0_1ND[0]))
         return self.model.joiner.encoder_proj(out_NSD), self.state.pack(state)[None], state1_1N1 * 1.0
 
 
 class Decoder(nn.Module):
-    """The predictor for hypotheses given by their last tokens, and the joiner's projection of its output."""
+    """The predictor for the last K tokens of hypotheses, and the joiner's projection of its output."""
 
     def __init__(self, model: Transducer) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, y_NK: Tensor) -> Tensor:
-        """(N, J); tokens of -1 stand for nothing before the start."""
+        """Maps tokens (N, K) -> (N, J); a token of -1 means that the hypothesis has no token there yet."""
         return self.model.joiner.decoder_proj(self.model.decoder(y_NK, pad=False)[:, 0])
 
 
 class Joiner(nn.Module):
-    """The joiner without its two projections."""
+    """The joiner without its two input projections."""
 
     def __init__(self, model: Transducer) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, encoder_NJ: Tensor, decoder_NJ: Tensor) -> Tensor:
-        """Logits (N, V)."""
+        """Returns the logits (N, V) of projected outputs of encoder and predictor."""
         return self.model.joiner(encoder_NJ, decoder_NJ, project_input=False)
 
 
 def packed_encoder(model: Transducer, chunk: int, left_context: int) -> Part:
-    """The encoder for runtimes that know recurrent networks of two states (`lstm` of sherpa-onnx): any encoder.
+    """Makes the part of a streaming encoder for runtimes of LSTMs, which carry two states (`lstm` of sherpa-onnx).
+
+    Any encoder fits, because all its states are packed into the first of the two.
 
     Args:
-        chunk, left_context: in frames of 20 ms.
+        model: the transducer.
+        chunk: in frames of 20 ms.
+        left_context: in frames of 20 ms.
     """
     module = PackedEncoder(model, left_context).eval()
     size, facts = module.state.size, chunk_facts(chunk)
@@ -108,7 +123,7 @@ def packed_encoder(model: Transducer, chunk: int, left_context: int) -> Part:
 
 
 def decoder(model: Transducer) -> Part:
-    """The predictor."""
+    """Makes the part of the predictor."""
     context = model.config.context_size
 
     def draw(N: int) -> tuple[Tensor, ...]:
@@ -119,7 +134,7 @@ def decoder(model: Transducer) -> Part:
 
 
 def joiner(model: Transducer) -> Part:
-    """The joiner."""
+    """Makes the part of the joiner."""
     dim = model.config.joiner_dim
 
     def draw(N: int) -> tuple[Tensor, ...]:

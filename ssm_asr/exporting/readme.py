@@ -1,4 +1,4 @@
-"""The README of an export: what it holds, and the commands that use it."""
+"""Writes the README of an export, which says what the export holds and gives the commands that use it."""
 
 from ssm_asr import units
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP
@@ -7,7 +7,7 @@ from ssm_asr.exporting.directory import MARK, Written
 from ssm_asr.exporting.weights import icefall_options
 from ssm_asr.transducer.model import ModelConfig
 
-# Each is run as it stands by a test, with an audio file in place of audio.wav.
+# A test runs each of these commands as it stands, with an audio file in place of audio.wav.
 STREAMING = """```bash
 pip install sherpa-onnx soundfile
 python - audio.wav <<'EOF'
@@ -84,27 +84,27 @@ weights as they are):
 
 
 def transducer_call(constructor: str, precision: str) -> str:
-    """The arguments with which sherpa-onnx opens a transducer of this precision."""
+    """Returns the call of a constructor with which sherpa-onnx opens a transducer of this precision."""
     suffix = "" if precision == "fp32" else f".{precision}"
     files = [f'    {name}="{name}{suffix}.onnx",' for name in ("encoder", "decoder", "joiner")]
     return "\n".join([f"{constructor}(", '    tokens="tokens.txt",', *files, "    num_threads=1,", ")"])
 
 
 def streaming_usage(constructor: str, chunk: int) -> str:
-    """How to recognise a file chunk by chunk; `chunk` in frames of 20 ms."""
+    """Returns the commands that recognise a file chunk by chunk; `chunk` is in frames of 20 ms."""
     tail_ms = (2 * chunk + CHUNK_OVERLAP + 1) * units.FRAME_SHIFT_MS
     return STREAMING.format(constructor=constructor, tail_ms=tail_ms)
 
 
 def torchscript_usage(chunk: int, state_floats: int, context_size: int) -> str:
-    """How to compute one chunk; `chunk` in frames of 20 ms."""
+    """Returns the commands that compute one chunk; `chunk` is in frames of 20 ms."""
     context = ", ".join(["-1"] * (context_size - 1) + ["0"])
     frames, hop = 2 * chunk + CHUNK_OVERLAP, 2 * chunk
     return TORCHSCRIPT.format(frames=frames, hop=hop, mels=units.NUM_MELS, size=state_floats, context=context)
 
 
 def streaming_facts(chunk: int, left_context: int) -> str:
-    """The chunk in words; both in frames of 20 ms."""
+    """Describes chunk and left context, both in frames of 20 ms, in a sentence with ms."""
     return (
         f"Streaming, in chunks of {units.chunk_ms(chunk)} ms with {CHUNK_OVERLAP * units.FRAME_SHIFT_MS} ms of "
         f"look-ahead and {units.chunk_ms(left_context)} ms of left context."
@@ -112,7 +112,7 @@ def streaming_facts(chunk: int, left_context: int) -> str:
 
 
 def weights_usage(config: ModelConfig) -> str:
-    """How to load the weights, in icefall too if it has such a model."""
+    """Returns the commands that load the weights, and the options for icefall if icefall has this kind of model."""
     try:
         options = icefall_options(config)
     except ValueError:
@@ -122,7 +122,14 @@ def weights_usage(config: ModelConfig) -> str:
 
 
 def readme(format_name: str, facts: str, usage: str, written: list[Written]) -> str:
-    """The whole text."""
+    """Returns the text of README.md.
+
+    Args:
+        format_name: the format of the export.
+        facts: sentences about the export.
+        usage: the commands that use it.
+        written: the files that were compared with the model.
+    """
     lines = [
         MARK,
         "",

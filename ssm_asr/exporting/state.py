@@ -1,6 +1,6 @@
-"""A model's nested streaming state in one vector of floats, as runtimes carry it that know nothing of the model.
+"""Packs a model's nested streaming state into one vector of floats, for runtimes that know nothing of the model.
 
-Shapes: N streams, D floats of each.
+Shapes: N streams, D floats of a stream.
 """
 
 from typing import Any
@@ -13,19 +13,20 @@ from ssm_asr.transducer.model import Transducer
 
 
 class PackedState:
-    """The order in which the tensors of a state lie in the vector: that of their declaration.
+    """Packs and unpacks the state of a model; the tensors lie in the vector in the order of their declaration.
 
-    Frame counters become floats. They stop at the left context, beyond which they make no difference, so that they stay
-    exact, in half precision too, however long the stream.
+    Frame counters become floats. They stop at the left context, because larger counts make no difference. In this way
+    they stay exact in long streams, even in half precision.
 
     Attributes:
         size: D.
 
     Args:
+        model: the transducer.
         left_context: in frames of 20 ms.
 
     Raises:
-        ValueError: if the state does not start at zero, where runtimes start it.
+        ValueError: if the state of a new stream is not all zeros, as runtimes assume.
     """
 
     def __init__(self, model: Transducer, left_context: int) -> None:
@@ -37,17 +38,17 @@ class PackedState:
                 raise ValueError(f"streaming state {name} does not start at zero, and runtimes start all states there")
 
     def pack(self, state: Any) -> Tensor:
-        """A state of N streams -> (N, D)."""
+        """Packs a state of N streams into (N, D)."""
         parts = []
         for like, (_, tensor) in zip(self._tensors, leaves(state), strict=True):
             if not like.is_floating_point():
                 tensor = tensor.clamp(max=self._left_context).to(torch.float32)
-            if like.numel():  # the exporter cannot reshape what is empty
+            if like.numel():  # the exporter cannot reshape an empty tensor
                 parts.append(tensor.reshape(-1, like.numel()))
         return torch.cat(parts, dim=1)
 
     def unpack(self, packed_ND: Tensor) -> Any:
-        """The inverse of `pack`."""
+        """Returns the state of N streams that `pack` put into (N, D)."""
         N = packed_ND.shape[0]
         parts = iter(packed_ND.split([like.numel() for like in self._tensors if like.numel()], dim=1))
         return rebuild(

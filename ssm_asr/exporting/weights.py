@@ -1,4 +1,4 @@
-"""Weights under the names that icefall gives them, to be loaded there or anywhere else."""
+"""Writes weights under the names that icefall gives them, so that icefall or any other program can load them."""
 
 from pathlib import Path
 
@@ -12,19 +12,24 @@ from ssm_asr.transducer.model import ModelConfig
 def export_weights(loaded: Loaded, out: Path) -> None:
     """Writes model.safetensors into a directory.
 
-    A Zipformer with nonlin attention has all the names and shapes of icefall's own; `icefall_options` says how that
-    program must be started to take them. Other encoders have parameters that icefall does not know.
+    The weights of a Zipformer with nonlin attention have the names and shapes of icefall's; `icefall_options` gives the
+    options with which icefall builds this model. Other encoders have parameters that icefall does not know.
+
+    Args:
+        loaded: an opened checkpoint.
+        out: an existing directory.
     """
     weights = {name: value.contiguous() for name, value in loaded.model.state_dict().items()}
     path = out / "model.safetensors"
-    path.write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))  # save_file lets nobody else read it
+    # Files that safetensors.torch.save_file makes can only be read by their owner.
+    path.write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
 
 
 def icefall_options(config: ModelConfig) -> list[str]:
-    """The options of icefall's zipformer programs (train, decode, export) that describe this model.
+    """Returns the options with which icefall's zipformer programs (train, decode, export) build this model.
 
     Raises:
-        ValueError: if the model is none of icefall's.
+        ValueError: if icefall cannot build this model.
     """
     encoder = config.encoder
     if not isinstance(encoder, ZipformerConfig) or encoder.long_range != "nonlin_attention":

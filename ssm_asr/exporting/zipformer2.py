@@ -1,7 +1,9 @@
-"""The streaming Zipformer as sherpa-onnx knows it by itself (`zipformer2`): six states a layer, and the front end's.
+"""The streaming Zipformer in the form that sherpa-onnx supports itself (`zipformer2`).
 
-Shapes: N streams, T feature frames of a chunk, F mels, S output frames, J joiner dim; of states, L left-context frames,
-Q query, V value and H nonlin-attention channels, D channels, M frames of a convolution, C channels of the front end,
+Its states are six tensors for each layer, the state of the front end, and the frame counter.
+
+Shapes: N streams, T feature frames of a chunk, F mels, S output frames, J joiner channels; in states L left-context
+frames, Q query channels, V value channels, H nonlin-attention channels, D channels, M frames that a convolution keeps,
 W = 19 frequencies.
 """
 
@@ -14,39 +16,45 @@ from ssm_asr.encoder.zipformer import ZipformerConfig
 from ssm_asr.exporting.parts import Axes, Metadata, Part, chunk_facts, random_features
 from ssm_asr.transducer.model import StreamState, Transducer
 
-# The runtime makes the front end's state for so many channels, whatever the model has.
+# sherpa-onnx always makes the front end's state for so many channels.
 EMBED_CHANNELS = 128
 LAYER_STATES = ("key", "nonlin_attn", "val1", "val2", "conv1", "conv2")
 
 
 def batch_axis(kind: str) -> int:
-    """The axis of a state that counts streams."""
+    """Returns the axis of the streams in a state of this kind, in the runtime's layout."""
     return 0 if kind.startswith("conv") else 1
 
 
 def to_runtime(kind: str, x: Tensor) -> Tensor:
-    """A state of ours, batch first, in the runtime's layout."""
+    """Converts a state of a layer, which has the batch first, to the runtime's layout."""
     if kind == "nonlin_attn":
         return x[None]  # (1, N, L, H)
     return x if kind.startswith("conv") else x.transpose(0, 1)  # (N, D, M); (L, N, Q or V)
 
 
 def from_runtime(kind: str, x: Tensor) -> Tensor:
-    """The inverse of `to_runtime`."""
+    """Converts a state in the runtime's layout to the layout of a layer; it is the inverse of `to_runtime`."""
     if kind == "nonlin_attn":
         return x[0]
     return x if kind.startswith("conv") else x.transpose(0, 1)
 
 
 class NativeEncoder(nn.Module):
-    """A streaming step with the states of the layers, of the front end, and the frame counter side by side."""
+    """A streaming step of the encoder whose states are single tensors, and the joiner's projection of its output."""
 
     def __init__(self, model: Transducer, left_context: int) -> None:
         super().__init__()
         self.model, self._start = model, model.init_state(1, left_context)
 
     def forward(self, x_NTF: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-        """Output (N, S, J) and the new states: six a layer, embed (N, 128, 3, W), and processed frames (N) int64."""
+        """Encodes one chunk; returns the projected output (N, S, J) and the new states.
+
+        Args:
+            x_NTF: features of the chunk.
+            states: six tensors for each layer, in the order of LAYER_STATES; the state of the front end (N, 128, 3, W);
+                and the frames at 50 Hz that each stream has had, (N,) int64.
+        """
         *layers, embed, processed_N = states
         kinds = LAYER_STATES * (len(layers) // len(LAYER_STATES))
         ours = (from_runtime(kind, x) for kind, x in zip(kinds, layers, strict=True))
@@ -58,7 +66,7 @@ class NativeEncoder(nn.Module):
         return self.model.joiner.encoder_proj(out_NSD), *theirs, embed, new.processed[0]
 
     def start(self, N: int) -> tuple[Tensor, ...]:
-        """The states of N new streams."""
+        """Returns the states of N new streams."""
         layers = [x.expand(N, *x.shape[1:]) for _, x in leaves(self._start.encoder)]
         kinds = LAYER_STATES * (len(layers) // len(LAYER_STATES))
         theirs = (to_runtime(kind, x) for kind, x in zip(kinds, layers, strict=True))
@@ -67,13 +75,15 @@ class NativeEncoder(nn.Module):
 
 
 def native_encoder(model: Transducer, chunk: int, left_context: int) -> Part:
-    """The encoder of a Zipformer with nonlin attention and left context.
+    """Makes the part that holds the encoder of a Zipformer with nonlin attention and left context.
 
     Args:
-        chunk, left_context: in frames of 20 ms.
+        model: the transducer.
+        chunk: in frames of 20 ms.
+        left_context: in frames of 20 ms.
 
     Raises:
-        ValueError: if the runtime's own Zipformer is another one; the packed carrier takes any.
+        ValueError: if the encoder is not the Zipformer that sherpa-onnx knows; the packed carrier takes any encoder.
     """
     encoder = model.config.encoder
     for wrong, what in (
@@ -107,7 +117,7 @@ def native_encoder(model: Transducer, chunk: int, left_context: int) -> Part:
 
 
 def _sizes(encoder: ZipformerConfig, left_context: int) -> Metadata:
-    """From which the runtime makes the first states: a number a stack of each."""
+    """Returns the sizes from which the runtime makes the states of new streams, one number for each stack."""
     stacks = len(encoder.layers)
     lists = {
         "num_encoder_layers": encoder.layers,

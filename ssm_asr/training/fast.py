@@ -1,4 +1,4 @@
-"""What makes a training step fast, decided once at the start: the kernels, and captured graphs of its two passes."""
+"""The fast paths of a training step, chosen once at its start: GPU kernels, and captured graphs of its two passes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from ssm_asr.training.graphs import Graphs
 from ssm_asr.transducer.model import Passes, Transducer
 from ssm_asr.transducer.pruned_loss import require_backend
 
-MOST_GRAPHS = 256  # shapes of batches, beyond which batches run without a graph
+MOST_GRAPHS = 256  # graphs of each pass; batches of further shapes run without a graph
 
 
 @dataclass(frozen=True)
 class Fast:
-    """Which fast paths are off and why, in a few words each; an empty text is on.
+    """For each fast path the reason why it is off, in a few words; an empty text means that it is on.
 
     Attributes:
-        kernels: the Triton kernels of ssm_asr.ops.
-        encoder_graphs: CUDA graphs of the front end and the encoder.
-        loss_graphs: CUDA graphs of predictor, joiner and transducer losses.
+        kernels: about the Triton kernels of ssm_asr.ops.
+        encoder_graphs: about CUDA graphs of the front end and the encoder.
+        loss_graphs: about CUDA graphs of predictor, joiner and transducer losses.
     """
 
     kernels: str
@@ -30,7 +30,7 @@ class Fast:
     loss_graphs: str
 
     def lines(self) -> Iterable[str]:
-        """What is on and what is not, for a reader."""
+        """Yields lines for the user: which paths are on, and which are off for which reason."""
         names = {"kernels": self.kernels, "graphs of the encoder": self.encoder_graphs}
         names["graphs of the losses"] = self.loss_graphs
         on = [name for name, why_off in names.items() if not why_off]
@@ -41,13 +41,14 @@ class Fast:
 
 
 def resolve_fast(wanted: str, device: torch.device, *, fixed_shapes: bool, loss_backend: str) -> Fast:
-    """What of the fast paths is used.
+    """Decides which fast paths a training run uses.
 
     Args:
-        wanted: train.fast, "auto" or "off".
-        device: which trains.
-        fixed_shapes: data.fixed_shapes, without which nearly every batch would want a graph of its own.
-        loss_backend: loss.backend.
+        wanted: the setting train.fast, "auto" or "off".
+        device: where the model is trained.
+        fixed_shapes: the setting data.fixed_shapes. Without it nearly every batch would need a graph of its own, so
+            that there are no graphs.
+        loss_backend: the setting loss.backend, "torch" or "k2".
     """
     if wanted == "off":
         return Fast(*["train.fast is off"] * 3)
@@ -69,7 +70,14 @@ def plain_passes(model: Transducer, loss_backend: str) -> Passes:
 
 
 def make_passes(model: Transducer, fast: Fast, loss_backend: str, most_graphs: int = MOST_GRAPHS) -> Passes:
-    """The passes of a training step, captured where that is on. Turns kernels on or off for the process."""
+    """Makes the passes of a training step, as captured graphs if these are on. Turns kernels on or off in this process.
+
+    Args:
+        model: the model to train, on its device.
+        fast: the fast paths, from `resolve_fast`.
+        loss_backend: the setting loss.backend, "torch" or "k2".
+        most_graphs: graphs of each pass; batches of further shapes run without a graph.
+    """
     dispatch.set_kernels(not fast.kernels)
     passes = plain_passes(model, loss_backend)
     if not fast.encoder_graphs:

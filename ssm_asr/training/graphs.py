@@ -1,9 +1,11 @@
-"""CUDA graphs of forward and backward passes in training: of the encoder, and of the losses.
+"""CUDA graphs of the forward and backward passes of training, used for the encoder and for the losses.
 
-On a fast GPU the thousands of small kernels of a pass take less time than the host needs to launch them. A graph
-launches all at once. It is captured once for all arguments of the same shapes; what else differs from batch to batch
-reaches it as numbers on the device (ssm_asr.encoder.schedule.Draws). Under autocast the weights of all layers may be
-cast at once where it begins, and their gradients where it ends, instead of each by a kernel of its own.
+On a fast GPU the thousands of small kernels of a pass take less time than the host needs to launch them one by one. A
+CUDA graph launches all of them at once. A graph is captured once for each set of argument shapes. Whatever else differs
+from batch to batch reaches it as numbers on the device (ssm_asr.encoder.schedule.Draws).
+
+Under autocast a graph may cast the weights of all linear layers by one kernel when it starts, and their gradients by
+one kernel when it ends, instead of each by a kernel of its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,22 +21,27 @@ Outputs = tuple[Tensor, ...]
 
 
 class Graphs:
-    """Stands in for a function of a model; calls that are not for training on a GPU go to the function itself.
+    """A function that is called in place of a function of a model, and replays captured graphs in training on a GPU.
 
-    So does the first call with arguments of given shapes: what comes only once is not worth a capture. A gradient that
-    it leaves at a parameter is overwritten by its next backward pass: set gradients to None between.
+    Calls in evaluation or on a CPU go to the function itself. The first call with arguments of given shapes does too,
+    because shapes that come only once are not worth a capture.
+
+    The gradients of parameters lie in memory that the next backward pass overwrites. Set them to None between two
+    passes, as `optimizer.zero_grad(set_to_none=True)` does.
 
     Args:
-        function: tensors and constants -> tensors. It may not wait for the device.
-        modules: those that it uses; their decisions are drawn at every call from now on.
-        most: graphs to keep, which share their memory but for input and output; further shapes run without.
-        cast_together: whether the weights of linear layers are cast at once, for functions that use them in layers.
+        function: maps tensors and constants to tensors. It must not wait for the device.
+        modules: the modules that the function uses; their random decisions are drawn anew at every call.
+        most_graphs: number of graphs to keep. They share their memory except for inputs and outputs. Calls with further
+            shapes run without a graph.
+        cast_together: whether the parameters of linear layers are cast all at once. The function must then use them
+            only as linear layers do under autocast, in the lower precision.
     """
 
     def __init__(
-        self, function: Callable[..., Outputs], modules: Iterable[nn.Module], most: int, *, cast_together: bool
+        self, function: Callable[..., Outputs], modules: Iterable[nn.Module], most_graphs: int, *, cast_together: bool
     ) -> None:
-        self.function, self.most, self.cast_together = function, most, cast_together
+        self.function, self.most_graphs, self.cast_together = function, most_graphs, cast_together
         self.modules = nn.ModuleList(modules)
         self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
@@ -44,7 +51,7 @@ class Graphs:
         self.weights: dict[torch.dtype | None, _Weights] = {}
 
     def __call__(self, *arguments: Any) -> Outputs:
-        """As the function."""
+        """Returns what the function returns."""
         if not (self.modules[0].training and torch.is_grad_enabled()):
             return self.function(*arguments)
         self.draws.renew()
@@ -52,10 +59,11 @@ class Graphs:
             return self._by_graph(arguments) if self.device.type == "cuda" else self.function(*arguments)
 
     def _by_graph(self, arguments: tuple[Any, ...]) -> Outputs:
+        """Replays the graph for these shapes, captures it first if needed, or calls the function."""
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = (*map(_kind, arguments), dtype)
+        key = (*map(_signature, arguments), dtype)
         if key not in self.graphs:
-            if len(self.graphs) < self.most:
+            if len(self.graphs) < self.most_graphs:
                 self.graphs[key] = None
             return self.function(*arguments)
         graph = self.graphs[key] or _Graph(self, arguments, dtype)
@@ -65,60 +73,74 @@ class Graphs:
         return outputs
 
 
-def _kind(argument: Any) -> Any:
-    """What of an argument is captured, and may not change."""
+def _signature(argument: Any) -> Any:
+    """Returns what a graph depends on: of a tensor its shape and type, of a constant its value."""
     return (argument.shape, argument.dtype, argument.requires_grad) if isinstance(argument, Tensor) else argument
 
 
 class _Weights:
-    """What stands in for the parameters in graphs of one precision, and the place of their gradients.
+    """The tensors that graphs of one precision use as parameters, and the memory of their gradients.
 
-    The parameters of linear layers lie end to end in the lower precision, so that one kernel casts all of them; the
-    others, and without a lower precision all, are themselves.
+    Copies of the parameters of linear layers lie end to end in the lower precision, so that one kernel casts all of
+    them. All other parameters are used as they are, and without a lower precision all parameters are.
+
+    Attributes:
+        places: (module, name) of each parameter that is cast.
+        originals: the parameters that are cast, in the order of `places`.
+        wide: the parameters that are cast, end to end in float32.
+        narrow: the same numbers in the lower precision.
+        gradient: their gradients, end to end in float32.
+        tensors: for the id of each parameter the tensor that graphs use.
+        gradients: for the id of each parameter the memory of its gradient.
+        uncast: the parameters that graphs use as they are.
     """
 
     def __init__(self, modules: nn.Module, parameters: list[nn.Parameter], dtype: torch.dtype | None) -> None:
         linears = [module for module in modules.modules() if isinstance(module, nn.Linear)] if dtype else []
         self.places = [(m, name) for m in linears for name, p in m.named_parameters(recurse=False) if p.requires_grad]
-        self.own = [getattr(module, name) for module, name in self.places]
-        sizes = [p.numel() for p in self.own]
+        self.originals = [getattr(module, name) for module, name in self.places]
+        sizes = [p.numel() for p in self.originals]
         self.wide, self.gradient = (torch.zeros(sum(sizes), device=parameters[0].device) for _ in range(2))
         self.narrow = self.wide.to(dtype)
         self.tensors: dict[int, Tensor] = {id(p): p for p in parameters}
         self.gradients = {id(p): self.gradient[:0] for p in parameters}
-        for narrow, gradient, p in zip(self.narrow.split(sizes), self.gradient.split(sizes), self.own, strict=True):
+        parts = zip(self.narrow.split(sizes), self.gradient.split(sizes), self.originals, strict=True)
+        for narrow, gradient, p in parts:
             self.tensors[id(p)] = narrow.view_as(p).detach().requires_grad_()
             self.gradients[id(p)] = gradient.view_as(p)
-        self.others = [p for p in parameters if self.tensors[id(p)] is p]
-        self.gradients |= {id(p): torch.zeros_like(p) for p in self.others}
+        self.uncast = [p for p in parameters if self.tensors[id(p)] is p]
+        self.gradients |= {id(p): torch.zeros_like(p) for p in self.uncast}
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Casts the parameters as they are now."""
+        """Casts the parameters with their present values."""
         if self.places:
-            torch.cat([p.flatten() for p in self.own], out=self.wide)
+            torch.cat([p.flatten() for p in self.originals], out=self.wide)
             self.narrow.copy_(self.wide)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Within it, the layers use the cast tensors."""
+        """Returns a context in which the linear layers use the cast tensors as their parameters."""
         for module, name in self.places:
             module._parameters[name] = self.tensors[id(module._parameters[name])]  # type: ignore[assignment]
         try:
             yield
         finally:
-            for (module, name), parameter in zip(self.places, self.own, strict=True):
+            for (module, name), parameter in zip(self.places, self.originals, strict=True):
                 module._parameters[name] = parameter
 
-    def take(self, found: dict[int, Tensor | None]) -> None:
-        """Copies gradients to their place; those of linear layers that are not used are 0."""
+    def store_gradients(self, found: dict[int, Tensor | None]) -> None:
+        """Copies gradients, given by the ids of their parameters, to their memory.
+
+        A parameter of a linear layer that was not used, whose gradient is None, gets zeros.
+        """
         if self.places:
-            parts = [found[id(p)] for p in self.own]
-            pairs = zip(parts, self.own, strict=True)
+            parts = [found[id(p)] for p in self.originals]
+            pairs = zip(parts, self.originals, strict=True)
             flat = [torch.zeros_like(p, dtype=self.narrow.dtype) if part is None else part for part, p in pairs]
             self.gradient.copy_(torch.cat([part.flatten() for part in flat]))
-        places, gradients = [], []  # those that one kernel can copy, which other strides than its own prevent
-        for p in self.others:
+        places, gradients = [], []  # one kernel copies all tensors that are contiguous
+        for p in self.uncast:
             place, gradient = self.gradients[id(p)], found[id(p)]
             if gradient is not None and place.is_contiguous() and gradient.is_contiguous():
                 places.append(place.view(-1))
@@ -130,12 +152,15 @@ class _Weights:
 
 
 class _Graph:
-    """The graphs for one shape. Gradients end in one place, that of the owner's weights of this precision."""
+    """The captured forward and backward graphs for one set of shapes.
+
+    All graphs of one precision write the gradients of parameters to the same memory, which `_Weights` holds.
+    """
 
     def __init__(self, owner: Graphs, arguments: tuple[Any, ...], dtype: torch.dtype | None) -> None:
         self.owner = owner
-        own = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in arguments]
-        self.inputs = [x for x in own if isinstance(x, Tensor)]
+        static = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in arguments]
+        self.inputs = [x for x in static if isinstance(x, Tensor)]
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         owner.pool = owner.pool or torch.cuda.graph_pool_handle()
         if dtype not in owner.weights:
@@ -145,25 +170,27 @@ class _Graph:
 
         def run() -> Outputs:
             self.weights.refresh()
-            # Other casts of weights must be inside the graph as well, not kept from before it.
+            # The weights that autocast itself casts must be cast inside the graph, and not come from its cache.
             autocast = torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False)
             with autocast, self.weights.in_use():
-                return owner.function(*own)
+                return owner.function(*static)
 
         self._warm_up(run)
-        mode = {"pool": owner.pool, "capture_error_mode": "thread_local"}  # loaders pin memory in other threads
+        mode = {"pool": owner.pool, "capture_error_mode": "thread_local"}  # data loaders pin memory in other threads
         with torch.cuda.graph(self.forward, **mode):
             outputs = run()
         self._make_gradients(outputs)
         with torch.cuda.graph(self.backward, **mode):
             self._differentiate(outputs)
-        self.outputs = [x.detach() for x in outputs]  # and let go of what the backward pass needed, for the next graph
+        # Without their history, so that the next graph can use the memory of the backward pass.
+        self.outputs = [x.detach() for x in outputs]
 
     def _make_gradients(self, outputs: Outputs) -> None:
-        """The places of the gradients of the outputs, None of those that have none."""
+        """Makes the memory of the gradients of the outputs, None for outputs without a gradient."""
         self.output_gradients = [torch.zeros_like(x) if x.requires_grad else None for x in outputs]
 
     def _differentiate(self, outputs: Outputs) -> None:
+        """Computes the gradients of inputs and parameters, and copies the latter to their memory."""
         tensors = self.weights.tensors
         wanted = [x for x in self.inputs if x.requires_grad]
         pairs = [(x, g) for x, g in zip(outputs, self.output_gradients, strict=True) if g is not None]
@@ -172,12 +199,12 @@ class _Graph:
         of_inputs, of_weights = iter(found[: len(wanted)]), found[len(wanted) :]
         self.input_gradients = [next(of_inputs) if x.requires_grad else None for x in self.inputs]
         self.used = [gradient is not None for gradient in of_weights]
-        self.weights.take(dict(zip(tensors, of_weights, strict=True)))
+        self.weights.store_gradients(dict(zip(tensors, of_weights, strict=True)))
 
     def _warm_up(self, run: Callable[[], Outputs]) -> None:
-        """An eager pass, in which kernels are compiled and libraries choose their algorithms.
+        """Runs both passes without a graph once, so that kernels are compiled and libraries choose their algorithms.
 
-        Leaves random numbers and buffers, of whitening and batch norm, as they were.
+        Afterwards the state of the random numbers and the buffers, of whitening and batch norm, are as before.
         """
         random_state = torch.cuda.get_rng_state()
         buffers = [(buffer, buffer.clone()) for buffer in self.owner.modules.buffers()]
@@ -194,11 +221,13 @@ class _Graph:
 
 
 class _Replay(torch.autograd.Function):
+    """Replays the graphs: copies inputs in, launches a graph, and returns its outputs, forward and backward."""
+
     @staticmethod
     def forward(ctx: Any, graph: _Graph, *tensors: Tensor) -> Outputs:
         ctx.graph = graph
         with torch.no_grad():
-            for place, x in zip(graph.inputs, tensors, strict=False):  # the parameters follow
+            for place, x in zip(graph.inputs, tensors, strict=False):  # the tensors after the inputs are parameters
                 place.copy_(x)
         graph.forward.replay()
         return tuple(x.detach() for x in graph.outputs)

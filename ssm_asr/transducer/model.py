@@ -1,7 +1,6 @@
-"""The transducer: front end, encoder, predictor and joiner, with the losses that train it.
+"""The transducer: front end, encoder, predictor and joiner, with the losses that train them.
 
-Shapes: B batch, T feature frames (100 Hz), S output frames (25 Hz), D encoder width, U tokens, V vocabulary,
-J joiner dim, F mels.
+Shapes: B batch, T feature frames (100 Hz), S output frames (25 Hz), D encoder channels, U tokens, V vocabulary, F mels.
 """
 
 import math
@@ -51,15 +50,21 @@ class ModelConfig(Section, name="model"):
 
 
 class StreamState(NamedTuple):
-    """All that a stream carries from chunk to chunk."""
+    """The state of streams between chunks.
+
+    Attributes:
+        embed_BCTW: the state of the front end.
+        encoder: the state of the encoder.
+        processed: one tensor (B,), int64: frames at 50 Hz that the encoder has had; empty without left context.
+    """
 
     embed_BCTW: Tensor
     encoder: Any
-    processed: tuple[Tensor, ...]  # (B,) int64: frames at 50 Hz that the encoder has had; empty without left context
+    processed: tuple[Tensor, ...]
 
 
 class Losses(NamedTuple):
-    """One value an utterance; ctc_B is None without a CTC head."""
+    """The losses of a batch in nats, one value for each utterance; ctc_B is None without a CTC head."""
 
     simple_B: Tensor
     pruned_B: Tensor
@@ -67,13 +72,13 @@ class Losses(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """How the two heavy passes of `Transducer.forward` run: by the model's methods, or by forms that stand in for them.
+    """The functions that compute the two heavy passes of `Transducer.forward`, such as captured CUDA graphs.
 
     Attributes:
-        encode: stands in for `Transducer.encode`.
-        losses: stands in for `Transducer.transducer_losses`.
+        encode: is called in place of `Transducer.encode`.
+        losses: is called in place of `Transducer.transducer_losses`.
         left_on_device: whether `encode` takes the visible left context as a number on the device.
-        every_frame: whether `losses` computes all padded frames, so that shapes depend on the batch's shape alone.
+        every_frame: whether `losses` computes all padded frames, so that its shapes depend only on the batch's shape.
     """
 
     encode: Callable[..., tuple[Tensor, ...]]
@@ -83,7 +88,12 @@ class Passes(NamedTuple):
 
 
 class Transducer(nn.Module):
-    """The whole model. Parameter names are those of published Zipformer transducers."""
+    """The whole model. Its parameters have the names that published Zipformer transducers give them.
+
+    Args:
+        config: everything about the model but the size of the vocabulary.
+        vocab_size: V, with the blank.
+    """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
@@ -97,22 +107,28 @@ class Transducer(nn.Module):
         self.simple_am_proj = scaled_linear(width, vocab_size, 0.25)
         self.simple_lm_proj = scaled_linear(config.predictor_dim, vocab_size, 0.25)
         if config.ctc:
-            # Dropout and log-softmax hold no weights, but give the Linear its published name, ctc_output.1.
+            # As the second of three modules the linear layer has its name in published checkpoints, ctc_output.1.
             self.ctc_output = nn.Sequential(nn.Dropout(0.1), nn.Linear(width, vocab_size), nn.LogSoftmax(dim=-1))
 
     def encode(
         self, features_BTF: Tensor, lens_B: Tensor, chunk: int = -1, left_context: int | Tensor = -1
     ) -> tuple[Tensor, Tensor]:
-        """Whole utterances -> (B, S, D) and lengths, masked as streaming would be.
+        """Encodes whole utterances, masked to what streaming sees.
 
         Args:
-            chunk, left_context: in frames of 20 ms, -1 for all there is; a tensor as for `context_of_sequences`.
+            features_BTF: log-mels, padded.
+            lens_B: lengths in feature frames.
+            chunk: in frames of 20 ms; -1 is the whole utterance.
+            left_context: in frames of 20 ms, -1 for all; or a tensor, as `context_of_sequences` takes it.
+
+        Returns:
+            The output (B, S, D), and the lengths (B,) in output frames.
         """
         x_BTD, lens_B = self.encoder_embed(features_BTF, lens_B)
         return self.encoder(x_BTD, lens_B, chunk, left_context)
 
     def init_state(self, batch_size: int, left_context: int, device: torch.device | None = None) -> StreamState:
-        """The state at the start of `batch_size` streams, left_context in frames of 20 ms."""
+        """Returns the state at the start of `batch_size` streams; left_context is in frames of 20 ms."""
         return StreamState(
             self.encoder_embed.init_state(batch_size, device),
             self.encoder.init_state(batch_size, left_context, device),
@@ -120,10 +136,14 @@ class Transducer(nn.Module):
         )
 
     def stream(self, features_BTF: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-        """One chunk: 2C + 13 feature frames -> (B, C/2, D) and the new state. The next chunk starts 2C frames later.
+        """Encodes one chunk of C frames of 20 ms; returns the output (B, C/2, D) and the new state.
+
+        Args:
+            features_BTF: T = 2C + 13 feature frames; the next chunk starts 2C feature frames later.
+            state: the state that the previous chunk returned; it is not changed.
 
         Raises:
-            ValueError: if C is not a multiple of the encoder's `chunk_multiple`.
+            ValueError: if there is no such C, or C is not a multiple of the encoder's `chunk_multiple`.
         """
         frames, rest = divmod(int(features_BTF.shape[1]) - CHUNK_OVERLAP, 2)  # a constant in an exported model
         factor = self.config.encoder.chunk_multiple
@@ -146,14 +166,19 @@ class Transducer(nn.Module):
         left_context: int = -1,
         passes: Passes | None = None,
     ) -> Losses:
-        """The losses of a batch, -log p(tokens), one an utterance; infinite where no alignment exists.
+        """Computes the losses of a batch: -log p(tokens) of each utterance, infinite where no alignment exists.
 
         Args:
             features_BTF: log-mels, padded.
-            feature_lens_B, token_lens_B: valid frames and tokens; on the CPU they save waits for the device.
-            tokens_BU: ids, padded with any valid id.
-            chunk, left_context: as for `encode`.
-            passes: what runs in the place of the model's own methods; None runs these.
+            feature_lens_B: lengths in feature frames. If they are on the CPU, the host need not wait for a GPU.
+            tokens_BU: token ids, padded with any valid id.
+            token_lens_B: lengths in tokens, on the CPU for the same reason.
+            chunk: see `encode`.
+            left_context: see `encode`; a number of frames only.
+            passes: functions to call in place of the model's own methods; None calls the methods.
+
+        Raises:
+            ValueError: as in `Lattices.from_lengths`.
         """
         passes = passes or Passes(self.encode, self.transducer_losses)
         lens_B = to_device(feature_lens_B, features_BTF.device)
@@ -163,7 +188,7 @@ class Transducer(nn.Module):
         encoder_out_BSD, _ = passes.encode(features_BTF, lens_B, chunk, left)
         frames_B = units.output_frames(feature_lens_B)
         config, size = self.config, (encoder_out_BSD.shape[1], tokens_BU.shape[1])
-        lattices = Lattices.of(
+        lattices = Lattices.from_lengths(
             frames_B,
             token_lens_B,
             *size,
@@ -179,10 +204,16 @@ class Transducer(nn.Module):
     def transducer_losses(
         self, encoder_out_BSD: Tensor, tokens_BU: Tensor, *lattices: Any, backend: str = "torch"
     ) -> tuple[Tensor, Tensor]:
-        """Simple and pruned loss of each utterance, for the fields of `Lattices`.
+        """Computes the simple and the pruned loss (B,) of each utterance.
+
+        Args:
+            encoder_out_BSD: output of the encoder.
+            tokens_BU: token ids, padded with any valid id.
+            lattices: the fields of `Lattices`, one by one, because `Graphs` looks for tensors among the arguments.
+            backend: "torch" or "k2".
 
         Raises:
-            ValueError: as `pruned_loss.require_backend`.
+            ValueError: as in `pruned_loss.require_backend`.
         """
         decoder_out_BUD = self.decoder(nn.functional.pad(tokens_BU, (1, 0)))
         config = self.config
@@ -198,14 +229,15 @@ class Transducer(nn.Module):
             config.am_scale,
             config.rnnt_type,
             config.delay_penalty,
-        ).of_utterances(backend)
+        ).compute(backend)
 
     def _ctc_loss(self, encoder_out_BSD: Tensor, frames_B: Tensor, tokens_BU: Tensor, lens_B: Tensor) -> Tensor:
+        """Computes the CTC loss (B,) of each utterance; it is infinite where no alignment exists."""
         log_probs_SBV = self.ctc_output(encoder_out_BSD).float().transpose(0, 1)
-        # An infinite loss of ctc_loss itself would have NaN gradients, whatever it is multiplied by.
+        # Without zero_infinity an infinite loss would have NaN gradients, even if it is masked out afterwards.
         ctc_B = nn.functional.ctc_loss(log_probs_SBV, tokens_BU, frames_B, lens_B, reduction="none", zero_infinity=True)
         frames_B, lens_B = (to_device(x_B, tokens_BU.device) for x_B in (frames_B, lens_B))
-        # Between two equal tokens there must be a blank.
+        # An alignment needs a frame for each token, and one more for the blank between two equal tokens.
         positions_U = torch.arange(tokens_BU.shape[1], device=tokens_BU.device)[1:]
         repeated_BU = (tokens_BU[:, 1:] == tokens_BU[:, :-1]) & (positions_U < lens_B[:, None])
         return ctc_B.masked_fill(frames_B < lens_B + repeated_BU.sum(dim=1), math.inf)

@@ -1,6 +1,6 @@
 """The stateless predictor and the joiner of the transducer.
 
-Shapes: N sequences, U tokens, D channels in G groups of I (in) and O (out), C context, J joiner dim.
+Shapes: N sequences, U tokens, D channels, J joiner channels.
 """
 
 import torch
@@ -10,13 +10,20 @@ from ssm_asr.encoder.modules import scaled_linear
 from ssm_asr.encoder.regularize import Balancer
 from ssm_asr.ops.linear import grouped_conv
 
-PREDICTOR_GROUP = 4  # channels that the predictor's convolution mixes
+PREDICTOR_GROUP = 4  # channels of a group; the predictor's convolution mixes only channels of one group
 
 
 class Predictor(nn.Module):
-    """Embedding, a convolution over the last `context_size` tokens, ReLU ("decoder" in checkpoints).
+    """The stateless predictor: an embedding, a convolution over the last `context_size` tokens, and ReLU.
+
+    Checkpoints call it `decoder`.
 
     Source: Ghodsi et al. 2020, "RNN-transducer with stateless prediction network".
+
+    Args:
+        vocab_size: number of tokens, with the blank.
+        dim: D, a multiple of PREDICTOR_GROUP.
+        context_size: tokens that the output depends on.
     """
 
     def __init__(self, vocab_size: int, dim: int, context_size: int) -> None:
@@ -28,11 +35,11 @@ class Predictor(nn.Module):
         self.balance_out = Balancer(positive=None, abs=(0.5, 1.0), prob=0.05)
 
     def forward(self, tokens_NU: Tensor, pad: bool = True) -> Tensor:
-        """Token ids -> (N, U, dim), or (N, U - context_size + 1, dim) without padding.
+        """Maps token ids to (N, U, D), or to (N, U - context_size + 1, D) without padding.
 
         Args:
-            tokens_NU: negative ids stand for the start and have a zero embedding.
-            pad: put context_size - 1 zero vectors before the first token.
+            tokens_NU: token ids; a negative id means that there is no token yet, and its embedding is zero.
+            pad: whether to put context_size - 1 zero vectors before the first token.
         """
         known = (tokens_NU >= 0)[..., None]
         embedded = self.balance_embedding(self.embedding(tokens_NU.clamp(min=0)) * known)
@@ -43,7 +50,14 @@ class Predictor(nn.Module):
 
 
 class Joiner(nn.Module):
-    """output_linear(tanh(encoder_proj(e) + decoder_proj(d)))."""
+    """The joiner: output_linear(tanh(encoder_proj(e) + decoder_proj(d))) for encoder output e and predictor output d.
+
+    Args:
+        encoder_dim: channels of the encoder's output.
+        decoder_dim: channels of the predictor's output.
+        joiner_dim: J.
+        vocab_size: number of tokens, with the blank.
+    """
 
     def __init__(self, encoder_dim: int, decoder_dim: int, joiner_dim: int, vocab_size: int) -> None:
         super().__init__()
@@ -52,10 +66,12 @@ class Joiner(nn.Module):
         self.output_linear = nn.Linear(joiner_dim, vocab_size)
 
     def forward(self, encoder_out: Tensor, decoder_out: Tensor, project_input: bool = True) -> Tensor:
-        """Logits of shapes that broadcast together, (…, vocab_size).
+        """Returns the logits (…, vocab_size).
 
         Args:
-            project_input: False when both inputs are projected already, to (…, J).
+            encoder_out: output of the encoder, (…, encoder_dim).
+            decoder_out: output of the predictor, (…, decoder_dim), of a shape that broadcasts with it.
+            project_input: False if both inputs are projected already, to (…, J).
         """
         if project_input:
             encoder_out, decoder_out = self.encoder_proj(encoder_out), self.decoder_proj(decoder_out)

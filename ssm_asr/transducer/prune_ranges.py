@@ -1,6 +1,11 @@
-"""Which cells of the lattice a pruned transducer loss keeps (Kuang et al. 2022, arXiv 2206.13236).
+"""Chooses the cells of the lattice that a pruned transducer loss keeps.
 
-Shapes: B utterances, T frames, S symbols, U = S+1 rows of cells, R kept cells of a frame.
+A frame has a column of S+1 cells, one for each number of symbols that have been emitted. Of each column a window of R
+neighbouring cells is kept.
+
+Source: Kuang et al. 2022 (arXiv 2206.13236).
+
+Shapes: B utterances, T frames, S symbols, U = S+1 cells of a frame, R kept cells of a frame, W possible windows.
 """
 
 import torch
@@ -10,17 +15,20 @@ from ssm_asr.ops.lattice import checked_boundary
 
 
 def get_rnnt_prune_ranges(px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_range: int) -> Tensor:
-    """Rows (B, T, R) of the cells to keep: of each frame the R neighbours that hold the most occupation.
+    """Returns the cells to keep (B, T, R), each as its number of emitted symbols.
+
+    Of each frame it keeps the window that alignments visit most.
 
     Args:
-        px_grad: occupations of symbol arcs by the simple or smoothed loss, (B, S, T+1) of a regular lattice, else
-            (B, S, T).
-        py_grad: of blanks, (B, S+1, T).
+        px_grad: occupations of the symbol arcs, from the simple or smoothed loss: (B, S, T+1) for a regular lattice,
+            else (B, S, T).
+        py_grad: occupations of the blank arcs, (B, S+1, T).
         boundary: (B, 4), see `rnnt_loss_smoothed`.
-        s_range: R, which a regular lattice raises where it would not reach its end; at most S+1 in any case.
+        s_range: R. A regular lattice gets a larger one if its windows would not reach the last symbol; R is never more
+            than S+1.
 
     Raises:
-        ValueError: for an utterance without frames or R < 2 in a regular lattice; else for more symbols than frames.
+        ValueError: as in `checked_boundary`; in a regular lattice also for an utterance without frames and for R < 2.
     """
     _, S, symbol_frames = px_grad.shape
     num_frames = py_grad.shape[2]
@@ -38,13 +46,13 @@ def get_rnnt_prune_ranges(px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_
 
 
 def do_rnnt_pruning(am: Tensor, lm: Tensor, ranges: Tensor) -> tuple[Tensor, Tensor]:
-    """am (B, T, C) and lm (B, S+1, C) at the cells of the ranges (B, T, R): both (B, T, R, C)."""
+    """Takes am (B, T, C) and lm (B, S+1, C) at the cells of the ranges (B, T, R); returns both as (B, T, R, C)."""
     utterance_B11 = torch.arange(len(ranges), device=ranges.device)[:, None, None]
     return am[:, :, None].expand(-1, -1, ranges.shape[2], -1), lm[utterance_B11, ranges]
 
 
 def window_length(boundary_B4: Tensor, num_symbols: int, wanted: int, regular: bool) -> int:
-    """R: long enough that windows of a regular lattice reach the last symbol by the last frame, S+1 at most."""
+    """Returns R: `wanted`, or more if a regular lattice's windows would not reach the last symbol; S+1 at most."""
     if regular:
         _, _, s_end_B, t_end_B = boundary_B4.unbind(1)
         needed_B = torch.div(s_end_B - 1, t_end_B, rounding_mode="trunc") + 2
@@ -59,10 +67,22 @@ def window_starts(
     length: int,
     regular: bool,
 ) -> Tensor:
-    """First kept row (B, T) of each frame: rises by at most R-1 a frame (regular) or 1, and never falls."""
+    """Returns the first kept cell (B, T) of each frame.
+
+    It never falls from one frame to the next, and rises by at most R-1 in a regular lattice, by at most 1 in others, so
+    that alignments can follow.
+
+    Args:
+        symbol_occupation_BTS: probability that an alignment takes each symbol arc.
+        blank_occupation_BTU: probability that an alignment takes each blank arc.
+        boundary_B4: see `rnnt_loss_smoothed`.
+        length: R.
+        regular: whether a symbol stays in its frame.
+    """
     windows = blank_occupation_BTU.shape[2] - length + 1
-    # A window scores the blanks of its rows less the symbols that lead into it from the row below. The R terms
-    # are summed as they are: differences of cumulative sums would lose the digits that decide.
+    # The score of a window is the occupation of its blanks minus the occupation of the symbol arc that enters it from
+    # the cell below. The R terms are summed directly, because differences of cumulative sums would lose the digits that
+    # decide between windows.
     score_BTW = blank_occupation_BTU.unfold(2, length, 1).sum(-1)
     score_BTW[:, :, 1:].sub_(symbol_occupation_BTS[:, :, : windows - 1])
     best_BT = score_BTW.argmax(2)
@@ -74,12 +94,12 @@ def window_starts(
 
 
 def suffix_minimum(start_BT: Tensor) -> Tensor:
-    """Lowers frames to the least of all later ones, so that no window starts below an earlier one."""
+    """Lowers each start to the least of all later ones, so that no window starts below an earlier window."""
     return start_BT.flip(1).cummin(1).values.flip(1)
 
 
 def limit_rise(start_BT: Tensor, step: int) -> Tensor:
-    """Raises frames so that no window starts more than `step` above the one before, the first one at 0."""
+    """Raises starts so that no window starts more than `step` above the window before; the first window starts at 0."""
     ramp_T = step * torch.arange(start_BT.shape[1], device=start_BT.device)
     raised_BT = (start_BT - ramp_T).flip(1).cummax(1).values.flip(1) + ramp_T
     return torch.minimum(raised_BT, ramp_T)

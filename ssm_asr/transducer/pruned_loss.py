@@ -1,11 +1,13 @@
-"""Pruned RNN-T loss (Kuang et al. 2022, arXiv 2206.13236), in plain PyTorch or by k2 where that is installed.
+"""The pruned RNN-T loss, in plain PyTorch or computed by k2.
 
-A simple loss, whose joint is only a sum of two projections, covers the whole lattice of frames and symbols
-and tells by its occupations which few symbols matter at each frame; the real joiner then runs there alone.
-The functions named as in k2 are the steps of it.
+A simple loss, whose joint is only a sum of two projections, covers the whole lattice of frames and symbols. Its
+occupations tell which few symbols matter at each frame, and the joiner then runs only at these cells. The functions
+that have names of k2 are the single steps. Losses are in nats.
 
-Shapes: B utterances, T frames, S symbols, U = S+1 predictor outputs, R kept cells of a frame, V vocabulary
-with the blank, J joiner dimension. Losses are in nats.
+Source: Kuang et al. 2022 (arXiv 2206.13236).
+
+Shapes: B utterances, T frames, S symbols, U = S+1 predictor outputs, R kept cells of a frame, V vocabulary with the
+blank, J joiner channels, M frames that count.
 """
 
 import functools
@@ -51,10 +53,10 @@ BACKENDS = ("torch", "k2")
 
 
 def require_backend(backend: str) -> None:
-    """Refuses a backend that cannot compute the losses here.
+    """Refuses a backend that cannot compute the losses in this environment.
 
     Raises:
-        ValueError: if it is unknown or not installed.
+        ValueError: if the backend is unknown or not installed.
     """
     if backend not in BACKENDS:
         raise ValueError(f"loss backend {backend!r}: give one of {', '.join(BACKENDS)}")
@@ -64,15 +66,20 @@ def require_backend(backend: str) -> None:
 
 @functools.cache
 def _k2() -> ModuleType | None:
+    """Returns the module k2, or None if it cannot be used here."""
     try:
         import k2
     except (ImportError, OSError):  # OSError: its libraries were built for another PyTorch
         return None
-    return k2 if hasattr(k2, "rnnt_loss_smoothed") else None  # a directory of that name can be imported, too
+    return k2 if hasattr(k2, "rnnt_loss_smoothed") else None  # a directory named k2 can also be imported
 
 
 def vocabulary_projection(layer: nn.Linear, x: Tensor, backend: str = "torch") -> Tensor:
-    """layer(x), for the simple loss; with "torch" there may be further tokens, whose logits are -inf, for speed."""
+    """Projects x (…, D) to the logits (…, V) of the simple loss.
+
+    With the backend "torch" there may be more than V logits: columns of -inf fill up the matrix product, which makes it
+    faster on a GPU.
+    """
     return (linear_padded if backend == "torch" else linear)(x, layer.weight, layer.bias)
 
 
@@ -92,30 +99,32 @@ def pruned_transducer_loss(
     delay_penalty: float = 0.0,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """(simple losses (B,), pruned losses (B,)) of a batch, in float32, or float64 for such inputs.
+    """Computes the simple losses (B,) and the pruned losses (B,) of a batch.
 
-    An utterance that no alignment fits (it has no frame or, unless regular, more symbols than frames) has
-    infinite losses and gradients of zero, for the trainer to leave out and count. Under autocast only the
-    matrix products of the joiner run in the lower precision.
+    The losses are in float32, or in float64 if the inputs are. An utterance that no alignment fits (it has no frame or,
+    in a lattice that is not regular, more symbols than frames) has infinite losses and gradients of zero, so that a
+    trainer can leave it out and count it. Under autocast only the matrix products of the joiner run in the lower
+    precision.
 
     Args:
-        simple_am_BTV: the simple joint's half of the encoder.
-        simple_lm_BUV: its half of the predictor.
-        encoder_out_BTJ: projected to the joiner's dimension.
-        decoder_out_BUJ: likewise.
+        simple_am_BTV: the encoder's logits in the simple joint.
+        simple_lm_BUV: the predictor's logits in the simple joint.
+        encoder_out_BTJ: the encoder's output, projected to the joiner's channels.
+        decoder_out_BUJ: the predictor's output, projected to the joiner's channels.
         joiner: joiner(encoder, decoder, project_input=False) is output_linear(tanh(encoder + decoder)).
         symbols_BS: ids, of which 0 is the blank; padding may be any valid id.
-        frames_B: lengths of the encoder's output; on the CPU they save a wait for the device.
-        symbols_lens_B: lengths of the transcripts; likewise.
+        frames_B: lengths in frames of the encoder's output. If they are on the CPU, the host need not wait for a GPU.
+        symbols_lens_B: lengths of the transcripts in symbols, on the CPU for the same reason.
         prune_range: cells kept of a frame; see `get_rnnt_prune_ranges`.
-        lm_scale: lm_only_scale of `rnnt_loss_smoothed`.
-        am_scale: its am_only_scale.
-        rnnt_type: see there.
-        delay_penalty: see there; of both losses.
-        backend: "torch", or "k2" where that is installed.
+        lm_scale: `lm_only_scale` of `rnnt_loss_smoothed`.
+        am_scale: `am_only_scale` of `rnnt_loss_smoothed`.
+        rnnt_type: see `rnnt_loss_smoothed`.
+        delay_penalty: see `rnnt_loss_smoothed`; it is added in both losses.
+        backend: "torch", or "k2" if k2 is installed.
 
     Raises:
-        ValueError: as `checked_boundary`; for a backend that is unknown or not installed.
+        ValueError: if the numbers of lengths and utterances differ; as in `Lattices.from_lengths`; as in
+            `require_backend`.
     """
     if not len(frames_B) == len(symbols_lens_B) == len(symbols_BS):
         raise ValueError(
@@ -129,24 +138,32 @@ def pruned_transducer_loss(
         decoder_out_BUJ,
         joiner,
         symbols_BS,
-        Lattices.of(frames_B, symbols_lens_B, *size, prune_range, rnnt_type, simple_am_BTV.device),
+        Lattices.from_lengths(frames_B, symbols_lens_B, *size, prune_range, rnnt_type, simple_am_BTV.device),
         lm_scale,
         am_scale,
         rnnt_type,
         delay_penalty,
-    ).of_utterances(backend)
+    ).compute(backend)
 
 
 class Lattices(NamedTuple):
-    """What the losses need to know of the lengths in a batch."""
+    """What the losses need to know about the lengths in a batch.
 
-    boundary_B4: Tensor  # [0, 0, symbols, frames]; of an utterance without an alignment, that of one frame
-    feasible_B: Tensor  # whether there is an alignment
-    cells: int  # R
-    frame_M: Tensor | None  # which of the B·T frames count; None to compute all, and use those that count
+    Attributes:
+        boundary_B4: [0, 0, symbols, frames] of each utterance; [0, 0, 0, 1] for an utterance without an alignment.
+        feasible_B: whether an utterance has an alignment.
+        cells: R.
+        frame_M: indices into the B·T frames of those that are not padding. None computes the joiner at all frames, so
+            that shapes do not depend on the lengths.
+    """
+
+    boundary_B4: Tensor
+    feasible_B: Tensor
+    cells: int
+    frame_M: Tensor | None
 
     @classmethod
-    def of(
+    def from_lengths(
         cls,
         frames_B: Tensor,
         symbols_lens_B: Tensor,
@@ -157,10 +174,21 @@ class Lattices(NamedTuple):
         device: torch.device,
         every_frame: bool = False,
     ) -> "Lattices":
-        """Of a batch padded to num_frames and num_symbols. Lengths on the CPU save a wait for the device.
+        """Makes the lattices of a batch.
+
+        Args:
+            frames_B: lengths in frames of the encoder's output. If they are on the CPU, the host need not wait for a
+                GPU.
+            symbols_lens_B: lengths of the transcripts in symbols, on the CPU for the same reason.
+            num_frames: T, to which the batch is padded.
+            num_symbols: S, to which the batch is padded.
+            prune_range: cells kept of a frame; see `get_rnnt_prune_ranges`.
+            rnnt_type: see `rnnt_loss_smoothed`.
+            device: where the losses are computed.
+            every_frame: whether `frame_M` is None.
 
         Raises:
-            ValueError: as `checked_boundary`; for a prune_range that lets no symbol through.
+            ValueError: as in `check_boundary`; for a prune_range that lets no symbol through.
         """
         boundary_B4, feasible_B = _feasible_boundary(frames_B.cpu(), symbols_lens_B.cpu(), rnnt_type)
         check_boundary(boundary_B4, num_frames, num_symbols, rnnt_type)
@@ -173,7 +201,7 @@ class Lattices(NamedTuple):
 
 
 class LatticeLosses(NamedTuple):
-    """`pruned_transducer_loss`, whose arguments these are, with what it finds out about the lengths given."""
+    """The arguments of `pruned_transducer_loss`, with `Lattices` in place of the lengths."""
 
     simple_am_BTV: Tensor
     simple_lm_BUV: Tensor
@@ -187,23 +215,25 @@ class LatticeLosses(NamedTuple):
     rnnt_type: str
     delay_penalty: float
 
-    def of_utterances(self, backend: str = "torch") -> tuple[Tensor, Tensor]:
-        """Simple and pruned losses. By "torch" it never waits for a GPU.
+    def compute(self, backend: str = "torch") -> tuple[Tensor, Tensor]:
+        """Computes the simple losses (B,) and the pruned losses (B,).
+
+        With the backend "torch" the host never waits for a GPU.
 
         Raises:
-            ValueError: as `require_backend`.
+            ValueError: as in `require_backend`.
         """
         require_backend(backend)
         k2 = _k2() if backend == "k2" else None
         given = self
-        if self.symbols_BS.shape[1] == 0:  # only empty transcripts, but windows have two rows
+        if self.symbols_BS.shape[1] == 0:  # all transcripts are empty, but a window needs two cells
             given = given._replace(
                 symbols_BS=functional.pad(self.symbols_BS, (0, 1)),
                 simple_lm_BUV=functional.pad(self.simple_lm_BUV, (0, 0, 0, 1)),
                 decoder_out_BUJ=functional.pad(self.decoder_out_BUJ, (0, 0, 0, 1)),
             )
         simple_B, pruned_B = given._by_k2(k2) if k2 else given._by_torch()
-        # Where a loss is infinite this also cuts off its gradients, which k2 makes up.
+        # The mask also cuts off the gradients of infinite losses, for which k2 returns meaningless numbers.
         feasible_B = self.lattices.feasible_B
         simple_B, pruned_B = (
             loss_B.masked_fill(~feasible_B | (loss_B == torch.inf), torch.inf) for loss_B in (simple_B, pruned_B)
@@ -211,7 +241,7 @@ class LatticeLosses(NamedTuple):
         return simple_B, pruned_B
 
     def _by_torch(self) -> tuple[Tensor, Tensor]:
-        """Of the joiner's logits and their gradients, no more exists at a time than a piece of the cells."""
+        """Computes the losses in PyTorch. To save memory the joiner's logits exist for one piece of cells at a time."""
         boundary_B4, _, cells, frame_M = self.lattices
         regular, symbols_BS = self.rnnt_type == "regular", self.symbols_BS
         arcs: Any = dict(
@@ -221,7 +251,7 @@ class LatticeLosses(NamedTuple):
             delay_penalty=self.delay_penalty,
         )
         weight_VJ, bias_V = self.joiner.output_linear.weight, self.joiner.output_linear.bias
-        matmul_dtype = functional.linear(self.encoder_out_BTJ[:0], weight_VJ).dtype  # autocast's, where it is on
+        matmul_dtype = functional.linear(self.encoder_out_BTJ[:0], weight_VJ).dtype  # the lower type if autocast is on
         with torch.autocast(symbols_BS.device.type, enabled=False):
             symbol_BTU, blank_BTU = smoothed_terms(
                 self.simple_lm_BUV, self.simple_am_BTV, symbols_BS.long(), BLANK, self.lm_scale, self.am_scale
@@ -248,6 +278,7 @@ class LatticeLosses(NamedTuple):
         return -simple.score_B, -pruned.score_B
 
     def _by_k2(self, k2: Any) -> tuple[Tensor, Tensor]:
+        """Computes the losses by the functions of k2."""
         boundary_B4, _, cells, _ = self.lattices
         common: dict[str, Any] = dict(
             symbols=self.symbols_BS,
@@ -275,7 +306,10 @@ class LatticeLosses(NamedTuple):
 
 
 def _feasible_boundary(frames_B: Tensor, symbols_lens_B: Tensor, rnnt_type: str) -> tuple[Tensor, Tensor]:
-    """Boundary (B, 4) and which utterances have an alignment; the others get a stand-in of one frame."""
+    """Returns the fields `boundary_B4` and `feasible_B` of `Lattices`.
+
+    An utterance without an alignment gets one frame and no symbols, so that all computations stay finite.
+    """
     feasible_B = frames_B > 0
     if rnnt_type != "regular":
         feasible_B = feasible_B & (frames_B >= symbols_lens_B)

@@ -1,7 +1,11 @@
-"""Transducer losses under k2's names and arguments (Kuang et al. 2022, arXiv 2206.13236), in plain PyTorch.
+"""Transducer losses in plain PyTorch, with the names and arguments of k2.
 
-Shapes: B utterances, T frames, S symbols, U = S+1 predictor outputs, R kept cells of a frame, V vocabulary
-with the blank. A boundary row is [s_begin, t_begin, s_end, t_end]. Losses are in nats.
+A row of a boundary is [s_begin, t_begin, s_end, t_end]: the symbols and frames of an utterance. Losses are in nats.
+
+Source: Kuang et al. 2022 (arXiv 2206.13236).
+
+Shapes: B utterances, T frames, S symbols, U = S+1 predictor outputs, R kept cells of a frame, V vocabulary with the
+blank.
 """
 
 from typing import Any
@@ -37,7 +41,7 @@ def rnnt_loss_simple(
     reduction: str = "mean",
     return_grad: bool = False,
 ) -> Any:
-    """`rnnt_loss_smoothed` without smoothing: the joint is log_softmax(am + lm)."""
+    """Computes `rnnt_loss_smoothed` without smoothing: the joint is log_softmax(am + lm)."""
     scales = (0.0, 0.0)
     return rnnt_loss_smoothed(
         lm,
@@ -66,28 +70,32 @@ def rnnt_loss_smoothed(
     reduction: str = "mean",
     return_grad: bool = False,
 ) -> Any:
-    """Loss over the whole lattice of a joint smoothed by its two halves (arXiv 2206.13236).
+    """Computes the loss over the whole lattice, with a joint that is smoothed by its two halves.
+
+    Source: Kuang et al. 2022 (arXiv 2206.13236).
 
     Args:
-        lm: (B, S+1, V) of the predictor.
-        am: (B, T, V) of the encoder.
-        symbols: (B, S) ids.
-        termination_symbol: the blank.
-        lm_only_scale: share of the predictor's own log-probabilities.
-        am_only_scale: share of the encoder's, by the batch's mean predictor.
-        boundary: (B, 4); None is [0, 0, S, T] for all.
-        rnnt_type: "regular"; "modified": each symbol takes a frame; "constrained": each takes the blank of its
-            frame as well.
-        delay_penalty: added to a symbol's log-probability for each frame that it comes earlier.
+        lm: logits (B, S+1, V) from the predictor.
+        am: logits (B, T, V) from the encoder.
+        symbols: ids (B, S).
+        termination_symbol: id of the blank.
+        lm_only_scale: share of the log-probabilities that the predictor alone gives.
+        am_only_scale: share of the log-probabilities that the encoder gives with the batch's mean predictor output.
+        boundary: (B, 4); None means [0, 0, S, T] for all utterances.
+        rnnt_type: "regular"; "modified", in which each symbol takes a frame; or "constrained", in which each symbol
+            takes a frame and also the probability of the blank that follows it in this frame.
+        delay_penalty: a symbol at frame t gets delay_penalty·((t_end - 1)/2 - t) added to its log-probability, so that
+            early symbols are favoured.
         reduction: "none", "mean" over the batch, or "sum".
-        return_grad: whether to return the occupations: the gradient of each utterance's score, which is minus its
-            loss, with respect to its symbol arcs (B, S, T+1), or (B, S, T) unless regular, and blanks (B, S+1, T).
+        return_grad: whether to return the occupations too. They are the gradient of each utterance's score (minus its
+            loss) with respect to its symbol arcs, (B, S, T+1) if regular, else (B, S, T), and its blank arcs,
+            (B, S+1, T).
 
     Returns:
         The loss, or (loss, (symbol occupations, blank occupations)).
 
     Raises:
-        ValueError: as `checked_boundary` and for an unknown reduction.
+        ValueError: as in `checked_boundary`, and for an unknown reduction.
     """
     boundary = checked_boundary(boundary, am.shape[1], symbols, rnnt_type)
     symbol_BTU, blank_BTU = smoothed_terms(lm, am, symbols.long(), termination_symbol, lm_only_scale, am_only_scale)
@@ -112,17 +120,19 @@ def rnnt_loss_pruned(
     reduction: str = "mean",
     use_hat_loss: bool = False,
 ) -> Tensor:
-    """Loss over the cells that the ranges keep; infinite where they leave an utterance no alignment.
+    """Computes the loss over the cells that the ranges keep. It is infinite where they leave an utterance no alignment.
+
+    The arguments that are not listed are those of `rnnt_loss_smoothed`.
 
     Args:
-        logits: (B, T, R, V) of the joiner at those cells.
-        ranges: (B, T, R) of `get_rnnt_prune_ranges`.
-        use_hat_loss: the blank is a Bernoulli variable of its own (Variani et al. 2020, arXiv 2003.07705).
-        others: as in `rnnt_loss_smoothed`.
+        logits: (B, T, R, V), from the joiner at the kept cells.
+        ranges: (B, T, R), from `get_rnnt_prune_ranges`.
+        use_hat_loss: whether the blank has a Bernoulli distribution of its own beside the distribution over symbols
+            (Variani et al. 2020, arXiv 2003.07705).
 
     Raises:
-        ValueError: as `checked_boundary`, for an unknown reduction, for ranges that fall over time, and for a
-            HAT blank other than 0.
+        ValueError: as in `checked_boundary`; for an unknown reduction, for ranges that fall over time, and for a blank
+            other than 0 with use_hat_loss.
     """
     boundary = checked_boundary(boundary, logits.shape[1], symbols, rnnt_type)
     start_BT = ranges[:, :, 0]
@@ -148,7 +158,7 @@ def rnnt_loss(
     reduction: str = "mean",
     use_hat_loss: bool = False,
 ) -> Tensor:
-    """`rnnt_loss_pruned` over the whole lattice: logits (B, T, S+1, V)."""
+    """Computes `rnnt_loss_pruned` over the whole lattice, from logits (B, T, S+1, V)."""
     ranges = torch.arange(logits.shape[2], device=logits.device).expand(logits.shape[:3])
     return rnnt_loss_pruned(
         logits,
@@ -164,6 +174,7 @@ def rnnt_loss(
 
 
 def _hat_terms(logits_BTRV: Tensor, next_symbol_BTR: Tensor, blank: int) -> tuple[Tensor, Tensor]:
+    """Returns (symbol, blank) log-probabilities (B, T, R) as in Variani et al. 2020 (arXiv 2003.07705)."""
     if blank != 0:
         raise ValueError(f"blank {blank}: the HAT loss needs blank 0")
     blank_logit_BTR, symbol_logits = logits_BTRV[..., 0], logits_BTRV[..., 1:]
@@ -173,7 +184,14 @@ def _hat_terms(logits_BTRV: Tensor, next_symbol_BTR: Tensor, blank: int) -> tupl
 
 
 def next_symbols(symbols_BS: Tensor, row_BTR: Tensor) -> Tensor:
-    """The id that each cell's symbol arc puts out; any id for cells of the last row, which have none."""
+    """Returns the id (B, T, R) that the symbol arc of each cell emits.
+
+    Cells of the last row, which have no symbol arc, get any id.
+
+    Args:
+        symbols_BS: ids.
+        row_BTR: number of emitted symbols of each cell.
+    """
     S = symbols_BS.shape[1]
     if S == 0:
         return torch.zeros_like(row_BTR)
@@ -189,6 +207,7 @@ def score_arcs(
     delay_penalty: float,
     start_BT: Tensor | None = None,
 ) -> LatticeScore:
+    """Returns the score and the occupations of the lattice (see `lattice_score`), after `symbol_arcs`."""
     symbol_BTR = symbol_arcs(symbol_BTR, blank_BTR, boundary_B4, rnnt_type, delay_penalty, start_BT is not None)
     return lattice_score(symbol_BTR, blank_BTR, boundary_B4, num_symbols, rnnt_type == "regular", start_BT)
 
@@ -201,14 +220,26 @@ def symbol_arcs(
     delay_penalty: float,
     pruned: bool = False,
 ) -> Tensor:
-    """With what a type adds, and without symbols at the end's frame where alignments could come by them."""
+    """Returns the log-probabilities of the symbol arcs with the delay penalty and the terms of the lattice's type.
+
+    In a regular lattice that is not pruned, arcs at frame t_end and later are set to -inf, because the end could be
+    reached over them. In all others such arcs do not lead to the end, or are cut by `lattice_score`.
+
+    Args:
+        symbol_BTR: log-probability of the symbol arc of each cell.
+        blank_BTR: log-probability of the blank arc of each cell.
+        boundary_B4: see `rnnt_loss_smoothed`.
+        rnnt_type: see `rnnt_loss_smoothed`.
+        delay_penalty: see `rnnt_loss_smoothed`.
+        pruned: whether only windows of the lattice are kept.
+    """
     t_end_B11 = boundary_B4[:, 3, None, None]
     frame_T1 = torch.arange(symbol_BTR.shape[1], device=symbol_BTR.device)[:, None]
     if delay_penalty != 0.0:
         symbol_BTR = symbol_BTR + delay_penalty * ((t_end_B11 - 1) / 2 - frame_T1).to(symbol_BTR.dtype)
     if rnnt_type == "constrained":
         symbol_BTR = symbol_BTR + functional.pad(blank_BTR[:, :, 1:], (0, 1), value=-torch.inf)
-    if rnnt_type == "regular" and not pruned:  # else the lattice has no such alignments
+    if rnnt_type == "regular" and not pruned:
         symbol_BTR = symbol_BTR.masked_fill(frame_T1 >= t_end_B11, -torch.inf)
     return symbol_BTR
 

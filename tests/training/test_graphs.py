@@ -143,7 +143,9 @@ def test_losses_wait_for_nothing():
     model, _ = make_model()
     features, tokens = torch.randn(3, 120, 80, device=DEVICE), torch.randint(1, 5, (3, 9), device=DEVICE)
     frames = torch.tensor([28, 25, 20])
-    lattices = Lattices.of(frames, torch.tensor([9, 4, 7]), 28, 9, 5, "regular", features.device, every_frame=True)
+    lattices = Lattices.from_lengths(
+        frames, torch.tensor([9, 4, 7]), 28, 9, 5, "regular", features.device, every_frame=True
+    )
     draws = Draws(torch.device(DEVICE))
     for mode in (nullcontext(), RefuseNew()):  # the first pass finds the numbers of the predictor, which may wait
         with draws.in_use():
@@ -198,7 +200,7 @@ def test_weights_cast_together():
             assert model[2].weight.dtype == torch.bfloat16
             loss = model(x).float().square().sum()
     found = torch.autograd.grad(loss, list(weights.tensors.values()))
-    weights.take(dict(zip(weights.tensors, found, strict=True)))
+    weights.store_gradients(dict(zip(weights.tensors, found, strict=True)))
     assert list(map(id, model.parameters())) == list(map(id, parameters)) == list(weights.gradients)
     for p, gradient in zip(parameters, expected, strict=True):
         assert torch.equal(weights.gradients[id(p)], gradient)
