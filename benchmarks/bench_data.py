@@ -1,17 +1,17 @@
-"""Times how fast batches come: seconds of audio a second, through the sampler and loader that training uses.
+"""Times how fast batches come, in seconds of audio per second, through the sampler and loader that training uses.
 
-    python benchmarks/bench_data.py                                       noise as speech, in a temporary directory
+    python benchmarks/bench_data.py                                       on noise, in a temporary directory
     python benchmarks/bench_data.py --cuts DATA/cuts_train.jsonl.gz --tokens DATA/tokens --config FILE
 
-Without --cuts, noise of 5 - 15 s an utterance in FLAC is prepared in three ways: features computed on the fly, stored
-as a file a cut, and stored in shards. Files are read again and again and so come from memory: a slow disk is not seen.
-For each of them:
-  processor time   of one process that does everything, in ms for 1000 s of audio, and what it goes to. Other programs
-                   disturb it little; from it follows how many workers keep up with --needed seconds of audio a second
-  delivered        by N workers, in seconds of audio a second of wall-clock time, and what the training process itself
-                   pays for a batch: it draws what is in it and takes it over. More workers do not make that less, so
-                   that there is a most that it can take
-  once             reading and filtering the cuts, and what resuming pays for a batch that it passes over
+Without --cuts, utterances of noise, 5 - 15 s long in FLAC, are prepared in three ways: with features on the fly, stored
+in a file for each cut, and stored in shards. Files are read repeatedly, so they come from memory: the speed of the disk
+is not measured. The report says for each source of cuts:
+  processor time   what one process that does everything spends on 1000 s of audio, in ms, and on what. Other programs
+                   disturb it little. From it follows how many workers keep up with --needed seconds of audio a second
+  delivered        how many seconds of audio N workers deliver in a second, and how many the training process itself can
+                   take, since it draws what is in a batch and receives it, which more workers do not make faster
+  once             what reading and filtering the cuts takes
+  to resume        what resumed training spends on each batch that it passes over
 """
 
 import argparse
@@ -44,14 +44,14 @@ from ssm_asr.data.tokens import Tokenizer, train_tokenizer
 from ssm_asr.units import FRAME_SHIFT_MS, SAMPLE_RATE_HZ
 
 CUTS_TO_WEIGH = 1000
-MOST_BATCHES = 1000  # that are taken of a source at a time
+MOST_BATCHES = 1000  # no measurement takes more batches of a source
 WORDS = ["ONE", "TWO", "THREE", "FOUR"]
 FORMS: dict[str, dict[str, Any]] = {
     "on the fly": {"on_the_fly": True},
     "stored": {"on_the_fly": False},
     "shards": {"on_the_fly": False, "shar": True},
 }
-# What time goes to: the end of a file's path, and a function in it.
+# The parts of the work, each with the end of a file's path and a function in that file.
 PARTS = {
     "read audio": ("cut/mono.py", "load_audio"),
     "fbank": ("kaldi/extractors.py", "extract"),
@@ -64,7 +64,7 @@ PARTS = {
 
 
 def made_corpus(directory: Path, num_utterances: int) -> Path:
-    """A manifest of noise with words, of 5 - 15 s."""
+    """Makes utterances of noise of 5 - 15 s with random transcripts, and returns their manifest."""
     rng = np.random.default_rng(1)
     cuts = []
     for k in tqdm(range(num_utterances), desc="making utterances", leave=False, disable=None):
@@ -79,7 +79,7 @@ def made_corpus(directory: Path, num_utterances: int) -> Path:
 
 
 class Source:
-    """One form of the training data."""
+    """A source is one form of the training data."""
 
     def __init__(self, path: Path, tokenizer: Tokenizer, config: DataConfig, noise_cuts: CutSet | None) -> None:
         self.tokenizer, self.config, self.noise_cuts = tokenizer, config, noise_cuts
@@ -96,7 +96,7 @@ class Source:
         self.total_s = sum(cut.duration for cut in self.cuts)
 
     def batches(self, num_workers: int, start_batch: int = 0) -> Iterator[Batch]:
-        """More batches than are taken, after those passed over."""
+        """Yields more batches than any measurement takes, from the given one on."""
         repeats = math.ceil(MOST_BATCHES * self.config.max_duration_s / self.total_s)
         return train_batches(
             self.cuts.repeat(times=repeats),
@@ -110,23 +110,24 @@ class Source:
 
 
 def audio_s(batch: Batch) -> float:
+    """Returns the seconds of audio in a batch."""
     return float(batch.feature_lens_B.sum()) * FRAME_SHIFT_MS / 1000
 
 
 def take(batches: Iterator[Batch], count: int, task: str) -> float:
-    """Takes so many batches, and returns the seconds of audio in them."""
+    """Takes a number of batches, and returns the seconds of audio in them."""
     bar = tqdm(islice(batches, count), desc=task, total=count, unit="batch", leave=False, disable=None)
     return sum(audio_s(batch) for batch in bar)
 
 
 def processor_times(source: Source, num_batches: int) -> dict[str, float]:
-    """ms of one process for 1000 s of audio: in all, and the parts of it."""
+    """Returns the ms that one process spends on 1000 s of audio: in all, and on each of PARTS."""
     batches = source.batches(0)
     next(batches)  # fills the sampler's buffer
     start = time.process_time()
     seconds = take(batches, num_batches, "timing one process")
     times = {"all": time.process_time() - start}
-    profile = cProfile.Profile(time.process_time)  # makes small functions slower: for the parts alone
+    profile = cProfile.Profile(time.process_time)  # it slows small functions down, so it serves the parts only
     with profile:
         profiled_s = take(batches, num_batches, "profiling")
     statistics = pstats.Stats(profile).stats  # type: ignore[attr-defined]
@@ -137,9 +138,9 @@ def processor_times(source: Source, num_batches: int) -> dict[str, float]:
 
 
 def delivered(source: Source, num_workers: int, num_batches: int) -> tuple[float, float]:
-    """Seconds of audio a second by so many workers, and by the processor time of the training process alone."""
+    """Returns how many seconds of audio come in a second from the workers, and how many this process could take."""
     batches = source.batches(num_workers)
-    # Until all have started, and what they had made beforehand is used up.
+    # These batches are not timed: the workers start, and what they made in advance is used up.
     take(batches, 4 * num_workers, f"starting {num_workers} workers")
     start, own_start = time.perf_counter(), time.process_time()
     seconds = take(batches, num_batches, f"timing {num_workers} workers")
@@ -147,7 +148,7 @@ def delivered(source: Source, num_workers: int, num_batches: int) -> tuple[float
 
 
 def passing_ms(source: Source, num_batches: int = 500) -> float:
-    """What resuming pays for a batch that it passes over."""
+    """Returns the ms that resumed training spends on each batch that it passes over."""
     first_ms: list[float] = []
     last_ms: list[float] = []
     for times_ms, start_batch in 3 * [(first_ms, 0), (last_ms, num_batches)]:
@@ -158,7 +159,7 @@ def passing_ms(source: Source, num_batches: int = 500) -> float:
 
 
 def report(name: str, source: Source, options: argparse.Namespace) -> None:
-    """Prints all that is measured of one form."""
+    """Measures a source and prints the results."""
     times_ms = processor_times(source, options.batches)
     needed_s = options.needed
     print(f"\n{name}")
@@ -197,7 +198,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """The command line."""
+    """Runs the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cuts", nargs="+", type=Path, help="manifests or directories of shards (default: made)")
     parser.add_argument("--tokens", type=Path, help="directory that 'prepare tokens' wrote, for --cuts")

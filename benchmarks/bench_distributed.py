@@ -1,11 +1,14 @@
-"""Times the training step of one GPU beside that of all, and checks that all compute what one would.
+"""Times the training step of one GPU and of all together, and checks that all together compute what one would.
 
     torchrun --nproc-per-node 2 benchmarks/bench_distributed.py
     torchrun --nproc-per-node 2 benchmarks/bench_distributed.py --device cpu --config FILE --seconds 2 --utterances 4
 
-Every process has a batch of its own, so that N processes work on N times the audio in a step; the efficiency is the
-time of one process, while the others wait, over the time of all together. Before that, with the regularisers off, a
-short training run of all processes is compared with that of a single one, whose batches are all of theirs joined.
+The batches are random tensors. Every process has a batch of its own, so N processes work on N times the audio in a
+step. The efficiency is the time of one process, while the others wait, divided by the time of all together. Before
+anything is timed, and with the regularisers off, a short training run of all processes is compared with a run of a
+single one, whose batches are those of all processes joined.
+
+Shapes: B utterances, T feature frames (10 ms), F mel bins, U tokens.
 """
 
 import argparse
@@ -31,12 +34,12 @@ from ssm_asr.training.objective import PRECISIONS
 from ssm_asr.training.optim import ScaledAdam
 from ssm_asr.transducer.model import Transducer
 
-BATCH_COUNT = 10000.0  # where the schedules stand
+BATCH_COUNT = 10000.0  # the schedules stand at this batch
 TOLERANCES = {"float32": 1e-4, "bf16": 0.05, "fp16": 0.05}
 
 
 class Data(NamedTuple):
-    """A batch of random features and tokens."""
+    """Holds a batch of random features and tokens."""
 
     features_BTF: Tensor
     lens_B: Tensor
@@ -45,7 +48,7 @@ class Data(NamedTuple):
 
 
 def make_batch(seed: int, options: argparse.Namespace) -> Data:
-    """A batch of one process, of one of the trainer's fixed shapes."""
+    """Makes the batch of one process, in one of the trainer's fixed shapes."""
     generator = torch.Generator().manual_seed(seed)
     frames = shape_frames(options.seconds)
     count, tokens = options.utterances, round(4 * options.seconds)
@@ -58,7 +61,7 @@ def make_batch(seed: int, options: argparse.Namespace) -> Data:
 
 
 class Step:
-    """The model and its optimiser in one process."""
+    """Holds the model and its optimiser in one process, and trains them."""
 
     def __init__(self, experiment: Experiment, place: distributed.Place, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
@@ -72,12 +75,12 @@ class Step:
         self.optimizer = ScaledAdam(self.model.parameters(), lr=0.01)
 
     def backward(self, batch: Data) -> None:
-        """Leaves the gradients of a batch at the parameters."""
+        """Computes the gradients of a batch."""
         self.model.zero_grad(set_to_none=True)
         self.loss(batch).backward()
 
     def loss(self, batch: Data) -> Tensor:
-        """Both losses, summed over the utterances."""
+        """Returns the weighted sum of both losses over the utterances."""
         device = self.place.device
         with torch.autocast(device.type, PRECISIONS[self.precision], enabled=self.precision != "float32"):
             losses = self.model(
@@ -92,39 +95,45 @@ class Step:
         return (0.5 * losses.simple_B + losses.pruned_B).sum()
 
     def alone(self, batch: Data) -> None:
-        """A step without the others."""
+        """Takes a training step without the other processes."""
         self.backward(batch)
         self.optimizer.step()
 
     def together(self, batch: Data) -> None:
-        """A step of all processes."""
+        """Takes a training step together with all processes."""
         self.backward(batch)
         distributed.average_gradients(self.model, self.place)
         self.optimizer.step()
 
     def gradient(self) -> Tensor:
-        """All gradients end to end, zeros where there are none."""
+        """Returns all gradients end to end; a missing one is zero."""
         return torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.model.parameters()]
         )
 
     def weights(self) -> Tensor:
-        """All weights end to end."""
+        """Returns all weights end to end."""
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
 
 
 class Run(NamedTuple):
-    """What a short training run leaves."""
+    """Holds what a short training run gives.
 
-    gradient: Tensor  # of the first step, a mean over the processes
-    way: Tensor  # from the first weights to the last
-    loss: float  # of the last weights for the first batches, in nats an utterance
+    Attributes:
+        gradient: the gradient of the first step, averaged over the processes.
+        change: the last weights less the first.
+        loss: the loss of the last weights on the first batches, in nats per utterance.
+    """
+
+    gradient: Tensor
+    change: Tensor
+    loss: float
 
 
 def train(step: Step, together: bool, options: argparse.Namespace) -> Run:
-    """Trains on batches of all processes: on all of them here, or each process on its own together with the others."""
+    """Trains on the batches of all processes: on all of them in this one, or on its own, together with the others."""
     place = step.place
-    step.model.eval()  # no regularisers
+    step.model.eval()  # which turns the regularisers off
     start, gradient = step.weights(), torch.empty(0)
     what = "together" if together else "one process"
     for number in tqdm(range(options.steps), f"train, {what}", leave=False, disable=place.rank > 0 or None):
@@ -144,12 +153,12 @@ def train(step: Step, together: bool, options: argparse.Namespace) -> Run:
 
 
 def difference(one: Tensor, other: Tensor) -> float:
-    """Relative to the norm of the first."""
+    """Returns the norm of the difference, relative to the norm of the first tensor."""
     return float((other - one).norm() / one.norm())
 
 
 def time_ms(step: Callable[[Data], None], batch: Data, place: distributed.Place, repeats: int) -> float:
-    """Median time of a step; the three before are for captures."""
+    """Returns the median time of a step, after three steps in which graphs are captured."""
     times_ms = []
     for _ in tqdm(range(repeats + 3), "time", leave=False, disable=place.rank > 0 or None):
         start = time.perf_counter()
@@ -161,15 +170,18 @@ def time_ms(step: Callable[[Data], None], batch: Data, place: distributed.Place,
 
 
 def main() -> None:
+    """Runs the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="configuration of the experiment (default: Zipformer M)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--precision", default="bf16", choices=PRECISIONS, help="default: bf16")
-    parser.add_argument("--utterances", type=positive, default=40, help="in the batch of a process (default: 40)")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of the longest utterance (default: 15)")
-    parser.add_argument("--vocab-size", type=positive, default=500)
-    parser.add_argument("--steps", type=positive, default=20, help="of the runs that are compared (default: 20)")
-    parser.add_argument("--repeats", type=positive, default=10, help="the median counts (default: 10)")
+    parser.add_argument(
+        "--utterances", type=positive, default=40, help="utterances in the batch of a process (default: 40)"
+    )
+    parser.add_argument("--seconds", type=float, default=15.0, help="length of the longest utterance (default: 15)")
+    parser.add_argument("--vocab-size", type=positive, default=500, help="tokens (default: 500)")
+    parser.add_argument("--steps", type=positive, default=20, help="steps of the runs that are compared (default: 20)")
+    parser.add_argument("--repeats", type=positive, default=10, help="steps to time, whose median counts (default: 10)")
     options = parser.parse_args()
     try:
         place = distributed.join(options.device)
@@ -200,7 +212,7 @@ def main() -> None:
         )
         print(f"gradients of {place.world_size} processes differ from those of one by {apart:.1e} of their norm")
         print(f"after {options.steps} steps the weights have gone ways that differ by", end=" ")
-        print(f"{difference(one.way, all_.way):.1e} of their length; loss {one.loss:.4f} and {all_.loss:.4f}")
+        print(f"{difference(one.change, all_.change):.1e} of their length; loss {one.loss:.4f} and {all_.loss:.4f}")
         print(f"one process {one_ms:.1f} ms a step, {place.world_size} together {all_ms:.1f} ms", end="; ")
         print(f"efficiency {100 * one_ms / all_ms:.1f} %")
     distributed.leave(place)

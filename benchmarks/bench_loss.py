@@ -1,11 +1,14 @@
 """Times the pruned transducer loss on the CPU, beside k2 or fast_rnnt where one of them can be imported.
 
-One measurement is forward and backward of simple / 2 + pruned, on one thread: once with the joiner's matrix products
-inside ("joiner 512") and once on given logits, which is the loss alone. The sides take steps in turn, and times are
-those of the processor, since the machine may be busy with other things; the medians count, of the ratio that of each
-turn. Memory is the most that a process of its own held above what it held once its inputs were made. Needs no data.
+    python benchmarks/bench_loss.py
 
-fast_rnnt on PyPI is source; where its build does not find Python's headers or asks for a later C++, this helps:
+The inputs are random tensors. One step is the forward and backward pass of simple / 2 + pruned on one thread, once with
+the joiner's matrix products inside ("joiner 512") and once on given logits, which is the loss alone. The sides take
+steps in turn. Times are processor times, since other programs may run; the table has medians, and for the ratio the
+median of the ratios within turns. Memory is the most that a side's process held above what it held once its inputs
+were made.
+
+fast_rnnt is on PyPI as source. If its build does not find Python's headers or asks for a later C++, this helps:
     CPATH=PYTHON_INCLUDE_DIRECTORY FT_CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Release -DFT_BUILD_TESTS=OFF -DFT_WITH_CUDA=OFF
         -DCMAKE_CXX_STANDARD=20 -DFETCHCONTENT_SOURCE_DIR_PYBIND11=UNPACKED_PYBIND11_3_SOURCE"
         pip install --no-build-isolation --no-deps fast_rnnt==1.3
@@ -18,21 +21,23 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ssm_asr.cli.program import positive, run
 from ssm_asr.transducer import pruned_loss
+from ssm_asr.transducer.predictor import Joiner
 
 PEERS = ("k2", "fast_rnnt")
 
 
 class Case(NamedTuple):
-    """B utterances of T frames and S symbols of a vocabulary of V; joiner_dim 0: logits given."""
+    """A case has B utterances of T frames and S symbols, a vocabulary of V, and logits given if joiner_dim is 0."""
 
     batch_size: int
     frames: int
@@ -49,18 +54,8 @@ SHAPES = ((8, 300, 80, 500), (30, 400, 100, 500), (30, 400, 100, 3266))
 PRUNE_RANGE = 5
 
 
-class Joiner(nn.Module):
-    def __init__(self, dim: int, vocab_size: int) -> None:
-        super().__init__()
-        self.output_linear = nn.Linear(dim, vocab_size)
-
-    def forward(self, encoder_out: Tensor, decoder_out: Tensor, project_input: bool) -> Tensor:
-        assert not project_input
-        logits: Tensor = self.output_linear(torch.tanh(encoder_out + decoder_out))
-        return logits
-
-
 def importable_peer() -> str | None:
+    """Returns the first peer that can be imported; one that was built for another PyTorch cannot."""
     for name in PEERS:
         try:
             importlib.import_module(name)
@@ -71,30 +66,32 @@ def importable_peer() -> str | None:
 
 
 def resident_mb() -> float:
+    """Returns the MB of this process that are in RAM."""
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * resource.getpagesize() / 1e6
 
 
 class Side:
-    """One library on one case, in a process of its own, so that its memory is its own."""
+    """A side is one library on one case. It has a process of its own, so that its memory can be measured."""
 
     def __init__(self, case: Case, library: str, flush_denormal: bool) -> None:
         self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         self.memory_mb: float = self._process.submit(_prepare, case, library, flush_denormal).result()
 
     def step_ms(self) -> float:
-        """Time of another step."""
+        """Returns the milliseconds that another step takes."""
         return self._process.submit(_step_ms).result()
 
     def close(self) -> None:
+        """Ends the process."""
         self._process.shutdown()
 
 
-_step: Any = None  # of the process of a side
+_step: Any = None  # in the process of a side, `_prepare` puts its step here
 
 
 def _prepare(case: Case, library: str, flush_denormal: bool) -> float:
-    """Makes the step and takes it once; MB that it needed."""
+    """Makes the step, takes it once, and returns the MB that it needed."""
     global _step
     torch.set_num_threads(1)
     torch.set_flush_denormal(flush_denormal)
@@ -112,7 +109,7 @@ def _step_ms() -> float:
 
 
 def measure(case: Case, libraries: list[str], options: argparse.Namespace) -> str:
-    """A row of the table."""
+    """Returns a row of the table."""
     sides = [Side(case, library, options.flush_denormal) for library in libraries]
     times_ms = [[side.step_ms() for side in sides] for _ in range(options.repeats)]
     for side in sides:
@@ -126,7 +123,8 @@ def measure(case: Case, libraries: list[str], options: argparse.Namespace) -> st
     return row
 
 
-def make_step(case: Case, library: str) -> Any:
+def make_step(case: Case, library: str) -> Callable[[], None]:
+    """Makes the inputs of a case and returns a function that computes the losses and their gradients."""
     B, T, S, V, J = case
     am_BTV, lm_BUV = torch.randn(B, T, V, requires_grad=True), torch.randn(B, S + 1, V, requires_grad=True)
     symbols_BS = torch.randint(1, V, (B, S))
@@ -135,8 +133,8 @@ def make_step(case: Case, library: str) -> Any:
     if J > 0:
         encoder_out_BTJ = torch.randn(B, T, J, requires_grad=True)
         decoder_out_BUJ = torch.randn(B, S + 1, J, requires_grad=True)
-        joiner = Joiner(J, V)
-        inputs = [am_BTV, lm_BUV, encoder_out_BTJ, decoder_out_BUJ, *joiner.parameters()]
+        joiner = Joiner(1, 1, J, V)  # its projections are not used
+        inputs = [am_BTV, lm_BUV, encoder_out_BTJ, decoder_out_BUJ, *joiner.output_linear.parameters()]
         if library != "ssm_asr":
             sys.modules["k2"] = importlib.import_module(library)  # fast_rnnt has the functions of k2
 
@@ -176,9 +174,10 @@ def make_step(case: Case, library: str) -> Any:
 
 
 def main() -> None:
+    """Runs the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=positive, default=5, help="steps timed of each side (default: 5)")
-    parser.add_argument("--joiner-dim", type=int, default=512, help="of the joiner (default: 512)")
+    parser.add_argument("--joiner-dim", type=int, default=512, help="width of the joiner (default: 512)")
     parser.add_argument("--flush-denormal", action="store_true", help="let the CPU take denormal numbers for zero")
     options = parser.parse_args()
 

@@ -1,9 +1,14 @@
 """Times Mamba-2's operation on one GPU, forward and backward, at the layer shapes of Sammo M for 600 s of audio.
 
-Beside the Triton kernels: the chunked form in PyTorch, and the scan of the package mamba_ssm where --peer gives the
-folder that holds it; of that only its folders ops/triton and utils are needed. "graph" is a replay of a captured CUDA
-graph, that is what the GPU needs; "eager" has the host's launches in it. The floor reads every input and output once in
-each direction. Values and gradients are compared with the recurrence in float64 first.
+    python benchmarks/bench_ssd.py [--peer FOLDER]
+
+The inputs are random tensors. The sides are the Triton kernels, the chunked form in PyTorch, and the scan of the
+package mamba_ssm if --peer gives the folder that holds it; its folders ops/triton and utils are enough. "graph" is the
+time of a captured CUDA graph's replay, which is what the GPU needs; "eager" includes the launches by the host. "floor"
+is the time to read and write every input and output once in each direction. Values and gradients are compared with the
+recurrence in float64 first.
+
+Shapes: T frames, P channels of a head, G groups, N states.
 """
 
 import argparse
@@ -26,16 +31,16 @@ from ssm_asr.ops.ssd import ssd, ssd_chunked, ssd_recurrent
 HEADS = 16
 FRAMES_DIMS = [(750, 192), (375, 256), (188, 384), (94, 512)]
 GROUPS_STATES = [(8, 16), (4, 32), (2, 64), (1, 128)]
-COPY_BYTES_A_MS = 3.0e9  # of an H100, measured: bytes read and written
-PEER_CONFIGS = 3  # of each of its kernels that are tried: the smallest, since the first do not fit in float32
-PEER_FRAMES = 750  # where the peer is timed
+COPY_BYTES_A_MS = 3.0e9  # an H100 was measured to read and write this many bytes in a ms
+PEER_CONFIGS = 3  # this many configurations of each peer kernel are tried: the smallest, which fit in float32
+PEER_FRAMES = 750  # the peer is timed at this length
 NAMES = ("y", "end", "dx", "ddt", "dA", "dB", "dC", "dD", "dstate")
 
 Operation = Callable[..., tuple[Tensor, Tensor]]
 
 
 def operands(batch_size: int, T: int, P: int, G: int, N: int, dtype: torch.dtype) -> list[Tensor]:
-    """x, dt, A, B, C, D and state, as random as in a fresh layer, with gradients."""
+    """Returns random x, dt, A, B, C, D and state, as a new layer has them, with gradients."""
     inputs = [
         torch.randn(batch_size, T, HEADS, P),
         torch.empty(batch_size, T, HEADS).uniform_(1e-3, 0.1),
@@ -49,14 +54,14 @@ def operands(batch_size: int, T: int, P: int, G: int, N: int, dtype: torch.dtype
 
 
 def peer_operation(folder: Path) -> Operation:
-    """mamba_ssm's scan; its package is not imported whole, since it needs compiled extensions."""
+    """Returns mamba_ssm's scan. The package is not imported whole, since it needs compiled extensions."""
     module: Any = types.ModuleType("mamba_ssm")
     module.__path__ = [str(folder / "mamba_ssm")]
     sys.modules["mamba_ssm"] = module
     scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     for name in [name for name in sys.modules if name.startswith("mamba_ssm.ops.triton")]:
         for kernel in vars(sys.modules[name]).values():
-            if hasattr(kernel, "configs"):  # to try them all would take minutes a shape
+            if hasattr(kernel, "configs"):  # trying all of them would take minutes for each shape
                 kernel.configs = kernel.configs[-PEER_CONFIGS:]
 
     def operation(*inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,6 +73,7 @@ def peer_operation(folder: Path) -> Operation:
 
 
 def with_gradients(operation: Operation, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the outputs and the gradients of the inputs, for fixed gradients of the outputs."""
     outputs = operation(*inputs)
     generator = torch.Generator().manual_seed(2)
     weights = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
@@ -75,11 +81,12 @@ def with_gradients(operation: Operation, inputs: Sequence[Tensor]) -> list[Tenso
 
 
 def forward_backward(operation: Operation, inputs: list[Tensor], weights: list[Tensor]) -> None:
+    """Runs an operation forward and backward; `weights` are the gradients of its outputs."""
     torch.autograd.grad(operation(*inputs), inputs, weights)
 
 
 def worst_error(operation: Operation, inputs: list[Tensor]) -> tuple[float, str]:
-    """The largest distance of a value or gradient from the float64 recurrence, relative to its norm, and its name."""
+    """Returns the largest relative distance from the float64 recurrence, and the value or gradient that has it."""
     expected = with_gradients(ssd_recurrent, inputs)
     actual = with_gradients(operation, [x.detach().float().requires_grad_() for x in inputs])
     errors = [float((a - e).detach().norm() / e.detach().norm()) for a, e in zip(actual, expected, strict=True)]
@@ -87,6 +94,7 @@ def worst_error(operation: Operation, inputs: list[Tensor]) -> tuple[float, str]
 
 
 def time_ms(step: Callable[[], Any], repeats: int = 30) -> float:
+    """Returns the median time of a step by the GPU's own clock."""
     for _ in range(3):
         step()
     times = []
@@ -101,6 +109,7 @@ def time_ms(step: Callable[[], Any], repeats: int = 30) -> float:
 
 
 def graph_of(step: Callable[[], Any]) -> Callable[[], Any]:
+    """Captures a step in a CUDA graph and returns the function that replays it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -114,13 +123,14 @@ def graph_of(step: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def floor_ms(inputs: Sequence[Tensor]) -> float:
-    """x, dt, B, C, y and their gradients: each once, but the inputs twice."""
+    """Returns the time to move x, dt, B and C three times, and y and its gradient once each."""
     x, dt, _, B, C, _, _ = inputs
     numbers = 3 * (x.numel() + dt.numel() + B.numel() + C.numel()) + 2 * x.numel()
     return 4 * numbers / COPY_BYTES_A_MS
 
 
 def main() -> None:
+    """Runs the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, help="folder that holds the package mamba_ssm (default: no peer)")
     parser.add_argument("--sides", default="kernels,chunked,mamba_ssm", help="which to time (default: all)")

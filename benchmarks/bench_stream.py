@@ -1,10 +1,12 @@
-"""What a stream costs in sherpa-onnx on one core: python benchmarks/bench_stream.py [--config FILE …] [--left TIME,…]
+"""Measures what a stream costs in sherpa-onnx on one core.
 
-Models of the given configurations, with random weights, are exported and run by stock sherpa-onnx with one thread, each
-number of concurrent streams in a process of its own. In every round each stream gets the audio of one chunk, and all
-are decoded together. Prints a Markdown table; a model without left context has one row a number of streams.
-Latencies are those of a round, after which the last stream has its text; the real-time factor counts the process's CPU
-time.
+    python benchmarks/bench_stream.py [--config FILE …] [--left TIME,…]
+
+Models of the given configurations, with random weights, are exported and run by stock sherpa-onnx on one thread, with a
+process for each number of concurrent streams. The audio is noise. In every round each stream gets the audio of one
+chunk, and all streams are decoded together. The program prints a Markdown table with a row for each model, precision,
+left context and number of streams. A latency is the time of a round, after which the last stream has its text; the
+real-time factor counts the CPU time of the process.
 """
 
 import argparse
@@ -44,7 +46,11 @@ HEADER = (
 def export_random(
     experiment: Experiment, chunk: int, left_context: int, precision: str, vocab_size: int, out: Path
 ) -> float:
-    """Exports a model with random weights; returns the MiB of a stream's state. Chunk, left: 20 ms frames."""
+    """Exports a model with random weights and returns the MiB of a stream's state.
+
+    Args:
+        chunk, left_context: in frames of 20 ms.
+    """
     torch.manual_seed(0)
     model = Transducer(experiment.model, vocab_size).eval()
     encoder = packed_encoder(model, chunk, left_context)
@@ -60,15 +66,15 @@ def export_random(
 
 
 def resident_mb() -> float:
-    """Memory of this process that is in RAM."""
+    """Returns the MiB of this process that are in RAM."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def run_streams(directory: Path, precision: str, chunk: int, streams: int, seconds: float) -> dict[str, float]:
-    """Rounds of one chunk for every stream, for so many seconds: their times, and the memory of model and streams.
+    """Decodes in rounds for a number of seconds; returns the times of rounds and the memory of model and streams.
 
     Args:
-        chunk: in frames of 20 ms.
+        chunk: the audio that each stream gets in a round, in frames of 20 ms.
     """
     files = {part: str(directory / file_name(part, precision)) for part in PARTS}
     before_mb = resident_mb()
@@ -77,7 +83,7 @@ def run_streams(directory: Path, precision: str, chunk: int, streams: int, secon
     )
     open_streams = [recognizer.create_stream() for _ in range(streams)]
     rng = np.random.default_rng(0)
-    # As much audio as a chunk takes, so that after the first rounds every stream has exactly one chunk to decode.
+    # This is the audio of one chunk, so after the first rounds every stream has exactly one chunk to decode.
     samples_S = rng.normal(0, 0.05, units.chunk_ms(chunk) * units.SAMPLE_RATE_HZ // 1000).astype(np.float32)
     times_ms: list[float] = []
     started = started_cpu = 0.0
@@ -92,7 +98,7 @@ def run_streams(directory: Path, precision: str, chunk: int, streams: int, secon
         times_ms.append(1000 * (time.perf_counter() - begin))
         if len(times_ms) == WARM_UP_ROUNDS:
             started, started_cpu = time.perf_counter(), time.process_time()
-    cpu_s = time.process_time() - started_cpu  # unlike the times of rounds, without waiting for other programs
+    cpu_s = time.process_time() - started_cpu  # unlike the times of rounds, it does not include waiting
     times_ms = times_ms[WARM_UP_ROUNDS:]
     return {
         "audio_s_a_second": streams * units.chunk_ms(chunk) / float(np.mean(times_ms)),
@@ -105,21 +111,21 @@ def run_streams(directory: Path, precision: str, chunk: int, streams: int, secon
 
 
 def measure(directory: Path, options: argparse.Namespace, precision: str, chunk: int, streams: int) -> dict[str, float]:
-    """`run_streams` in a process of its own, so that its memory is the runtime's and not that of other runs."""
+    """Calls `run_streams` in a process of its own, whose memory is not used by other runs."""
     arguments = ["--run", directory, "--precision", precision, "--chunk", chunk, "--streams", streams]
     command = [sys.executable, __file__, *map(str, arguments), "--seconds", str(options.seconds)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def left_contexts(experiment: Experiment, chunk: int, asked: list[int]) -> list[int]:
-    """Those to measure: none but 0 for a model that was trained without."""
+    """Returns the left contexts to measure; a model that is trained without left context has 0 only."""
     encoder = experiment.model.encoder
     asked = [0] if encoder.left_context_frames == (0,) else asked
     return sorted({streaming_context(encoder, chunk, left) for left in asked})
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Runs the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", type=Path, default=CONFIGS, help="default: sammo_m and zipformer_m")
     parser.add_argument(

@@ -1,21 +1,25 @@
 """Times training of the Zipformer and of Sammo beside the PyPI package zipformer, on one GPU or the CPU.
 
-Rows: the encoder's forward and backward pass, the losses alone, the whole training step (losses and optimiser too), and
-the forward pass in evaluation; over batches of one shape, and over a mix of lengths. First a side's outputs and
-gradients are compared: the peer's with the plain path's for the same weights, captured graphs with the plain path's for
-the same random numbers. Features and tokens are random; all regularisers are on. "peak GiB" is what a side takes of the
-device, the memory of its graphs included. The peer needs nothing but its unpacked wheel (--peer).
+    python benchmarks/bench_train.py                        Zipformer M on a GPU, or a tiny one on a CPU
+    python benchmarks/bench_train.py --variant sammo        Sammo M beside the peer, which is a Zipformer
+
+The rows are the encoder's forward and backward pass, the losses alone, the whole training step (losses and optimiser
+too), and the forward pass in evaluation, each over batches of one shape and over a mix of lengths. Features and tokens
+are random tensors; all regularisers are on. "ms a batch" is the median over rounds of all batches, "peak GiB" is the
+memory that a side takes of the GPU, its captured graphs included, and "ratio" is how many times as fast as the first
+side a side is.
+
+Before anything is timed, outputs and gradients are compared: the peer's with those of the plain path for equal weights,
+those of captured graphs with those of the plain path for equal random numbers. The peer needs its unpacked wheel alone
+(--peer).
 """
 
 import argparse
 import gc
-import importlib
-import importlib.util
 import random
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +30,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `benchmarks` is found when this file is run by its path
+
+from benchmarks import peer
 from ssm_asr import units
 from ssm_asr.cli.program import positive, run
 from ssm_asr.data.batches import shape_frames, shape_tokens
@@ -42,25 +49,25 @@ TINY: dict[str, Any] = dict(
 )  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {"m": {}, "tiny": TINY}
 VARIANTS: dict[str, dict[str, Any]] = {"zipformer": {}, "sammo": {"long_range": "mamba2"}}
-# Batches of 600 s: how many utterances, and the seconds of the longest. As in training, several batches are sent to the
-# device before it is waited for. The mix is what buckets of read speech give.
+# A batch of 600 s of audio is given as its number of utterances and the seconds of the longest one. As in training,
+# several batches are sent to the device before the host waits for it. Buckets of read speech give such a mix.
 FIXED = [(40, 15.0)] * 4
 MIX = [(150, 4.0), (85, 7.0), (54, 11.0), (46, 13.0), (40, 15.0), (40, 15.0), (37, 16.0), (37, 16.0)]
 KINDS = ("encoder_step", "loss", "training_step", "evaluation")
-# What is timed unless said. A CPU takes the peer in float32 alone.
+# These are the defaults of each device. On a CPU, the peer runs in float32 only.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"size": "m", "precision": "bf16", "sides": "peer,plain,graphs", "batch_scale": 1.0},
     "cpu": {"size": "tiny", "precision": "float32", "sides": "peer,plain", "batch_scale": 0.02},
 }
-BATCH_COUNT = 10000.0  # where the schedules stand
-CHUNK = 32
+BATCH_COUNT = 10000.0  # the schedules of both sides stand at this batch
+CHUNK = 32  # frames of 20 ms
 
 Row = tuple[str, str, str, dict[str, float]]  # shape, what, side, figures
 
 
 @dataclass
 class Data:
-    """One batch."""
+    """A batch of features and tokens."""
 
     features_BTF: Tensor
     lens_B: Tensor
@@ -69,11 +76,15 @@ class Data:
 
     @property
     def audio_s(self) -> float:
+        """Is the seconds of audio in the batch, padding included."""
         return self.features_BTF.shape[0] * self.features_BTF.shape[1] * units.FRAME_SHIFT_MS / 1000
 
 
 def make_batches(shapes: list[tuple[int, float]], device: str, vocab_size: int, scale: float) -> list[Data]:
-    """Random batches of the trainer's fixed shapes; the utterances fill at least 0.9 of them with 4 tokens a second."""
+    """Makes random batches of the trainer's fixed shapes.
+
+    The lengths of the utterances go from 0.9 of the shape to all of it, with 4 tokens a second.
+    """
     batches = []
     for count, seconds in shapes:
         count = max(2, round(count * scale))
@@ -92,7 +103,7 @@ def make_batches(shapes: list[tuple[int, float]], device: str, vocab_size: int, 
 
 
 class Side:
-    """One of the compared: a transducer, how its passes run, and its optimiser."""
+    """A side is one of the transducers that are compared, with how its passes run and its optimiser."""
 
     def __init__(
         self,
@@ -108,26 +119,30 @@ class Side:
         self.left_context = 0 if options.variant == "sammo" else 128
 
     def autocast(self) -> Any:
+        """Returns the context of the precision that is asked for."""
         dtype = torch.bfloat16 if self.options.precision == "bf16" else torch.float16
         return torch.autocast(self.device, dtype, enabled=self.half)
 
     def encode(self, batch: Data) -> Tensor:
+        """Returns the encoder's output frames (B, S, D)."""
         with self.autocast():
             return self.passes.encode(batch.features_BTF, batch.lens_B.to(self.device), CHUNK, self.left_context)[0]
 
     def encoder_step(self, batch: Data) -> None:
+        """Runs the encoder forward and backward."""
         out_BSD = self.encode(batch)
         out_BSD.backward(torch.full_like(out_BSD, 1e-3))
         self.model.zero_grad(set_to_none=True)
 
     def loss(self, batch: Data) -> None:
-        """Both losses and their gradients, with noise for the encoder's output."""
+        """Computes both losses and their gradients, with noise in place of the encoder's output."""
         shape = (len(batch.lens_B), self._frames(batch), self.model.encoder.out_channels)
         out_BSD = torch.randn(shape, device=self.device, requires_grad=True)
         self._losses(batch, self.passes._replace(encode=lambda *_: (out_BSD, batch.lens_B))).backward()
         self.model.zero_grad(set_to_none=True)
 
     def training_step(self, batch: Data) -> None:
+        """Runs the model forward and backward, and the optimiser."""
         self._losses(batch, self.passes).backward()
         self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
@@ -144,47 +159,14 @@ class Side:
 
     @torch.no_grad()
     def evaluation(self, batch: Data) -> None:
+        """Runs the encoder forward without gradients."""
         self.encode(batch)
 
 
-def peer_modules(folder: Path) -> types.ModuleType:
-    """The peer's modules, without its front page, which imports what only its decoding needs."""
-    for name in ("zipformer", "zipformer.modules", "zipformer.utils"):
-        module: Any = types.ModuleType(name)
-        module.__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
-        sys.modules[name] = module
-    module.torch_autocast = lambda device_type="cuda", **options: torch.autocast(device_type, **options)
-    module.fix_random_seed = torch.manual_seed
-    found = types.ModuleType("peer")
-    for name in ("zipformer", "subsampling", "optim", "scaling"):
-        setattr(found, name, importlib.import_module(f"zipformer.modules.{name}"))
-    return found
-
-
-def make_peer(folder: Path, config: ZipformerConfig, options: argparse.Namespace) -> Side:
-    """Our transducer with the peer's front end, encoder and optimiser."""
-    modules = peer_modules(folder)
-    dropout = modules.scaling.ScheduledFloat((0.0, 0.3), (20000.0, 0.1))
+def make_peer(config: ZipformerConfig, options: argparse.Namespace) -> Side:
+    """Makes our transducer with the peer's front end, encoder and optimiser."""
     model = Transducer(ModelConfig(config), options.vocab_size)
-    model.encoder_embed = modules.subsampling.Conv2dSubsampling(units.NUM_MELS, config.embed_dim, dropout=dropout)
-    model.encoder = modules.zipformer.Zipformer(
-        output_downsampling_factor=2,
-        downsampling_factor=config.downsampling,
-        encoder_dim=config.dim,
-        num_encoder_layers=config.layers,
-        encoder_unmasked_dim=config.unmasked_dim,
-        query_head_dim=(config.query_head_dim,),
-        pos_head_dim=(config.pos_head_dim,),
-        value_head_dim=(config.value_head_dim,),
-        num_heads=config.heads,
-        feedforward_dim=config.feedforward_dim,
-        cnn_module_kernel=config.conv_kernel,
-        pos_dim=config.pos_dim,
-        dropout=dropout,
-        causal=config.causal,
-        chunk_size=(CHUNK,),
-        left_context_frames=(128,),
-    )
+    model.encoder_embed, model.encoder = peer.make_encoder(config, CHUNK, 128)
     model.to(options.device)
 
     def encode(
@@ -200,12 +182,12 @@ def make_peer(folder: Path, config: ZipformerConfig, options: argparse.Namespace
     for module in model.modules():
         if hasattr(module, "batch_count"):
             module.batch_count = BATCH_COUNT  # type: ignore[assignment]
-    optimizer = modules.optim.ScaledAdam(model.named_parameters(), lr=0.01, clipping_scale=2.0)
+    optimizer = peer.load("modules.optim").ScaledAdam(model.named_parameters(), lr=0.01, clipping_scale=2.0)
     return Side("peer", model, Passes(encode, model.transducer_losses), optimizer, options)
 
 
 def make_ours(config: ZipformerConfig, options: argparse.Namespace, graphs: bool, weights: Any = None) -> Side:
-    """Our transducer, plain or with captured graphs."""
+    """Makes our transducer, plain or with captured graphs."""
     torch.manual_seed(0)
     model = Transducer(ModelConfig(config), options.vocab_size).to(options.device)
     if weights is not None:
@@ -217,7 +199,7 @@ def make_ours(config: ZipformerConfig, options: argparse.Namespace, graphs: bool
 
 
 def gradients(side: Side, batch: Data, training: bool) -> list[Tensor]:
-    """The output and the gradients of the encoder's parameters on the CPU, with fixed random numbers."""
+    """Returns the output and the gradients of the encoder's parameters on the CPU, with fixed random numbers."""
     side.model.train(training)
     if side.name == "graphs" and training:
         side.encoder_step(batch)  # the first batch of a shape is not captured
@@ -234,7 +216,7 @@ def gradients(side: Side, batch: Data, training: bool) -> list[Tensor]:
 
 
 def compare(side: Side, batch: Data, training: bool, plain: list[Tensor]) -> None:
-    """Stops the program where a side does not compute what the plain path does."""
+    """Stops the program if a side does not compute what the plain path does."""
     # The peer keeps the derivative of its activations in 8 bits.
     tolerance = 0.05 if side.half else 0.01 if side.name == "peer" else 1e-3
     found = gradients(side, batch, training)
@@ -249,12 +231,15 @@ def compare(side: Side, batch: Data, training: bool, plain: list[Tensor]) -> Non
 
 
 def wait(device: str) -> None:
+    """Waits until a GPU has done all that it was sent."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def measure(step: Callable[[Data], None], batches: list[Data], device: str, repeats: int) -> dict[str, float]:
-    """Figures of a step, a round of the batches as the unit of time."""
+def measure(
+    step: Callable[[Data], None], batches: list[Data], device: str, repeats: int
+) -> tuple[dict[str, float], profile | None]:
+    """Returns the figures of a step, timed over rounds of all batches; on a GPU, a profile of one batch too."""
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -274,7 +259,7 @@ def measure(step: Callable[[Data], None], batches: list[Data], device: str, repe
         "audio s/s": sum(batch.audio_s for batch in batches) / len(batches) / time_ms * 1000,
     }
     if device != "cuda":
-        return figures
+        return figures, None
     figures["peak GiB"] = torch.cuda.max_memory_reserved() / 2**30
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step(batches[0])
@@ -282,34 +267,34 @@ def measure(step: Callable[[Data], None], batches: list[Data], device: str, repe
     kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     figures["busy ms"] = sum(event.self_device_time_total for event in kernels) / 1000
     figures["kernels"] = len(kernels)
-    measure.last = profiler  # type: ignore[attr-defined]
-    return figures
+    return figures, profiler
 
 
-def print_kernels(title: str, out: Path) -> None:
-    """Where the GPU's time went in the last measurement, to a file."""
-    table = measure.last.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=110)  # type: ignore[attr-defined]
+def write_kernels(title: str, profiler: profile, out: Path) -> None:
+    """Appends a table to a file that shows on which kernels the GPU spends its time."""
+    table = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=110)
     with open(out, "a", encoding="utf-8") as file:
         file.write(f"\n== {title}\n{table}\n")
 
 
 def time_side(side: Side, shapes: dict[str, list[Data]], options: argparse.Namespace) -> list[Row]:
-    """All rows of one side."""
+    """Returns all rows of one side."""
     rows = []
     jobs = [(shape, kind) for shape in shapes for kind in KINDS if kind in options.kinds.split(",")]
     for shape, kind in tqdm(jobs, desc=side.name, leave=False, disable=None):
         if (kind == "evaluation" and side.name == "graphs") or (kind == "loss" and side.name == "peer"):
             continue
         side.model.train(kind != "evaluation")
-        rows.append((shape, kind, side.name, measure(getattr(side, kind), shapes[shape], side.device, options.repeats)))
-        tqdm.write(f"{shape} {kind} {side.name}: {rows[-1][3]['ms a batch']:.1f} ms")
-        if options.kernels and side.device == "cuda" and shape == "fixed":
-            print_kernels(f"{options.variant} {kind} {side.name}", options.kernels)
+        figures, profiler = measure(getattr(side, kind), shapes[shape], side.device, options.repeats)
+        rows.append((shape, kind, side.name, figures))
+        tqdm.write(f"{shape} {kind} {side.name}: {figures['ms a batch']:.1f} ms")
+        if options.kernels and profiler and shape == "fixed":
+            write_kernels(f"{options.variant} {kind} {side.name}", profiler, options.kernels)
     return rows
 
 
 def print_table(rows: list[Row]) -> None:
-    """The rows, and how many times as fast as the first side each is."""
+    """Prints the rows, and how many times as fast as the first side each one is."""
     print(f"{'shape':<7}{'what':<15}{'side':<8}" + "".join(f"{key:>12}" for key in rows[0][3]) + f"{'ratio':>12}")
     for shape, kind, name, figures in rows:
         first = next(row[3]["ms a batch"] for row in rows if row[:2] == (shape, kind))
@@ -317,17 +302,27 @@ def print_table(rows: list[Row]) -> None:
         print(f"{shape:<7}{kind:<15}{name:<8}" + "".join(f"{x:12.1f}" for x in figures.values()) + f"{ratio:12.2f}")
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """Returns the options of the command line, with the defaults of the device filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto", choices=("auto", *DEFAULTS), help="(default: auto)")
-    parser.add_argument("--size", choices=SIZES, help="(default: m; on a CPU tiny)")
-    parser.add_argument("--variant", default="zipformer", choices=VARIANTS, help="the peer is a zipformer")
-    parser.add_argument("--precision", choices=("float32", "bf16", "fp16"), help="(default: bf16; on a CPU float32)")
-    parser.add_argument("--vocab-size", type=positive, default=500)
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", *DEFAULTS), help="where to compute (default: auto)"
+    )
+    parser.add_argument("--size", choices=SIZES, help="size of the encoder (default: m; on a CPU tiny)")
+    parser.add_argument(
+        "--variant",
+        default="zipformer",
+        choices=VARIANTS,
+        help="our encoder; the peer is always a zipformer (default: zipformer)",
+    )
+    parser.add_argument(
+        "--precision", choices=("float32", "bf16", "fp16"), help="of autocast (default: bf16; on a CPU float32)"
+    )
+    parser.add_argument("--vocab-size", type=positive, default=500, help="tokens (default: 500)")
     parser.add_argument("--sides", help="of peer, plain and graphs, which to time (default: all; on a CPU not graphs)")
     parser.add_argument("--peer", type=Path, help="folder of the package zipformer (default: where it is installed)")
     parser.add_argument("--batch-scale", type=float, help="share of the 600 s a batch (default: 1; on a CPU 0.02)")
-    parser.add_argument("--repeats", type=positive, default=5, help="the median counts (default: 5)")
+    parser.add_argument("--repeats", type=positive, default=5, help="rounds to time, whose median counts (default: 5)")
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"what to time, of {', '.join(KINDS)} (default: all)")
     parser.add_argument("--shapes", default="fixed,mix", help="fixed and mix, or one of them (default: both)")
     parser.add_argument("--kernels", type=Path, help="write here where the GPU's time goes, kernel by kernel")
@@ -342,17 +337,23 @@ def main() -> None:
     if options.device == "cpu" and options.precision != "float32" and "peer" in options.sides.split(","):
         parser.error(f"--precision {options.precision}: on a CPU the peer takes float32 alone; leave it out of --sides")
 
+    options.sides = options.sides.split(",")
+    if not set(options.sides) <= {"peer", "plain", "graphs"}:
+        parser.error(
+            f"--sides {','.join(options.sides)}: give some of peer, plain and graphs, with commas between them"
+        )
+    if "peer" in options.sides:
+        try:
+            peer.register(options.peer)
+        except peer.PeerMissing as error:
+            parser.error(f"{'--peer ' if options.peer else ''}{error}, or leave peer out of --sides")
+    return options
+
+
+def main() -> None:
+    """Runs the program."""
+    options = parse_arguments()
     config = ZipformerConfig(**SIZES[options.size], **VARIANTS[options.variant])
-    wanted = options.sides.split(",")
-    if not set(wanted) <= {"peer", "plain", "graphs"}:
-        parser.error(f"--sides {options.sides}: give some of peer, plain and graphs, with commas between them")
-    folder = options.peer
-    if "peer" in wanted:
-        spec = None if folder else importlib.util.find_spec("zipformer")
-        folder = folder or next((Path(path) for path in (spec and spec.submodule_search_locations) or ()), None)
-        if not folder or not Path(folder).is_dir():
-            what = f"--peer {folder}: no such folder" if folder else "the package zipformer is not installed"
-            parser.error(f"{what}; pip install --no-deps zipformer==0.1.3, or leave peer out of --sides")
     fixed, mix = (make_batches(s, options.device, options.vocab_size, options.batch_scale) for s in (FIXED, MIX))
     shapes = {name: batches for name, batches in (("fixed", fixed), ("mix", mix)) if name in options.shapes}
 
@@ -361,14 +362,14 @@ def main() -> None:
     expected = {training: gradients(plain, fixed[0], training) for training in (True, False)}
     del plain
     rows: list[Row] = []
-    for name in wanted:
+    for name in options.sides:
         if name == "plain":
             side = make_ours(config, options, False, weights)
         elif name == "graphs":
             side = make_ours(config, options, True, weights)
             compare(side, fixed[0], True, expected[True])
         else:
-            side = make_peer(Path(folder), ZipformerConfig(**SIZES[options.size]), options)
+            side = make_peer(ZipformerConfig(**SIZES[options.size]), options)
             if options.variant == "zipformer":
                 side.model.load_state_dict(weights)
                 compare(side, fixed[0], False, expected[False])
@@ -378,7 +379,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     what = f"{options.variant} {options.size}, {options.precision}, vocabulary of {options.vocab_size}"
     print(f"{device}, torch {torch.__version__}, {what}")
-    print_table(sorted(rows, key=lambda row: (row[0], KINDS.index(row[1]), wanted.index(row[2]))))
+    print_table(sorted(rows, key=lambda row: (row[0], KINDS.index(row[1]), options.sides.index(row[2]))))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@
 root="$(cd "$here/../.." && pwd)"
 start_dir="$PWD"
 source "$root/recipes_lib/recipe.sh"
+source "$root/tools/environment.sh"
 
 perturb=()        # options of prepare features for training cuts
 report_options=() # of report
@@ -33,6 +34,7 @@ Stages: 1 data, 2 manifests, 3 features, 4 tokens, 5 noise, 6 train, 7 average, 
     option musan "" DIR "MUSAN; without it, noises are made from the training speech"
     flag on_the_fly "compute features while training instead of storing them"
     option gpus 1 N "train on N GPUs of this machine through torchrun"
+    option env "${SSM_ASR_ENV:-venv}" KIND "venv (.venv, where packages are installed) or current (that of the caller, only checked)"
     option jobs 2 N "processes that read the corpus and compute features"
     option stream_limit 500 N "utterances a test set to stream chunk by chunk; 0 is all"
     flag long_form "recognise the test sets joined, too, up to 30 utterances at a time with pauses"
@@ -65,6 +67,7 @@ asr_parse_options() {
     for option in corpus musan; do
         [ -z "${!option}" ] || [ -d "${!option}" ] || _recipe_fail "--$option ${!option}: no such directory"
     done
+    asr_choice env venv current
     for option in gpus jobs stream_limit; do
         [[ "${!option}" =~ ^[0-9]+$ ]] || _recipe_fail "--${option/_/-} ${!option}: give a number"
         [ "$option" = stream_limit ] || [ "${!option}" -gt 0 ] || _recipe_fail "--$option ${!option}: give 1 or more"
@@ -84,13 +87,20 @@ asr_choice() {
     _recipe_fail "--${option/_/-} ${!option}: give one of ${choice#, }"
 }
 
-# asr_set_up: installs what is needed, and goes where the recipe is.
+_runs() { # STAGE: tells whether this stage is asked for
+    [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ]
+}
+
+# asr_set_up: enters an environment with the packages that the stages need, and the directory of the recipe.
 asr_set_up() {
     local extras=()
-    [ -n "$corpus" ] || extras+=(corpus)
-    [ "$stop_stage" -lt 10 ] || extras+=(export)
-    bash "$root/tools/setup.sh" --extras "$(IFS=,; echo "${extras[*]}")"
-    source "$root/.venv/bin/activate"
+    if [ -z "$corpus" ] && _runs 1; then
+        extras+=(corpus)
+    fi
+    if _runs 10; then
+        extras+=(export)
+    fi
+    enter_environment "$env" "$(IFS=,; echo "${extras[*]}")"
     cd "$here"
     # Threads that wait should sleep: spinning, they hold one another up as soon as other programs run.
     export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
@@ -173,7 +183,7 @@ _make_noise() {
 _train_and_average() { # TRAIN_STAGE AVERAGE_STAGE CONFIG EXP_DIR
     local tokens inputs train=(python -m ssm_asr.train)
     if [ "$gpus" -gt 1 ]; then
-        train=(torchrun --standalone --nproc-per-node "$gpus" -m ssm_asr.train)
+        train=(python -m torch.distributed.run --standalone --nproc-per-node "$gpus" -m ssm_asr.train) # torchrun
     fi
     tokens="$data/tokens-$(basename "$3" .yaml)"
     inputs=("$data"/features/cuts_{train,dev}.jsonl.gz "$tokens/tokens.txt" "$data/noise/cuts_noise.jsonl.gz")
@@ -253,7 +263,7 @@ asr_stages() {
     if "$long_form"; then
         _long_form
     fi
-    if [ "$stage" -le 13 ] && [ "$stop_stage" -ge 13 ]; then
+    if _runs 13; then
         python -m ssm_asr.report --exp-dir "$exp_dir" --note "$note" "${report_options[@]}"
     fi
 }

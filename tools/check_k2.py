@@ -1,7 +1,9 @@
-"""Compares the project's transducer losses with k2's on random ragged batches; fails where they differ.
+"""Compares the project's transducer losses with k2's on random ragged batches, and fails if they differ.
 
-Run it by tools/check_k2.sh, which provides k2. A difference is |ours - k2's| / (1 + |k2's|), the worst over all
-elements and batches.
+tools/check_k2.sh makes an environment with k2 and runs this program in it. A difference is the largest of
+|ours - k2's| / (1 + |k2's|) over all elements and batches.
+
+Shapes: B utterances, T frames, S symbols, U = S+1 predictor outputs, V vocabulary, J joiner dimension.
 """
 
 import argparse
@@ -11,7 +13,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 try:
@@ -21,28 +23,18 @@ except ImportError:
 
 from ssm_asr.cli.program import positive, run
 from ssm_asr.transducer import pruned_loss
+from ssm_asr.transducer.predictor import Joiner
 
 RNNT_TYPES = ("regular", "modified", "constrained")
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
 PRUNE_RANGE = 4
 DELAY_PENALTY = 0.0625  # exact in float32, in which k2 computes the penalty even of float64 scores
 
-Row = tuple[str, str, str]  # what, RNN-T type, type of the numbers
-
-
-class Joiner(nn.Module):
-    def __init__(self, dim: int, vocab_size: int) -> None:
-        super().__init__()
-        self.output_linear = nn.Linear(dim, vocab_size)
-
-    def forward(self, encoder_out: Tensor, decoder_out: Tensor, project_input: bool) -> Tensor:
-        assert not project_input
-        logits: Tensor = self.output_linear(torch.tanh(encoder_out + decoder_out))
-        return logits
+Row = tuple[str, str, str]  # the function, the RNN-T type and the type of the numbers
 
 
 class Batch:
-    """A random ragged batch: B utterances, T frames, S symbols, U = S+1, V vocabulary, J joiner dimension."""
+    """Holds the random inputs of a comparison; the utterances have different lengths."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -62,17 +54,18 @@ class Batch:
         self.am_BTV, self.lm_BUV = normal(B, T, V), normal(B, S + 1, V)
         self.encoder_BTJ, self.decoder_BUJ = normal(B, T, J), normal(B, S + 1, J)
         self.logits_BTUV = normal(B, T, S + 1, V)
-        self.joiner = Joiner(J, V).to(dtype)
+        self.joiner = Joiner(1, 1, J, V).to(dtype)  # its projections are not used
         self.common: dict[str, Any] = dict(symbols=self.symbols_BS, termination_symbol=0, delay_penalty=DELAY_PENALTY)
         self.common.update(boundary=self.boundary_B4, reduction="none")
 
 
 def gradients(losses: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """Returns the gradients of the sum of all losses."""
     return list(torch.autograd.grad(torch.stack([loss.sum() for loss in losses]).sum(), inputs))
 
 
-def steps(functions: Any, batch: Batch, rnnt_type: str, ranges: Tensor) -> dict[str, list[Tensor]]:
-    """Values and gradients of each function by its name, pruned on the given ranges."""
+def step_results(functions: Any, batch: Batch, rnnt_type: str, ranges: Tensor) -> dict[str, list[Tensor]]:
+    """Returns values and gradients of each step of the loss by its name, pruned to the given ranges."""
     am, lm = batch.am_BTV.clone().requires_grad_(), batch.lm_BUV.clone().requires_grad_()
     full = batch.logits_BTUV.clone().requires_grad_()
     pruned = batch.logits_BTUV[:, :, : ranges.shape[2]].clone().requires_grad_()
@@ -92,7 +85,8 @@ def steps(functions: Any, batch: Batch, rnnt_type: str, ranges: Tensor) -> dict[
     return results
 
 
-def whole(backend: str, batch: Batch, rnnt_type: str) -> list[Tensor]:
+def loss_results(backend: str, batch: Batch, rnnt_type: str) -> list[Tensor]:
+    """Returns values and gradients of the whole loss, computed by one backend."""
     am, lm, encoder, decoder = inputs = [
         x.clone().requires_grad_() for x in (batch.am_BTV, batch.lm_BUV, batch.encoder_BTJ, batch.decoder_BUJ)
     ]
@@ -105,41 +99,44 @@ def whole(backend: str, batch: Batch, rnnt_type: str) -> list[Tensor]:
         batch.symbols_BS,
         batch.frames_B,
         batch.symbols_lens_B,
-        # All cells: windows of occupations that are nearly equal may differ, and the losses with them.
+        # All cells are kept, since windows chosen by nearly equal occupations may differ, and then the losses do.
         prune_range=batch.lm_BUV.shape[1],
         rnnt_type=rnnt_type,
         delay_penalty=DELAY_PENALTY,
         backend=backend,
     )
     finite = [loss[loss.isfinite()] for loss in losses]
-    return [*losses, *gradients(finite, [*inputs, *batch.joiner.parameters()])]
+    return [*losses, *gradients(finite, [*inputs, *batch.joiner.output_linear.parameters()])]
 
 
 def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """Returns the largest difference of any element."""
     worst = 0.0
     for x, y in zip(ours, theirs, strict=True):
-        same = x == y  # also infinities
-        worst = max(worst, float(((x - y).abs() / (1 + y.abs())).masked_fill(same, 0.0).max()))
+        equal = x == y  # infinities too, whose difference is no number
+        worst = max(worst, float(((x - y).abs() / (1 + y.abs())).masked_fill(equal, 0.0).max()))
     return worst
 
 
 def compare(batch: Batch, rnnt_type: str) -> dict[str, float]:
+    """Returns the difference of each function by its name."""
     common = dict(batch.common, rnnt_type=rnnt_type)
     _, occupations = k2.rnnt_loss_simple(batch.lm_BUV, batch.am_BTV, return_grad=True, **common)
     ranges = k2.get_rnnt_prune_ranges(*occupations, batch.boundary_B4, PRUNE_RANGE)
     px_grad, py_grad = occupations
     our_ranges = pruned_loss.get_rnnt_prune_ranges(px_grad, py_grad, batch.boundary_B4, PRUNE_RANGE)
-    theirs = steps(k2, batch, rnnt_type, ranges)
-    ours = steps(pruned_loss, batch, rnnt_type, ranges)
+    theirs = step_results(k2, batch, rnnt_type, ranges)
+    ours = step_results(pruned_loss, batch, rnnt_type, ranges)
     differences = {name: difference(ours[name], theirs[name]) for name in ours}
     differences["get_rnnt_prune_ranges"] = difference([our_ranges.double()], [ranges.double()])
-    differences["pruned_transducer_loss"] = difference(whole("torch", batch, rnnt_type), whole("k2", batch, rnnt_type))
-    return differences
+    whole = [loss_results(backend, batch, rnnt_type) for backend in ("torch", "k2")]
+    return differences | {"pruned_transducer_loss": difference(*whole)}
 
 
 def main() -> None:
+    """Runs the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=positive, default=20, help="of each type (default: 20)")
+    parser.add_argument("--batches", type=positive, default=20, help="batches of each type of numbers (default: 20)")
     args = parser.parse_args()
 
     worst: dict[Row, float] = defaultdict(float)
@@ -157,7 +154,7 @@ def main() -> None:
     print(f"{'function':<24}{'type':<13}{'dtype':<9}{'worst':>10}{'allowed':>10}")
     for (name, rnnt_type, type_name), value in sorted(worst.items()):
         tolerance = TOLERANCES[getattr(torch, type_name)]
-        bad = not value <= tolerance
+        bad = not value <= tolerance  # NaN is bad
         failed += bad
         print(f"{name:<24}{rnnt_type:<13}{type_name:<9}{value:10.1e}{tolerance:10.0e}{'  differs' if bad else ''}")
     sys.exit(f"{failed} of {len(worst)} differ" if failed else 0)

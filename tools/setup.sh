@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the virtual environment .venv with everything that the recipes need; see usage below.
+# Makes the virtual environment .venv with everything that the recipes need; usage() says how.
 set -euo pipefail
 
 usage() {
@@ -24,6 +24,7 @@ fail() {
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
+source tools/environment.sh
 extras=""
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -38,7 +39,7 @@ while [ $# -gt 0 ]; do
 done
 
 constraints=tools/constraints.txt
-stamp=.venv/.installed # line 1: fingerprint of what was installed; line 2: its extras
+stamp=.venv/.installed # line 1 has the fingerprint of what is installed, line 2 its extras
 log=.venv/setup.log
 fingerprint="$({ echo "$root"; cat setup.py "$constraints"; } | sha256sum | cut -d ' ' -f 1)"
 
@@ -53,9 +54,7 @@ if [ "$fingerprint" = "$installed_fingerprint" ] && [ "$extras" = "$installed_ex
     exit 0
 fi
 
-is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 has_torch() { "$1" -c 'import torch' 2>/dev/null; }
-version_of() { "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null || echo "none"; }
 
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
@@ -77,7 +76,7 @@ if .venv/bin/python -c '' 2>/dev/null; then
     is_recent .venv/bin/python || fail ".venv has Python $(version_of .venv/bin/python): delete it and call again"
 else
     python="$(find_python)"
-    options=(--clear) # of what an interrupted call may have left
+    options=(--clear) # an interrupted call may have left files
     if has_torch "$python"; then
         options+=(--system-site-packages)
     fi
@@ -89,7 +88,7 @@ else
 fi
 .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null
 
-# The constraints, but with the torch that is there already.
+# These are the constraints, but with the torch that is there already.
 pins=.venv/constraints.txt
 cp "$constraints" "$pins"
 if has_torch .venv/bin/python; then
@@ -114,7 +113,7 @@ show_progress() {
     echo
 }
 
-printf '%s\n' unfinished "$installed_extras" >"$stamp" # so a failed or interrupted install is done again
+printf '%s\n' unfinished "$installed_extras" >"$stamp" # an install that fails now is done again by the next call
 say "installing the project${extras:+ with $extras}; log in $log"
 SECONDS=0
 printf 'setup: fetching'

@@ -1,24 +1,31 @@
 #!/usr/bin/env bash
-# Checks style and types and runs the tests, on as many cores as there are, 8 at most. Arguments go to pytest, as in
+# Checks style and types and runs the tests, on as many cores as there are, 8 at most. Arguments go to pytest:
 #   bash tools/test.sh -k optim -n 0
-# which runs those tests in one process.
+# runs those tests in one process. With SSM_ASR_ENV=current, the tests run in the environment of the caller, and nothing
+# is installed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash tools/setup.sh --extras dev,corpus,export
-source .venv/bin/activate
-# Without what they ask for, which is gigabytes and of no use here: the package of the Zipformer's authors, to compare with,
-# and Triton, whose interpreter runs the kernels for GPUs on a CPU.
+source tools/environment.sh
+kind="${SSM_ASR_ENV:-venv}"
+enter_environment "$kind" dev,corpus,export
+# Tests compare with the package of the Zipformer's authors, and run kernels for GPUs on a CPU by Triton's interpreter.
+# Both are installed without what they require, which takes gigabytes and is not needed here.
 for package in zipformer==0.1.3 triton==3.6.0; do
-    python -m pip show --quiet "${package%==*}" 2>/dev/null ||
-        python -m pip install --quiet --disable-pip-version-check --no-deps "$package"
+    if ! python -c 'import sys; from importlib.metadata import version; version(sys.argv[1])' "${package%==*}" 2>/dev/null; then
+        if [ "$kind" = venv ]; then
+            python -m pip install --quiet --disable-pip-version-check --no-deps "$package"
+        else
+            echo "test: ${package%==*} is not installed, so the tests that need it are skipped"
+        fi
+    fi
 done
 
 echo "test: ruff check"
-ruff check .
+python -m ruff check .
 echo "test: ruff format --check"
-ruff format --check .
+python -m ruff format --check .
 echo "test: mypy"
-mypy
+python -m mypy
 echo "test: pytest"
 python -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"

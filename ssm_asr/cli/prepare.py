@@ -1,13 +1,13 @@
 """Prepare a corpus for training: check it, compute features, make tokens, make noises.
 
-Works on lhotse manifests, whatever corpus they come from. In the order of a recipe:
+The verbs work on lhotse manifests of any corpus. A recipe calls them in this order:
 
     ssm-asr prepare check --manifests MANIFESTS --out CUTS
     ssm-asr prepare features --cuts CUTS/cuts_train.jsonl.gz --out DATA --speed-perturb --shuffle
     ssm-asr prepare tokens --cuts CUTS/cuts_train.jsonl.gz --out DATA/tokens --vocab-size 500
     ssm-asr prepare noise --cuts CUTS/cuts_train.jsonl.gz --out NOISE
 
-Every output is complete or absent, and nothing is left out of a corpus without a line that says what and why.
+An output appears only when it is complete, and a line says of everything that is left out of a corpus what and why.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from lhotse import CutSet, RecordingSet, SupervisionSet
 from ssm_asr.cli.program import positive
 from ssm_asr.config import TokensConfig, load_experiment
 from ssm_asr.data.checks import check_corpus
+from ssm_asr.data.features import BACKENDS
 from ssm_asr.data.filtering import text_of
 from ssm_asr.data.noise import made_noises, musan_noises
 from ssm_asr.data.store import prepare_cuts, read_cuts
@@ -31,7 +32,7 @@ MAX_LINES_SHOWN = 20
 
 
 def check(args: argparse.Namespace) -> None:
-    """Read all audio and transcripts; write OUT/cuts_NAME.jsonl.gz and a list of what was left out."""
+    """Reads all audio and transcripts, and writes OUT/cuts_NAME.jsonl.gz and a list of what is left out."""
     sources = sorted(args.manifests.glob(f"*{RECORDINGS_SUFFIX}"))
     if not sources:
         raise ValueError(
@@ -57,7 +58,11 @@ def check(args: argparse.Namespace) -> None:
 
 
 def features(args: argparse.Namespace) -> None:
-    """Compute and store features of a cut manifest."""
+    """Computes and stores the features of a cut manifest."""
+    if args.on_the_fly and args.backend != "torch":
+        raise ValueError(
+            f"--on-the-fly: training computes features by torch, not by {args.backend}; give one of the two"
+        )
     target = prepare_cuts(
         args.cuts,
         args.out,
@@ -66,13 +71,14 @@ def features(args: argparse.Namespace) -> None:
         on_the_fly=args.on_the_fly,
         num_jobs=args.jobs,
         device=str(find_device(args.device)),
+        backend=args.backend,
         shar=args.shar,
     )
     print(f"cuts in {target}")
 
 
 def tokens(args: argparse.Namespace) -> None:
-    """Train a tokenizer on the transcripts of training cuts."""
+    """Trains a tokenizer on the transcripts of training cuts."""
     texts = (text_of(cut) for cut in read_cuts(args.cuts))
     wanted = load_experiment(args.config, args.set).tokens if args.config else TokensConfig()
     kind = args.kind or wanted.kind
@@ -83,7 +89,7 @@ def tokens(args: argparse.Namespace) -> None:
 
 
 def noise(args: argparse.Namespace) -> None:
-    """Write OUT/cuts_noise.jsonl.gz: MUSAN, or made noises."""
+    """Writes OUT/cuts_noise.jsonl.gz with cuts of MUSAN or of made noises."""
     args.out.mkdir(parents=True, exist_ok=True)
     if args.musan is not None:
         cuts = musan_noises(args.musan)
@@ -95,14 +101,14 @@ def noise(args: argparse.Namespace) -> None:
 
 
 def write_cuts(cuts: CutSet, target: Path) -> None:
-    """Write a manifest that appears only when complete."""
+    """Writes a manifest, which appears only when it is complete."""
     unfinished = target.with_name(f"unfinished-{target.name}")
     cuts.to_file(unfinished)
     os.replace(unfinished, target)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="ssm-asr prepare", description=__doc__, formatter_class=plain)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -133,7 +139,14 @@ def make_parser() -> argparse.ArgumentParser:
         "directory for cuts anywhere; training reads it in any order, and resumes as exactly as from a manifest",
     )
     verb.add_argument("--jobs", type=positive, default=2, help="processes (default: 2)")
-    verb.add_argument("--device", default="cpu", help="cpu, or cuda: by kaldifeat if installed (default: cpu)")
+    verb.add_argument("--device", default="cpu", help="where to compute: auto, cpu or cuda (default: cpu)")
+    verb.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="torch",
+        help="what computes: torch (lhotse's Fbank), or kaldifeat, which needs its package built for this version of "
+        "PyTorch and CUDA (https://csukuangfj.github.io/kaldifeat); both give the same features (default: torch)",
+    )
 
     verb = verbs.add_parser("tokens", help="make a tokenizer from training transcripts")
     verb.set_defaults(run=tokens)
@@ -156,7 +169,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Run one verb; a fault of the input is one line on stderr and exit status 1."""
+    """Runs one verb; a fault of the input is one line on stderr and exit status 1."""
     args = make_parser().parse_args()
     for name in ("cuts", "manifests"):
         path = getattr(args, name, None)

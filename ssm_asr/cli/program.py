@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from ssm_asr.data.features import CutError
+from ssm_asr.data.errors import CutError
 
 
 def positive(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Augmentation of the features of one utterance; all randomness comes from the generator that is passed in.
+"""Augments the features of utterances; all randomness comes from the generator that is passed in.
 
 Shapes: T frames, F mel bins.
 """
@@ -12,10 +12,10 @@ from ssm_asr.data.config import SpecAugmentConfig
 
 
 def spec_augment(features_TF: torch.Tensor, config: SpecAugmentConfig, rng: np.random.Generator) -> torch.Tensor:
-    """SpecAugment: warp and mask log-mel features; masked cells get the utterance's mean.
+    """Warps and masks log-mel features (SpecAugment); masked cells get the utterance's mean.
 
     Returns:
-        A new features_TF, or the given one if the draw spares this utterance.
+        A new features_TF, or the given one if the draw leaves this utterance as it is.
     """
     if rng.random() >= config.probability:
         return features_TF
@@ -34,14 +34,14 @@ def spec_augment(features_TF: torch.Tensor, config: SpecAugmentConfig, rng: np.r
 
 
 def _mask(size: int, widest: int, rng: np.random.Generator) -> slice:
-    """A random stretch of at most `widest` of `size` places."""
+    """Returns a random range of at most `widest` of `size` places."""
     width = int(rng.integers(widest + 1))
     start = int(rng.integers(size - width + 1))
     return slice(start, start + width)
 
 
 def _time_warp(features_TF: torch.Tensor, max_shift: int, rng: np.random.Generator) -> torch.Tensor:
-    """Move a random frame by up to `max_shift` frames, stretching one side and squeezing the other."""
+    """Moves a random frame by up to `max_shift` frames, which stretches one side and squeezes the other."""
     num_frames = len(features_TF)
     if max_shift <= 0 or num_frames <= 2 * max_shift + 2:
         return features_TF
@@ -55,19 +55,22 @@ def _time_warp(features_TF: torch.Tensor, max_shift: int, rng: np.random.Generat
 
 
 def join_utterances(features: list[torch.Tensor], longest_pause: int, rng: np.random.Generator) -> torch.Tensor:
-    """Utterances (T, F) end to end, with pauses of up to `longest_pause` frames at the level of the quietest sounds."""
+    """Joins utterances (T, F) end to end.
+
+    Between two of them is a pause of up to `longest_pause` frames, at the level of the first one's quietest sounds.
+    """
     floor_F = features[0].amin(dim=0)
     parts = [features[0]]
     for features_TF in features[1:]:
         pause = int(rng.integers(longest_pause + 1))
-        # A floor that did not vary at all would be unlike any recording.
+        # The noise floor of a recording varies, so the pause does.
         ripple = torch.from_numpy(rng.normal(0.0, 0.5, (pause, len(floor_F))).astype(np.float32))
         parts += [floor_F + ripple, features_TF]
     return torch.cat(parts)
 
 
 def draw_groups(count: int, most: int, rng: np.random.Generator) -> list[list[int]]:
-    """0 … count - 1 in order, cut into groups of random sizes from 1 to `most`."""
+    """Cuts the numbers 0 … count - 1, in order, into groups of random sizes from 1 to `most`."""
     groups, start = [], 0
     while start < count:
         end = min(count, start + int(rng.integers(1, most + 1)))
@@ -79,10 +82,10 @@ def draw_groups(count: int, most: int, rng: np.random.Generator) -> list[list[in
 def add_noise(
     features_TF: torch.Tensor, noise_TF: torch.Tensor, snr_db: float, rng: np.random.Generator
 ) -> torch.Tensor:
-    """Mix noise into one utterance in the domain of mel powers.
+    """Mixes noise into one utterance in the domain of mel powers.
 
-    A random stretch of the noise, repeated where it is too short, is scaled so that the ratio of the mean mel
-    powers is `snr_db`. Powers add, which is exact on average for noise uncorrelated with the speech.
+    A random part of the noise, repeated where it is too short, is scaled so that the ratio of the mean mel
+    powers is `snr_db`. Powers add, which is exact on average if noise and speech are uncorrelated.
 
     Returns:
         features_TF of the mixture; log-mel, like both inputs.

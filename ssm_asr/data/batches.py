@@ -1,11 +1,11 @@
-"""lhotse cuts -> batches of padded features and tokens.
+"""Makes batches of padded features and tokens from lhotse cuts.
 
-Shapes: B utterances, T feature frames (10 ms), F mel bins, U tokens.
+Shapes: B utterances, G groups of joined utterances, T feature frames (10 ms), F mel bins, U tokens.
 
-A batch is a function of (cuts, config, tokenizer, seed, epoch, rank, world size, index) alone: which cuts
-it holds is decided by the sampler in the calling process, and its augmentation draws from a generator seeded
-with that key. So neither the number of workers nor what was loaded before can change it, and training resumes
-with exactly the batches that an uninterrupted run would have seen.
+A batch is a function of (cuts, config, tokenizer, seed, epoch, rank, world size, index) alone: the sampler in the
+calling process decides which cuts it holds, and its augmentation draws from a generator that is seeded with these
+numbers. So neither the number of workers nor what was loaded before can change it, and training resumes with
+exactly the batches that an uninterrupted run would have seen.
 """
 
 import atexit
@@ -29,7 +29,7 @@ from lhotse.dataset.sampling.dynamic_bucketing import FixedBucketBatchSizeConstr
 from lhotse.features import FeatureExtractor
 from torch.nn.utils.rnn import pad_sequence
 
-import ssm_asr.data.shar  # noqa: F401  workers read features by the reader that it registers
+import ssm_asr.data.shar  # noqa: F401  it registers the reader by which workers read features
 from ssm_asr.data.augment import add_noise, draw_groups, join_utterances, spec_augment
 from ssm_asr.data.config import DataConfig
 from ssm_asr.data.features import make_fbank, reading
@@ -38,25 +38,34 @@ from ssm_asr.data.tokens import Tokenizer
 from ssm_asr.units import ENCODER_FRAME_MS, FRAME_SHIFT_MS, LOG_MEL_SILENCE, feature_frames
 
 CUTS_TO_ESTIMATE_BUCKETS = 10000
-# Fixed shapes have a multiple of so many encoder frames (50 Hz), which GPUs multiply faster than odd numbers.
+# Fixed shapes have a multiple of this many encoder frames (50 Hz) and of this many predictor outputs (one more than
+# there are tokens), since GPUs multiply matrices of these sizes faster than others.
 SHAPE_FRAMES = 16
-SHAPE_OUTPUTS = 16  # and, for the same reason, of so many outputs of the predictor, which are one more than tokens
+SHAPE_OUTPUTS = 16
 
 
 class Batch(NamedTuple):
-    """Utterances, padded at their ends."""
+    """A batch holds utterances, padded at their ends.
 
-    features_BTF: torch.Tensor  # float32, padded with LOG_MEL_SILENCE
-    feature_lens_B: torch.Tensor  # int64
-    tokens_BU: torch.Tensor  # int64, padded with 0
-    token_lens_B: torch.Tensor  # int64
+    Attributes:
+        features_BTF: float32, padded with LOG_MEL_SILENCE.
+        feature_lens_B: int64, in frames.
+        tokens_BU: int64, padded with 0.
+        token_lens_B: int64.
+        ids, texts: the ids and the transcripts of the utterances.
+    """
+
+    features_BTF: torch.Tensor
+    feature_lens_B: torch.Tensor
+    tokens_BU: torch.Tensor
+    token_lens_B: torch.Tensor
     ids: list[str]
     texts: list[str]
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with features and tokens on a device (copied in the background where memory is pinned).
+        """Returns the batch with features and tokens on a device; pinned memory is copied in the background.
 
-        The lengths stay on the CPU, where the losses look at them.
+        The lengths stay on the CPU, where the losses need them.
         """
         return self._replace(
             features_BTF=self.features_BTF.to(device, non_blocking=True),
@@ -64,7 +73,7 @@ class Batch(NamedTuple):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What is small travels in the message of a worker: for each tensor, the receiver would open a connection."""
+        """Sends all but the features as numpy arrays, since the receiver opens a connection for each tensor."""
         features_BTF, *others = self
         return _batch_of, (features_BTF, *(x.numpy() if isinstance(x, torch.Tensor) else x for x in others))
 
@@ -75,23 +84,30 @@ def _batch_of(features_BTF: torch.Tensor, *others: Any) -> Batch:
 
 
 class _Noise(NamedTuple):
-    """A noise to be mixed into one utterance."""
+    """This noise is to be mixed into one utterance."""
 
     cut: Cut
     snr_db: float
 
 
 class _Job(NamedTuple):
-    """All that a worker needs to make one batch."""
+    """A job holds all that a worker needs to make one batch.
+
+    Attributes:
+        cuts: the utterances.
+        noises: one for each cut.
+        key: the seed of the augmentation.
+        least_frames: the batch is padded to at least this many feature frames.
+    """
 
     cuts: list[Cut]
-    noises: list[_Noise | None]  # one per cut
-    key: tuple[int, ...]  # seeds the augmentation
-    least_frames: int = 0  # of features, to which the batch is padded
+    noises: list[_Noise | None]
+    key: tuple[int, ...]
+    least_frames: int = 0
 
 
 def load_features(cut: Cut) -> torch.Tensor:
-    """features_TF of a cut: the stored ones, else computed from its audio.
+    """Returns features_TF of a cut: the stored ones if there are any, else they are computed from its audio.
 
     Raises:
         CutError: if they cannot be read.
@@ -108,21 +124,20 @@ def _fbank() -> FeatureExtractor:
 
 
 def shape_frames(seconds: float) -> int:
-    """Feature frames of a fixed shape for utterances of at most so many seconds."""
+    """Returns the feature frames of the fixed shape that holds utterances of up to this many seconds."""
     encoder_frames = math.ceil(seconds * 1000 / ENCODER_FRAME_MS)
     return feature_frames(math.ceil(encoder_frames / SHAPE_FRAMES) * SHAPE_FRAMES)
 
 
 def shape_tokens(tokens: int) -> int:
-    """Tokens of a fixed shape for transcripts of at most so many."""
+    """Returns the number of tokens of the fixed shape that holds transcripts of up to this many."""
     return math.ceil((tokens + 1) / SHAPE_OUTPUTS) * SHAPE_OUTPUTS - 1
 
 
 class _BatchMaker(torch.utils.data.Dataset):
-    """Turns a job into a Batch; runs in the workers."""
+    """Turns jobs into batches; it runs in the workers. Without a configuration, it augments nothing."""
 
     def __init__(self, tokenizer: Tokenizer, config: DataConfig | None) -> None:
-        """Without a configuration, nothing is augmented."""
         self._tokenizer = tokenizer
         self._config = config
 
@@ -160,7 +175,7 @@ class _BatchMaker(torch.utils.data.Dataset):
 
 
 class _TrainingJobs(torch.utils.data.Sampler):
-    """The jobs of one epoch on one rank, from `start_batch` on; the earlier ones only cost their sampling."""
+    """Gives the jobs of one epoch on one rank, from `start_batch` on; earlier ones are sampled but not made."""
 
     def __init__(
         self,
@@ -210,19 +225,18 @@ def train_batches(
     world_size: int = 1,
     noise_cuts: CutSet | None = None,
 ) -> Iterator[Batch]:
-    """The batches of one epoch, shuffled, bucketed by duration and augmented.
+    """Yields the batches of one epoch, shuffled, bucketed by duration and augmented.
+
+    The global random generators are not used.
 
     Args:
-        cuts: training cuts, best after `filter_cuts`; the same ones in the same order on every rank.
-        config: batch size, buckets, augmentation, workers.
+        cuts: training cuts, best after `filter_cuts`; equal and in equal order on every rank.
+        config: batch size, buckets, augmentation and workers.
         tokenizer: makes the tokens.
-        epoch, seed: another value of either gives another order and other augmentation; the order is that of their sum.
-        start_batch: number of this rank's batches already used; they are skipped without being loaded.
-        rank, world_size: every rank gets the same number of batches.
-        noise_cuts: noises to mix in; none means no noise.
-
-    Returns:
-        An iterator. It does not touch the global random generators.
+        epoch, seed: another value of either gives other augmentation; the order of the cuts depends on their sum.
+        start_batch: number of this rank's batches that were used before; they are skipped without being loaded.
+        rank, world_size: which process of how many this is; each gets an equal number of batches.
+        noise_cuts: noises to mix in; without them, no noise is mixed in.
     """
     bins_s = _duration_bins(cuts, config.num_buckets)
     bounds_s: list[float] = []
@@ -248,10 +262,10 @@ def train_batches(
 
 
 def eval_batches(cuts: CutSet, tokenizer: Tokenizer, *, max_duration_s: float, num_workers: int = 0) -> Iterator[Batch]:
-    """Every cut once, long ones first, in batches of at most `max_duration_s`.
+    """Yields every cut once, long ones first, in batches of at most `max_duration_s` seconds of audio.
 
     Nothing is random and nothing is left out: what the vocabulary lacks is encoded as `<unk>`, and an empty
-    transcript gives no tokens.
+    transcript has no tokens.
     """
     ordered = cuts.to_eager().sort_by_duration(ascending=False)
     with warnings.catch_warnings():
@@ -262,14 +276,15 @@ def eval_batches(cuts: CutSet, tokenizer: Tokenizer, *, max_duration_s: float, n
 
 
 def largest_joined(batch: Batch, config: DataConfig) -> Batch:
-    """A batch of the longest utterances, joined to one that hardly any of training is larger than.
+    """Returns a joined batch that is larger than nearly all of training, from a batch of the longest utterances.
 
-    Groups have sizes drawn evenly from 1 to M = `join_most`; all are padded to the longest, which is taken for a full
-    one. Of B utterances there are 2B / (M + 1) groups on average, and three standard deviations more are taken.
+    Groups have sizes drawn evenly from 1 to M = `join_most`, and all are padded to the longest, which is assumed to
+    be a group of M. B utterances make 2B / (M + 1) groups on average; the batch has three standard deviations more.
     """
     pauses = round((config.join_most - 1) * config.join_pause_s * 1000 / FRAME_SHIFT_MS)
     count, mean = len(batch.ids), (config.join_most + 1) / 2
-    spread = math.sqrt(count * (config.join_most**2 - 1) / 12 / mean**3)  # of a renewal process
+    # Group sizes are the intervals of a renewal process, whose count has this standard deviation.
+    spread = math.sqrt(count * (config.join_most**2 - 1) / 12 / mean**3)
     groups = min(count, math.ceil(count / mean + 3 * spread))
     features_GTF = batch.features_BTF[:groups].repeat(1, config.join_most, 1)
     return batch._replace(
@@ -283,7 +298,7 @@ def largest_joined(batch: Batch, config: DataConfig) -> Batch:
 
 
 def _duration_bins(cuts: CutSet, num_buckets: int) -> list[float]:
-    """Durations in s that separate the buckets; fewer than asked for where there are few cuts."""
+    """Returns the durations in s that separate the buckets; few cuts have fewer buckets than asked for."""
     sample = list(islice(cuts, CUTS_TO_ESTIMATE_BUCKETS))
     num_buckets = min(num_buckets, len(sample))
     bins = estimate_duration_buckets(sample, num_buckets) if num_buckets > 1 else []
@@ -291,19 +306,19 @@ def _duration_bins(cuts: CutSet, num_buckets: int) -> list[float]:
 
 
 def _start_worker(worker: int) -> None:
-    """Leaves it to the training process to stop its workers: Ctrl-C reaches them, too, while it still needs them."""
+    """Lets a worker ignore signals: Ctrl-C reaches it too, while the training process, which stops it, needs it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    # Python would end the thread that still sends a batch that nobody wants, which aborts the process with a message.
+    # Python would end a thread that is still sending a batch, which aborts the process with a message.
     atexit.register(os._exit, 0)
 
 
 @lru_cache(maxsize=1)
 def _end_workers_at_exit() -> None:
-    """After an exception, Python waits at exit for daemon processes that it has sent SIGTERM, which workers ignore."""
+    """Kills the workers at exit: after an exception, Python sends them SIGTERM, which they ignore, and waits."""
 
     def end() -> None:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would complain of workers that are killed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch complains of workers that are killed
         for process in multiprocessing.active_children():
             process.kill()
 
@@ -321,6 +336,6 @@ def _loader(jobs: _TrainingJobs | list[_Job], maker: _BatchMaker, num_workers: i
         multiprocessing_context="spawn" if num_workers else None,
         worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
-        # Else the loader draws from the global generator, and training would not resume exactly.
+        # Without it the loader draws from the global generator, and training would not resume exactly.
         generator=torch.Generator(),
     )

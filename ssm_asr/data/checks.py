@@ -1,4 +1,4 @@
-"""Is a corpus sound? Every recording is read in full, every transcript looked at, every fault reported."""
+"""Checks a corpus: every recording is read in full, every transcript is checked, every fault is reported."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -7,7 +7,8 @@ from typing import TypeVar
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 from lhotse.utils import fastcopy
 
-from ssm_asr.data.features import AudioError, load_samples, not_mono
+from ssm_asr.data.errors import AudioError
+from ssm_asr.data.features import load_samples, not_mono
 from ssm_asr.data.parallel import parallel_map
 from ssm_asr.data.report import Report
 from ssm_asr.units import FRAME_SHIFT_MS, SAMPLE_RATE_HZ
@@ -24,17 +25,17 @@ def check_corpus(
     num_jobs: int = 1,
     title: str = "checking audio",
 ) -> tuple[CutSet, Report]:
-    """Sort out the recordings and transcripts of a corpus that cannot be used.
+    """Leaves out the recordings and transcripts of a corpus that cannot be used.
 
     Args:
-        recordings: of audio in files.
+        recordings: recordings whose audio is in files.
         supervisions: transcripts; a recording may have several.
-        num_jobs: processes that read audio.
-        title: for the progress bar.
+        num_jobs: number of processes that read audio.
+        title: what the progress bar says.
 
     Returns:
-        One cut per sound supervision, with its id, in the order of the supervisions; and a report of the
-        rest: recordings by file, transcripts by id.
+        A cut for each usable supervision, with its id, in the order of the supervisions; and a report of the
+        rest, which names recordings by file and transcripts by id.
     """
     report = Report()
     recording_of = _unique(recordings, "two recordings with one id", report)
@@ -53,7 +54,7 @@ def check_corpus(
     cuts = []
     for segment in segment_of.values():
         if segment.recording_id in bad:
-            continue  # reported with its recording
+            continue  # the report has its recording
         recording = recording_of.get(segment.recording_id)
         reason, detail = _segment_fault(segment, recording)
         if reason:
@@ -65,7 +66,7 @@ def check_corpus(
 
 
 def _unique(items: Iterable[Item], reason: str, report: Report) -> dict[str, Item]:
-    """The items by id; the first of each id stays and the others are reported."""
+    """Returns the items by id; the first of each id stays and the others are reported."""
     by_id: dict[str, Item] = {}
     for item in items:
         if item.id in by_id:
@@ -76,7 +77,7 @@ def _unique(items: Iterable[Item], reason: str, report: Report) -> dict[str, Ite
 
 
 def _audio_fault(recording: Recording) -> tuple[str, str] | None:
-    """What is wrong with the audio of a recording, as (reason, detail)."""
+    """Returns what is wrong with the audio of a recording, as (reason, detail); None if nothing is."""
     path = recording.sources[0].source
     try:
         samples_SC, rate_hz = load_samples(path)
@@ -95,7 +96,7 @@ def _audio_fault(recording: Recording) -> tuple[str, str] | None:
 
 
 def _segment_fault(segment: SupervisionSegment, recording: Recording | None) -> tuple[str, str]:
-    """What is wrong with a transcript, as (reason, detail); ("", "") if nothing."""
+    """Returns what is wrong with a transcript, as (reason, detail); ("", "") if nothing is."""
     if recording is None:
         return "transcript with no audio", f"no recording {segment.recording_id}"
     if not (segment.text or "").strip():
@@ -108,7 +109,7 @@ def _segment_fault(segment: SupervisionSegment, recording: Recording | None) -> 
 
 
 def _to_cut(segment: SupervisionSegment, recording: Recording) -> MonoCut:
-    """The stretch of a recording that a supervision transcribes."""
+    """Returns the part of a recording that a supervision transcribes."""
     duration = min(segment.duration, recording.duration - segment.start)
     return MonoCut(
         id=segment.id,

@@ -1,8 +1,9 @@
-"""Audio -> log-mel filter bank features.
+"""Computes log-mel filter bank features, offline and online, and reads the audio for them.
 
-Shapes: S samples, T feature frames (10 ms), F mel bins.
+Shapes: S samples, C channels, T feature frames (10 ms), F mel bins.
 """
 
+import importlib
 import logging
 import os
 import struct
@@ -26,47 +27,28 @@ from lhotse.features.kaldifeat import (
 )
 from scipy.signal import resample_poly
 
+from ssm_asr.data.errors import AudioError, CutError, first_line
 from ssm_asr.units import FRAME_LENGTH_MS, FRAME_SHIFT_MS, NUM_MELS, SAMPLE_RATE_HZ
 
-
-class AudioError(ValueError):
-    """Audio that cannot be used; the message is one line with file, reason and detail.
-
-    Attributes:
-        reason: one of a few fixed phrases, so that reasons can be counted.
-        detail: numbers and remedy.
-    """
-
-    def __init__(self, path: Path | str, reason: str, detail: str = "") -> None:
-        super().__init__(f"{path}: {reason}" + (f": {detail}" if detail else ""))
-        self.reason = reason
-        self.detail = detail
-
-
-class CutError(ValueError):
-    """A cut whose audio or features cannot be read; the message is one line."""
-
-
-def reason_of(error: Exception) -> str:
-    """What lhotse says first; a page on the cut and its callers may follow."""
-    return str(error).strip().partition("\n")[0].removesuffix(" Details:") or type(error).__name__
+# What can compute stored features: PyTorch, by lhotse's Fbank, or the package kaldifeat.
+BACKENDS = ("torch", "kaldifeat")
 
 
 @contextmanager
 def reading(cut: Cut) -> Iterator[None]:
-    """Within it, what goes wrong is said in one line, not in lhotse's hundred.
+    """Turns every exception within it into one line, where lhotse would print a hundred.
 
     Raises:
-        CutError: instead of any other exception.
+        CutError: in place of any other exception.
     """
     try:
         yield
     except Exception as error:
-        raise CutError(f"cut {cut.id}: {reason_of(error)}; if files were moved, prepare the corpus anew") from None
+        raise CutError(f"cut {cut.id}: {first_line(error)}; if files were moved, prepare the corpus anew") from None
 
 
 def cut_samples(cut: Cut) -> np.ndarray:
-    """Samples (S,) of a cut's first channel.
+    """Returns the samples (S,) of a cut's first channel.
 
     Raises:
         CutError: if they cannot be read.
@@ -76,49 +58,54 @@ def cut_samples(cut: Cut) -> np.ndarray:
     return samples_1S[0]
 
 
-def make_fbank(device: str = "cpu") -> FeatureExtractor:
-    """The feature extractor of every recipe: lhotse's Fbank with its defaults, `NUM_MELS` bins.
+def require_backend(backend: str) -> None:
+    """Checks that a backend of `make_fbank` can be used here.
 
-    On a GPU, kaldifeat computes the same features where it is installed.
+    Raises:
+        ValueError: if it is unknown, or is kaldifeat and cannot be imported.
     """
-    if device != "cpu" and has_kaldifeat():
-        return KaldifeatFbank(
-            KaldifeatFbankConfig(
-                frame_opts=KaldifeatFrameOptions(
-                    sampling_rate=SAMPLE_RATE_HZ,
-                    frame_length=FRAME_LENGTH_MS / 1000,
-                    frame_shift=FRAME_SHIFT_MS / 1000,
-                ),
-                mel_opts=KaldifeatMelOptions(num_bins=NUM_MELS),
-                device=device,
-            )
-        )
-    return Fbank(
-        FbankConfig(
-            sampling_rate=SAMPLE_RATE_HZ,
-            num_filters=NUM_MELS,
-            frame_length=FRAME_LENGTH_MS / 1000,
-            frame_shift=FRAME_SHIFT_MS / 1000,
+    if backend not in BACKENDS:
+        raise ValueError(f"features backend {backend!r}: give one of {', '.join(BACKENDS)}")
+    if backend == "kaldifeat":
+        try:
+            importlib.import_module("kaldifeat")
+        except (ImportError, OSError) as error:  # OSError: its library was built for another PyTorch
+            raise ValueError(
+                f"features backend kaldifeat: cannot be imported ({first_line(error)}); install its build for PyTorch "
+                f"{torch.__version__} from https://csukuangfj.github.io/kaldifeat, or take the backend torch"
+            ) from None
+
+
+def make_fbank(device: str = "cpu", backend: str = "torch") -> FeatureExtractor:
+    """Returns the feature extractor of every recipe: `NUM_MELS` log-mel bins every 10 ms, with lhotse's defaults.
+
+    Args:
+        device: where the features are computed, such as cpu or cuda.
+        backend: one of BACKENDS. Both compute the same features but for rounding.
+
+    Raises:
+        ValueError: as `require_backend` does.
+    """
+    require_backend(backend)
+    frame_s = {"frame_length": FRAME_LENGTH_MS / 1000, "frame_shift": FRAME_SHIFT_MS / 1000}
+    if backend == "torch":
+        return Fbank(FbankConfig(sampling_rate=SAMPLE_RATE_HZ, num_filters=NUM_MELS, device=device, **frame_s))
+    return KaldifeatFbank(
+        KaldifeatFbankConfig(
+            frame_opts=KaldifeatFrameOptions(sampling_rate=SAMPLE_RATE_HZ, **frame_s),
+            mel_opts=KaldifeatMelOptions(num_bins=NUM_MELS),
             device=device,
         )
     )
 
 
-def has_kaldifeat() -> bool:
-    """Whether kaldifeat can be imported; one that was built for another PyTorch is found but cannot."""
-    try:
-        import kaldifeat  # noqa: F401
-    except (ImportError, OSError):
-        return False
-    return True
-
-
 class OnlineFbank:
-    """The features of `make_fbank` for audio that arrives piece by piece.
+    """Computes the features of `make_fbank` for audio that arrives piece by piece.
 
     The first frame is centred 5 ms into the audio and each frame is 25 ms long, so frame t is ready once
-    t * 10 + 17.5 ms of audio were pushed; `finish` mirrors the last samples for the frames that stick out
-    at the end, as the offline extractor does. Values agree with it to 1e-3 (float32 rounding of two FFTs).
+    t * 10 + 17.5 ms of audio were pushed. `finish` mirrors the last samples for the frames that reach beyond
+    the end, as the offline extractor does. The values of both agree to 2e-3, since each rounds its own FFT
+    to float32.
     """
 
     def __init__(self, sample_rate_hz: int = SAMPLE_RATE_HZ) -> None:
@@ -141,7 +128,7 @@ class OnlineFbank:
         self._finished = False
 
     def push(self, samples_S: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """Add samples in [-1, 1] and return the frames that became ready, features_TF (T may be 0).
+        """Adds samples in [-1, 1] and returns the frames that became ready, features_TF (T may be 0).
 
         Raises:
             ValueError: if the samples are not one-dimensional, or `finish` was called before.
@@ -155,7 +142,7 @@ class OnlineFbank:
         return self._take()
 
     def finish(self) -> torch.Tensor:
-        """Say that no audio follows and return the remaining frames, features_TF (T may be 0)."""
+        """Ends the audio and returns the remaining frames, features_TF (T may be 0)."""
         if not self._finished:
             self._extractor.input_finished()
             self._finished = True
@@ -164,16 +151,16 @@ class OnlineFbank:
     def _take(self) -> torch.Tensor:
         num_new = self._extractor.num_frames_ready - self._num_taken
         frames = [self._extractor.get_frame(self._num_taken + k).copy() for k in range(num_new)]
-        self._extractor.pop(num_new)  # live audio can last for hours
+        self._extractor.pop(num_new)  # else hours of live audio would fill the memory
         self._num_taken += num_new
         return torch.from_numpy(np.stack(frames)) if frames else torch.empty(0, NUM_MELS)
 
 
 def load_samples(path: Path | str) -> tuple[np.ndarray, int]:
-    """Decode a whole audio file.
+    """Decodes a whole audio file.
 
     Returns:
-        samples_SC float32 with one column per channel, and the sample rate in Hz.
+        samples_SC in float32 with one column per channel, and the sample rate in Hz.
 
     Raises:
         AudioError: if the file is missing, no audio, empty, truncated, or holds NaN or infinite samples.
@@ -201,16 +188,16 @@ def load_samples(path: Path | str) -> tuple[np.ndarray, int]:
 
 
 def read_audio(path: Path | str) -> np.ndarray:
-    """Samples of a mono file at `SAMPLE_RATE_HZ`.
+    """Reads a mono file at `SAMPLE_RATE_HZ`.
 
-    A file at another rate is resampled, with a warning: recognition works, but differs slightly from
-    audio recorded at the right rate. Several channels are refused: a guess could pick the wrong speaker.
+    A file at another rate is resampled, with a warning: it can be recognised, but not quite as audio that was
+    recorded at the right rate. Several channels are refused, since a guess could pick the wrong speaker.
 
     Returns:
-        samples_S float32 in [-1, 1].
+        samples_S in float32, within [-1, 1].
 
     Raises:
-        AudioError: as `load_samples`, and for more than one channel or less audio than one frame.
+        AudioError: as `load_samples` does, and if there are several channels or less audio than one frame.
     """
     samples_SC, rate_hz = load_samples(path)
     if samples_SC.shape[1] != 1:
@@ -226,17 +213,17 @@ def read_audio(path: Path | str) -> np.ndarray:
 
 
 def not_mono(path: Path | str, num_channels: int) -> AudioError:
-    """The error for a file with several channels."""
+    """Returns the error that refuses a file with several channels."""
     remedy = f"take the first with: sox {path} mono.wav remix 1"
     return AudioError(path, "not mono", f"{num_channels} channels; {remedy}")
 
 
 def _riff_is_cut(path: Path) -> bool:
-    """Whether a wav file is shorter than its header says, which libsndfile repairs without a word."""
+    """Tells whether a wav file is shorter than its header says, which libsndfile would not report."""
     with path.open("rb") as file:
         header = file.read(8)
     if header[:4] != b"RIFF" or len(header) < 8:
         return False
     (announced,) = struct.unpack("<I", header[4:])
-    # Writers to a pipe cannot know the size and leave 0 or the largest number.
+    # A program that writes to a pipe cannot know the size and leaves 0 or the largest number.
     return announced not in (0, 0xFFFFFFFF) and announced + 8 > path.stat().st_size

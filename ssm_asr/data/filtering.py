@@ -1,4 +1,4 @@
-"""Which utterances can be trained on; every one that cannot is reported."""
+"""Decides which utterances can be trained on, and reports those that cannot."""
 
 from functools import partial
 
@@ -13,31 +13,31 @@ from ssm_asr.units import FRAME_SHIFT_MS, SAMPLE_RATE_HZ, output_frames
 
 
 def num_feature_frames(cut: Cut) -> int:
-    """Feature frames of a cut, whether its features are stored or not."""
+    """Returns the number of feature frames of a cut, whether its features are stored or not."""
     if cut.has_features:
         return cut.num_frames
     return compute_num_frames(cut.duration, FRAME_SHIFT_MS / 1000, SAMPLE_RATE_HZ)
 
 
 def text_of(cut: Cut) -> str:
-    """The transcript of a cut: the texts of its supervisions in order of time, joined with spaces."""
+    """Returns the transcript of a cut: the texts of its supervisions in order of time, joined with spaces."""
     segments = sorted(cut.supervisions, key=lambda segment: segment.start)
     return " ".join(segment.text.strip() for segment in segments if segment.text)
 
 
 def filter_cuts(cuts: CutSet, tokenizer: Tokenizer, config: DataConfig) -> tuple[CutSet, Report]:
-    """Leave out the utterances that cannot be trained on.
+    """Leaves out the utterances that cannot be trained on.
 
-    Those are: too short or too long, an empty transcript, a token outside the vocabulary, fewer encoder
-    output frames than tokens (no alignment exists).
+    An utterance is left out if it is too short or too long, if its transcript is empty or has a token outside the
+    vocabulary, or if it has fewer output frames of the encoder than tokens, so that no alignment exists.
 
     Args:
-        cuts: training cuts, eager or lazy; iterated once here.
-        tokenizer: to count tokens.
-        config: for the limits of duration.
+        cuts: training cuts, eager or lazy; they are iterated once here.
+        tokenizer: counts the tokens.
+        config: has the limits of duration.
 
     Returns:
-        The kept cuts (lazy if `cuts` is) and a report with one entry per cut left out.
+        The kept cuts (lazy if `cuts` is) and a report with an entry for each cut left out.
 
     Raises:
         ValueError: if nothing is left.
@@ -61,7 +61,7 @@ def _is_kept(dropped: set[str], cut: Cut) -> bool:
 
 
 def _objection(cut: Cut, tokenizer: Tokenizer, config: DataConfig) -> tuple[str, str]:
-    """Why a cut cannot be trained on, as (reason, detail); ("", "") if it can."""
+    """Returns why a cut cannot be trained on, as (reason, detail); ("", "") if it can."""
     if not config.min_utterance_s <= cut.duration <= config.max_utterance_s:
         side = "short" if cut.duration < config.min_utterance_s else "long"
         limits = f"{config.min_utterance_s:g} - {config.max_utterance_s:g} s"

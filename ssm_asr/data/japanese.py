@@ -1,24 +1,24 @@
-"""One way to write Japanese, for transcripts and for whatever is compared with them.
+"""Writes Japanese in one way, for transcripts and for the texts that are compared with them.
 
-It stands here, beside the tokens, because both need it: a recipe's transcripts, of which the characters become tokens,
-and the programs that score a text of another origin (another model, another keyboard) against such a transcript.
-Error rates of characters ignore spaces anyway, so there are none in the result.
+Two users need it: a recipe's transcripts, whose characters become tokens, and programs that score a text of another
+origin (another model, another keyboard) against a transcript. Error rates of characters ignore spaces, so the result
+has none.
 """
 
 import re
 import unicodedata
 
 _LONG_MARK = "ー"
-_DASHES = "-‐‑‒–—―−─~〜∼"  # written where a long vowel is meant
+_DASHES = "-‐‑‒–—―−─~〜∼"  # after kana they mean a long vowel
 _LONG_VOWEL = re.compile(f"(?<=[ぁ-ゖァ-ヺ])[{re.escape(_DASHES)}{_LONG_MARK}]+")
 _NUMERALS = "一二三四五六七八九十百千万億兆〇"
-_ZERO = re.compile(f"(?<=[{_NUMERALS}])[○◯]|[○◯](?=[{_NUMERALS}])")  # a circle within a number is a zero
+_ZERO = re.compile(f"(?<=[{_NUMERALS}])[○◯]|[○◯](?=[{_NUMERALS}])")  # a circle beside a numeral is a zero
 _IN_NUMBER = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_SIGNS = "#%&@"  # of Unicode's punctuation, those that are spoken, or stand for what was
+_SIGNS = "#%&@"  # Unicode counts them as punctuation, but they are spoken, or stand for something spoken
 
 
 def normalise(text: str) -> str:
-    """The same text with one form for each character.
+    """Returns a text with one form for each character.
 
     - Half-width kana and full-width letters and digits become the usual ones (Unicode's NFKC, which also takes ⑤ for 5
       and ㌔ for キロ); letters are capitals.
@@ -36,7 +36,7 @@ def normalise(text: str) -> str:
 
 
 def _is_dropped(text: str, i: int) -> bool:
-    """Whether the character at i is punctuation that nobody says."""
+    """Tells whether the character at i is punctuation that nobody says."""
     char = text[i]
     if char == "." and text[i - 1 : i].isdecimal() and text[i + 1 : i + 2].isdecimal():
         return False

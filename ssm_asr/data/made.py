@@ -1,4 +1,4 @@
-"""Directories of made data: complete or absent, made once, and never in place of what someone else put there."""
+"""Makes directories of data once: each is complete or absent, and replaces no directory that was made otherwise."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ MARKER = ".complete.json"
 
 
 def is_made(final: Path, settings: dict[str, Any]) -> bool:
-    """Whether a directory is there, complete and made with these settings.
+    """Tells whether a directory is there, complete and made with these settings.
 
     Raises:
         ValueError: if it exists and was not made by `making`.
@@ -25,7 +25,7 @@ def is_made(final: Path, settings: dict[str, Any]) -> bool:
 
 @contextmanager
 def making(final: Path, settings: dict[str, Any]) -> Iterator[Path]:
-    """A temporary directory beside the final one, whose place it takes when the block ends without error."""
+    """Gives a temporary directory beside the final one, whose place it takes when the block ends without error."""
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=final.parent) as made:
         root = Path(made) / final.name

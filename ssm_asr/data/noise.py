@@ -1,6 +1,7 @@
-"""Noises to mix into training speech: MUSAN where there is one, else made ones.
+"""Gives noises to mix into training speech, from MUSAN or made here.
 
-Made noises are coloured noise (power falling as 1/f^k) and babble (several talkers of the corpus at once).
+Made noises are coloured noise, whose power falls as 1/f^k, and babble, in which several talkers of the corpus speak at
+once.
 
 Shapes: S samples.
 """
@@ -16,15 +17,15 @@ from tqdm import tqdm
 
 from ssm_asr.units import SAMPLE_RATE_HZ
 
-NOISE_S = 10.0  # of each noise cut
+NOISE_S = 10.0  # a noise cut is this long
 MIN_NOISE_S = 1.0  # shorter ends of MUSAN recordings are left out
-NOISE_RMS = 0.05
-MAX_COLOUR = 2.0  # k of 1/f^k: 0 white, 1 pink, 2 brown
-TALKERS = (3, 8)
+NOISE_RMS = 0.05  # made noises have this level, full scale being 1
+MAX_COLOUR = 2.0  # k of 1/f^k is at most this; 0 is white, 1 pink, 2 brown
+TALKERS = (3, 8)  # babble has at least and at most this many talkers
 
 
 def musan_noises(corpus: Path) -> CutSet:
-    """MUSAN's music, speech and noise in cuts of 10 s.
+    """Returns MUSAN's music, speech and noise in cuts of 10 s.
 
     Raises:
         ValueError: if the directory is no MUSAN.
@@ -41,13 +42,13 @@ def musan_noises(corpus: Path) -> CutSet:
 
 
 def made_noises(out: Path, cuts: CutSet, *, count: int, seed: int) -> CutSet:
-    """Make noises of 10 s, alternately coloured noise and babble, as flac files under OUT/noise/.
+    """Makes noises of 10 s, alternately coloured noise and babble, as flac files in OUT/noise/, and returns their cuts.
 
     Args:
         out: directory.
-        cuts: speech of the corpus, for the babble; training cuts only, or it would leak the test set.
+        cuts: speech for the babble; it must be of training cuts alone, or models would be trained on the test set.
         count: number of noises.
-        seed: the same seed makes the same noises.
+        seed: decides what the noises are; an equal seed makes equal noises.
     """
     directory = out / "noise"
     directory.mkdir(parents=True, exist_ok=True)
@@ -64,7 +65,7 @@ def made_noises(out: Path, cuts: CutSet, *, count: int, seed: int) -> CutSet:
 
 
 def _coloured(rng: random.Random) -> np.ndarray:
-    """Gaussian noise whose power falls as 1/f^k, k even in 0 - MAX_COLOUR."""
+    """Returns Gaussian noise whose power falls as 1/f^k, with k drawn evenly from 0 to MAX_COLOUR."""
     num_samples = int(NOISE_S * SAMPLE_RATE_HZ)
     white_S = np.random.default_rng(rng.getrandbits(32)).standard_normal(num_samples)
     frequency_hz = np.fft.rfftfreq(num_samples, 1 / SAMPLE_RATE_HZ)
@@ -73,7 +74,7 @@ def _coloured(rng: random.Random) -> np.ndarray:
 
 
 def _babble(speech: list[Cut], rng: random.Random) -> np.ndarray:
-    """Talkers of equal power who speak at once without a pause."""
+    """Returns several talkers of equal power who speak at once without a pause."""
     num_samples = int(NOISE_S * SAMPLE_RATE_HZ)
     babble_S = np.zeros(num_samples)
     for _ in range(rng.randint(*TALKERS)):

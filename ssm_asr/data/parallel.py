@@ -1,4 +1,4 @@
-"""The same work on many items, in several processes, with a progress bar."""
+"""Calls a function for many items in several processes, with a progress bar."""
 
 import multiprocessing
 import signal
@@ -19,13 +19,13 @@ def ignore_interrupt() -> None:
 def parallel_map(
     function: Callable[[Item], Result], items: Sequence[Item], num_jobs: int, title: str, unit: str
 ) -> Iterator[Result]:
-    """Results of function(item) in the order of the items.
+    """Yields function(item) for each item, in the order of the items.
 
     Args:
         function: a picklable function.
         items: picklable items.
-        num_jobs: processes, started by spawning; 1 works in this process.
-        title, unit: of the progress bar.
+        num_jobs: number of processes, which are spawned; with 1, this process does the work.
+        title, unit: what the progress bar says.
     """
     with tqdm(total=len(items), desc=title, unit=unit, mininterval=1.0) as bar:
         if num_jobs == 1 or len(items) == 1:

@@ -1,9 +1,9 @@
-"""Shards in lhotse's Shar format: a few large files instead of one a cut, for disks that a whole cluster shares.
+"""Reads and writes shards in lhotse's Shar format: a few large files for many cuts suit the disks of a cluster.
 
-Shard N of a directory is cuts.N.jsonl.gz and features.N.tar. lhotse's own reader takes shards in sequence, so that a
-run cannot go back to where it was; here the headers of the tar files are listed once, and cuts are then read where they
-lie, in any order. A directory of shards thus trains as a manifest does: the same batches, resumed as exactly. It can be
-moved, since it names no other file.
+Shard N of a directory is cuts.N.jsonl.gz and features.N.tar. lhotse's own reader takes shards in sequence, so a run
+could not go back to where it was. Here the headers of the tar files are listed once, and then the features of a cut are
+read at their offset, in any order. So a directory of shards gives the batches that a manifest gives, and training
+resumes as exactly. The directory can be moved, since it names no other file.
 """
 
 import os
@@ -22,16 +22,16 @@ from lhotse.utils import fastcopy
 
 
 class MemoryWriter(FeaturesWriter):
-    """Keeps features in their manifest, until a shard is written of them."""
+    """Keeps features in their manifest until they are written to a shard."""
 
-    name = "memory_npy"  # of lhotse's reader
+    name = "memory_npy"  # lhotse's reader of this format has this name
 
     @property
     def storage_path(self) -> Any:
-        """None: there is no file."""
+        """Is None, since there is no file."""
 
     def write(self, key: str, value: np.ndarray) -> Any:
-        """The features as the bytes of a numpy file."""
+        """Returns the features as the bytes of a numpy file."""
         stream = BytesIO()
         np.save(stream, value, allow_pickle=False)
         return stream.getvalue()
@@ -47,16 +47,16 @@ class TarOffsetReader(FeaturesReader):
         self._tar = storage_path
 
     def read(self, key: Any, left_offset_frames: int = 0, right_offset_frames: int | None = None) -> np.ndarray:
-        """features_TF, from and to the given frames; the key is the offset in bytes."""
+        """Returns features_TF between the given frames; the key is the offset in bytes."""
         with open(self._tar, "rb") as file:
             file.seek(int(key))
             return np.load(file, allow_pickle=False)[left_offset_frames:right_offset_frames]
 
 
 def write_shard(cuts: Iterable[Cut], cuts_file: Path) -> None:
-    """Write cuts.N.jsonl.gz, which appears only when the shard is complete, and features.N.tar beside it.
+    """Writes features.N.tar and then cuts.N.jsonl.gz, which appears only when the shard is complete.
 
-    The cuts lose their recordings.
+    The cuts in it have no recordings.
     """
     number = cuts_file.name.split(".")[1]
     unfinished = cuts_file.with_name(f"unfinished-{number}")
@@ -71,7 +71,7 @@ def write_shard(cuts: Iterable[Cut], cuts_file: Path) -> None:
 
 
 def read_shards(directory: Path) -> CutSet:
-    """All cuts of a directory of shards, in its order; the features stay where they are.
+    """Returns all cuts of a directory of shards in the order of its files; their features are not read.
 
     Raises:
         ValueError: if there are no shards with features as numpy files.

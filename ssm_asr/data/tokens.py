@@ -1,11 +1,10 @@
-"""Text <-> token ids.
+"""Turns texts into token ids and back.
 
-Two families of tokens, with the ids that the usual decoders expect:
+There are two families of tokens, with the ids that the usual decoders expect:
 
-- sentencepiece (`bpe`, `unigram`, `word`): `<blk>` 0, `<sos/eos>` 1, `<unk>` 2, then the pieces; a piece that
+- sentencepiece (`bpe`, `unigram`, `word`) has `<blk>` 0, `<sos/eos>` 1, `<unk>` 2, then the pieces; a piece that
   starts a word begins with `▁`;
-- `char`, for text written without spaces: `<blk>` 0, the characters in code point order, `<unk>`,
-  `<sos/eos>`.
+- `char`, for text written without spaces, has `<blk>` 0, the characters in code point order, `<unk>`, `<sos/eos>`.
 """
 
 import io
@@ -20,14 +19,14 @@ import torch
 BLANK, SOS_EOS, UNK = "<blk>", "<sos/eos>", "<unk>"
 SENTENCEPIECE_KINDS = ("bpe", "unigram", "word")
 KINDS = (*SENTENCEPIECE_KINDS, "char")
-UNKNOWN_MARK = "⁇"  # what <unk> is decoded to
+UNKNOWN_MARK = "⁇"  # <unk> is decoded to this
 WORD_START = "▁"
 
 
 class Tokenizer:
-    """Encodes text to token ids and back.
+    """Encodes texts to token ids and decodes them.
 
-    It can be pickled (for worker processes), written to a directory with `save`, and turned into a dict of
+    A tokenizer can be pickled (for worker processes), written to a directory with `save`, and turned into a dict of
     strings, lists and uint8 tensors with `to_dict`, which torch.load(weights_only=True) accepts.
 
     Attributes:
@@ -40,9 +39,12 @@ class Tokenizer:
     blank_id = 0
 
     def __init__(self, kind: str, model: bytes | None = None, symbols: list[str] | None = None) -> None:
-        """From a serialised sentencepiece model, or from the list of symbols, which is enough for kind `char`.
+        """Takes a serialised sentencepiece model, or the list of symbols, which is enough for kind `char`.
 
-        Of the other kinds, symbols alone give a tokenizer that decodes but cannot encode.
+        For the other kinds, symbols alone make a tokenizer that decodes but cannot encode.
+
+        Raises:
+            ValueError: if the symbols lack `<blk>` as id 0, or `<unk>`.
         """
         self.kind = kind
         self._model = model
@@ -59,16 +61,16 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, blank included."""
+        """Is the number of tokens, blank included."""
         return len(self.symbols)
 
     @property
     def can_encode(self) -> bool:
-        """Whether texts can be divided into tokens: False for word pieces without their sentencepiece model."""
+        """Tells whether texts can be encoded; word pieces without their sentencepiece model cannot."""
         return self._pieces is not None or self.kind == "char"
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; what the vocabulary lacks becomes `unk_id`. Kind `char` ignores spaces.
+        """Returns the token ids of a text; what the vocabulary lacks becomes `unk_id`. Kind `char` ignores spaces.
 
         A tokenizer that cannot encode gives `unk_id` for every word.
         """
@@ -83,7 +85,7 @@ class Tokenizer:
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids; blank and `<sos/eos>` vanish, `<unk>` becomes "⁇"."""
+        """Returns the text of token ids; blank and `<sos/eos>` vanish, `<unk>` becomes "⁇"."""
         kept = [int(i) for i in ids if int(i) not in self._special_ids]
         if self._pieces is not None:
             return " ".join(self._pieces.decode(kept).split())
@@ -93,14 +95,14 @@ class Tokenizer:
         return " ".join(text.replace(WORD_START, " ").split())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain strings, lists and tensors from which `from_dict` makes the same tokenizer."""
+        """Returns plain strings, lists and tensors from which `from_dict` makes an equal tokenizer."""
         if self._model is None:
             return {"kind": self.kind, "symbols": self.symbols}
         return {"kind": self.kind, "model": torch.frombuffer(bytearray(self._model), dtype=torch.uint8)}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "Tokenizer":
-        """The inverse of `to_dict`."""
+        """Makes the tokenizer that `to_dict` was called for."""
         if "model" in saved:
             return cls(saved["kind"], model=saved["model"].numpy().tobytes())
         return cls(saved["kind"], symbols=list(saved["symbols"]))
@@ -109,10 +111,10 @@ class Tokenizer:
         return Tokenizer, (self.kind, self._model, self.symbols if self._model is None else None)
 
     def save(self, directory: Path | str) -> None:
-        """Write tokens.txt ("symbol id" lines) and, for sentencepiece, KIND.model into the directory."""
+        """Writes tokens.txt ("symbol id" lines) and, for sentencepiece, KIND.model into the directory."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for kind in SENTENCEPIECE_KINDS:  # those of another kind would be taken for this one's
+        for kind in SENTENCEPIECE_KINDS:  # `load` would take the model of another kind
             (directory / f"{kind}.model").unlink(missing_ok=True)
         if self._model is not None:
             (directory / f"{self.kind}.model").write_bytes(self._model)
@@ -121,7 +123,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str, to_encode: bool = True) -> "Tokenizer":
-        """Read what `save` wrote, or the tokens of a published model.
+        """Reads what `save` wrote, or the tokens of a published model.
 
         Args:
             path: the directory, or one file: a sentencepiece model (*.model) or tokens.txt.
@@ -157,7 +159,7 @@ class Tokenizer:
 
 
 def _parse_symbols(text: str) -> list[str]:
-    """The symbols of a tokens.txt by id, without those at its end (#0, #1, …) that only decoding graphs use."""
+    """Returns the symbols of a tokens.txt by id, without those at its end (#0, #1, …) that only decoding graphs use."""
     rows = [line.split() for line in text.split("\n") if line.strip()]
     wrong = next((row for row in rows if len(row) != 2 or not row[1].isdecimal()), None)
     if wrong is not None:
@@ -172,13 +174,13 @@ def _parse_symbols(text: str) -> list[str]:
 
 
 def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int | None = None) -> Tokenizer:
-    """Make a tokenizer from training texts.
+    """Makes a tokenizer from training texts.
 
     Args:
-        texts: transcripts; iterated once.
+        texts: transcripts; they are iterated once.
         kind: one of KINDS.
         vocab_size: number of tokens, the three special ones included. `bpe` and `unigram` need it; `word` and
-            `char` take every word or character of the texts and accept none.
+            `char` take every word or character of the texts and accept no number.
 
     Raises:
         ValueError: if the kind is unknown, there is no text, or the vocabulary size does not suit the texts;
@@ -198,7 +200,7 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int | None = No
 
 
 def _train_sentencepiece(texts: list[str], kind: str, vocab_size: int | None) -> bytes:
-    """A serialised sentencepiece model of the texts."""
+    """Returns a serialised sentencepiece model of the texts."""
     size = {"vocab_size": vocab_size} if vocab_size is not None else {"use_all_vocab": True}
     model = io.BytesIO()
     try:
@@ -211,7 +213,7 @@ def _train_sentencepiece(texts: list[str], kind: str, vocab_size: int | None) ->
             bos_id=-1,
             eos_id=-1,
             character_coverage=1.0,
-            # Decoded text must compare equal to the transcript, so nothing is rewritten.
+            # Nothing is rewritten, since decoded text must equal the transcript.
             normalization_rule_name="identity",
             max_sentence_length=1 << 20,  # longer lines would be skipped
             minloglevel=2,

@@ -1,4 +1,4 @@
-"""A tiny corpus of tones, so that tests of the data side need no speech."""
+"""Makes a tiny corpus of tones, so that tests of the data side need no speech."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from ssm_asr.data.store import prepare_cuts
 
 @pytest.fixture(scope="session")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A manifest of cuts of 0.6 - 1.8 s without features."""
+    """Returns a manifest of cuts of 0.6 - 1.8 s without features."""
     directory = tmp_path_factory.mktemp("tones")
     cuts = []
     for k in range(NUM_UTTERANCES):
@@ -25,7 +25,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def stored(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> CutSet:
-    """The same cuts with stored features."""
+    """Returns the cuts of the manifest with stored features."""
     out = tmp_path_factory.mktemp("features")
     options = {"speed_perturb": False, "shuffle": False, "on_the_fly": False, "num_jobs": 1}
     return CutSet.from_file(prepare_cuts(manifest, out, **options)).to_eager()

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
-    """Run a program of the repository in a process of its own."""
+    """Runs a program of the repository in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     line = [sys.executable, *map(str, command)]
     return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -31,7 +31,7 @@ def segment(name: str, recording: str = "", text: str = "ONE", start: float = 0.
 
 
 def bad_wavs(directory: Path) -> dict[str, str]:
-    """Write unusable wav files beside one good one; returns the reason expected for each."""
+    """Writes unusable wav files beside a good one, and returns the expected reason for each."""
     good, rate = tone(1.0), 16000
     soundfile.write(directory / "good.wav", good, rate)
     whole = (directory / "good.wav").read_bytes()
@@ -104,7 +104,7 @@ def test_several_transcripts_of_one_recording(tmp_path: Path) -> None:
 
 
 def broken_librispeech(root: Path) -> None:
-    """One chapter with five sound utterances and one of each fault."""
+    """Writes a chapter with five good utterances and one with each fault."""
     chapter = root / "LibriSpeech" / "train-clean-5" / "7" / "1"
     chapter.mkdir(parents=True)
     for k in range(10):
@@ -168,6 +168,14 @@ def test_directory_without_the_expected_parts_is_refused(tmp_path: Path) -> None
             ["tokens", "--cuts", "{}/bad.jsonl.gz", "--out", "{}/out", "--vocab-size", "500"],
             "largest possible",
         ),
+        (
+            ["features", "--cuts", "{}/bad.jsonl.gz", "--out", "{}/out", "--backend", "kaldifeat"],
+            "features backend kaldifeat: cannot be imported (",
+        ),
+        (
+            ["features", "--cuts", "{}/bad.jsonl.gz", "--out", "{}/out", "--backend", "kaldifeat", "--on-the-fly"],
+            "--on-the-fly: training computes features by torch, not by kaldifeat; give one of the two",
+        ),
         (["noise", "--musan", "{}", "--out", "{}/out"], "no MUSAN here, expected music/, speech/ and noise/"),
     ],
 )
@@ -191,6 +199,8 @@ def test_one_line_for_each_fault(
     lines = b"".join(json.dumps(cut | {"id": str(n)}).encode() + b"\n" for n in range(5000))
     (tmp_path / "half.jsonl.gz").write_bytes(gzip.compress(lines)[:-100])
     monkeypatch.setattr("sys.argv", ["prepare", *(argument.format(tmp_path) for argument in arguments)])
+    monkeypatch.setitem(sys.modules, "kaldifeat", None)  # so that no import finds it
     with pytest.raises(SystemExit) as caught:
         prepare.main()
     assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

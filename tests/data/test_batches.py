@@ -1,4 +1,4 @@
-"""Batches: exact resume, independence of the workers, padding, augmentation, filtering."""
+"""Batches resume exactly, do not depend on workers, and are padded, augmented and filtered as asked."""
 
 import random
 from dataclasses import replace
@@ -82,7 +82,7 @@ def test_ranks_share_the_cuts(stored: CutSet, tokenizer: Tokenizer) -> None:
     ranks = [batches(stored, tokenizer, rank=rank, world_size=2) for rank in (0, 1)]
     assert len(ranks[0]) == len(ranks[1])
     assert_same(batches(stored, tokenizer, rank=1, world_size=2, start_batch=2), ranks[1][2:])
-    # So that no rank waits for another at the end, some cuts may be used twice, as ID_dupN.
+    # Some cuts may be used twice, as ID_dupN, so that no rank waits for another at the end.
     seen = {i.split("_dup")[0] for rank in ranks for batch in rank for i in batch.ids}
     assert seen == set(stored.ids)
     assert not set(ranks[0][0].ids) & set(ranks[1][0].ids)
@@ -102,7 +102,7 @@ def test_fixed_shapes(stored: CutSet, tokenizer: Tokenizer) -> None:
         for features_TF, frames in zip(batch.features_BTF, batch.feature_lens_B, strict=True):
             assert (features_TF[frames:] == LOG_MEL_SILENCE).all()
     assert 1 < len(shapes) <= CONFIG.num_buckets
-    for sizes in shapes.values():  # only the last batch of a bucket is smaller
+    for sizes in shapes.values():  # only the last batch of a bucket may be smaller
         assert sum(size < max(sizes) for size in sizes) <= 1
     assert_same(batches(stored, tokenizer, config, start_batch=2), fixed[2:])
 
@@ -157,7 +157,7 @@ def test_spec_augment_masks_and_warps() -> None:
         changed = out_TF != features_TF
         assert (out_TF[changed] == features_TF.mean()).all()
         full_frames = changed.all(1).sum()
-        assert full_frames <= 60  # 15 % of 400
+        assert full_frames <= 60  # 15 % of 400 frames may be masked
         masked_cells.append(changed.float().mean())
         no_masks = replace(masks_only, time_warp_frames=80, num_freq_masks=0, num_time_masks=0)
         out_TF = spec_augment(features_TF, no_masks, np.random.default_rng(k))
@@ -297,7 +297,7 @@ def test_no_joined_batch_is_larger_than_the_one_that_is_tried(stored: CutSet, to
     tried = largest_joined(longest, config)
     seen = [batch for epoch in range(1, 11) for batch in batches(stored, tokenizer, config, epoch=epoch)]
 
-    def size(batch: Batch) -> int:  # of what attention keeps
+    def size(batch: Batch) -> int:  # attention keeps about this many weights
         return len(batch.ids) * batch.features_BTF.shape[1] ** 2
 
     assert max(batch.features_BTF.shape[1] for batch in seen) <= tried.features_BTF.shape[1]

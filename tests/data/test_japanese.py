@@ -1,4 +1,4 @@
-"""One form for each character of Japanese."""
+"""Japanese texts get one form for each character."""
 
 import pytest
 
@@ -23,7 +23,7 @@ from ssm_asr.data.japanese import normalise
         (".5", "5"),
         ("⑤番", "5番"),
         ("二〇〇一 二○◯一", "二〇〇一二〇〇一"),
-        ("三十", "三十"),  # who says so means it
+        ("三十", "三十"),  # the numerals stay as they are
         # long vowels
         ("えーー", "えー"),
         ("エー～〜", "エー"),
@@ -31,7 +31,7 @@ from ssm_asr.data.japanese import normalise
         ("ラ－メン", "ラーメン"),
         ("んー", "んー"),
         ("一ー", "一ー"),
-        # punctuation, and what is none
+        # punctuation goes, other signs stay
         ("「はい」、そうです。（笑）…？！", "はいそうです笑"),
         ("東京・大阪／京都", "東京大阪京都"),
         ("５％＃＠＆", "5%#@&"),

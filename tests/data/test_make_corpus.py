@@ -1,4 +1,4 @@
-"""The made corpus: LibriSpeech's layout, unseen test speakers and texts, the same every time."""
+"""The made corpus has LibriSpeech's layout, unseen test speakers and texts, and is made equally every time."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_layout_and_sound(corpus: Path) -> None:
             assert 0.15 < seconds / words < 0.8
             assert 0.005 < np.sqrt(np.mean(samples_S**2)) < 0.3 and np.abs(samples_S).max() < 0.99
             edge = samples_S[: rate_hz // 20]
-            assert 1e-5 < np.sqrt(np.mean(edge**2)) < 0.01  # quiet, but never digital silence
+            assert 1e-5 < np.sqrt(np.mean(edge**2)) < 0.01  # it is quiet, but no digital silence
     assert not list(corpus.parent.glob(".making-*"))
 
 

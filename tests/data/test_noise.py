@@ -1,4 +1,4 @@
-"""Noises: made ones are reproducible and of even level, MUSAN is read or refused."""
+"""Made noises are reproducible and of even level; MUSAN is read or refused."""
 
 from pathlib import Path
 

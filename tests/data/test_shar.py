@@ -1,4 +1,4 @@
-"""Shards train as a manifest does: the same features, the same batches, resumed as exactly."""
+"""Shards give the features and batches that a manifest gives, and training on them resumes as exactly."""
 
 import shutil
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_shards_hold_what_a_manifest_does(shards: Path, manifest: Path, tmp_path
     cuts, plain = read_cuts(shards), prepare_cuts(manifest, tmp_path, shuffle=False, **{**OPTIONS, "shar": False})
     expected = {cut.id: cut for cut in read_cuts(plain)}
     assert set(cuts.ids) == set(expected) and len(cuts) == 3 * NUM_UTTERANCES
-    assert list(cuts.ids) != list(expected)  # shuffled
+    assert list(cuts.ids) != list(expected)  # the order is shuffled
     for cut in cuts:
         same = expected[cut.id]
         assert (cut.duration, cut.num_frames) == (same.duration, same.num_frames)
@@ -95,7 +95,7 @@ def test_a_stopped_run_keeps_its_shards(manifest: Path, tmp_path: Path, monkeypa
     prepare_cuts(manifest, tmp_path, shuffle=False, **OPTIONS)
     assert written == ["cuts.000000.jsonl.gz", "from now on none stops", "cuts.000001.jsonl.gz", "cuts.000002.jsonl.gz"]
     assert len(read_cuts(tmp_path / "cuts.shar")) == 3 * NUM_UTTERANCES
-    # Another form of storage takes its place.
+    # Another form of storage replaces the shards.
     prepare_cuts(manifest, tmp_path, shuffle=False, **{**OPTIONS, "shar": False})
     assert not (tmp_path / "cuts.shar").exists()
 

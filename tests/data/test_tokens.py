@@ -1,4 +1,4 @@
-"""Tokenizers: ids where decoders expect them, round trips, and checkpoints that load without running code."""
+"""Tokenizers give the ids that decoders expect, decode what they encode, and load without running code."""
 
 import io
 import pickle
@@ -70,7 +70,7 @@ def test_survives_checkpoint_pickle_and_directory(kind: str, tmp_path: Path) -> 
 
 
 def test_another_kind_in_the_same_directory(tmp_path: Path) -> None:
-    """Nothing of the first may be left: it would be read before the second one's tokens.txt."""
+    """No file of the first tokenizer may stay, since it would be read before the tokens.txt of the second."""
     texts = ["one two", "two three"]
     for kind in ("word", "char", "word"):
         train_tokenizer(texts, kind).save(tmp_path)

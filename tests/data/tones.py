@@ -1,4 +1,4 @@
-"""Helpers: tones instead of speech."""
+"""Makes tones, which tests use in place of speech."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ NUM_UTTERANCES = 40
 
 
 def tone(seconds: float, seed: int = 0) -> np.ndarray:
-    """samples_S of a chirping tone with noise."""
+    """Returns samples_S of a chirping tone with noise."""
     rng = np.random.default_rng(seed)
     time_s = np.arange(int(seconds * 16000)) / 16000
     sound_S = 0.2 * np.sin(2 * np.pi * (200 + 50 * seed % 900) * time_s * (1 + 0.1 * time_s))
@@ -18,7 +18,7 @@ def tone(seconds: float, seed: int = 0) -> np.ndarray:
 
 
 def utterance(path: Path, name: str, text: str) -> MonoCut:
-    """A cut of a whole file with one transcript."""
+    """Returns a cut of a whole file with one transcript."""
     recording = Recording.from_file(path, recording_id=name)
     segment = SupervisionSegment(name, name, 0.0, recording.duration, text=text)
     return MonoCut(name, 0.0, recording.duration, 0, supervisions=[segment], recording=recording)

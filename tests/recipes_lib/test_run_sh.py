@@ -1,5 +1,6 @@
-"""Options of the recipes: mistakes are found before anything is installed or made."""
+"""The recipes find mistakes before anything is installed or made, and call their programs in order."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,16 +11,26 @@ ROOT = Path(__file__).parent.parent.parent
 RECIPES = ("librispeech", "csj")
 
 
+@pytest.fixture(autouse=True)
+def default_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests themselves may run in the environment of a caller."""
+    monkeypatch.delenv("SSM_ASR_ENV", raising=False)
+
+
+def copy_library(root: Path) -> None:
+    """Copies what run.sh reads."""
+    for name in ("recipes_lib/recipe.sh", "recipes_lib/asr_stages.sh", "tools/environment.sh"):
+        (root / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+
+
 @pytest.fixture(params=RECIPES)
 def run_sh(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A copy of a recipe whose set-up only says that it was called, and fails."""
+    """Copies a recipe whose set-up only says that it was called, and fails."""
     recipe = tmp_path / "egs" / request.param / "run.sh"
-    (tmp_path / "tools").mkdir()
-    (tmp_path / "recipes_lib").mkdir()
     (recipe.parent / "conf").mkdir(parents=True)
     shutil.copy(ROOT / "egs" / request.param / "run.sh", recipe)
-    for name in ("recipe.sh", "asr_stages.sh"):
-        shutil.copy(ROOT / "recipes_lib" / name, tmp_path / "recipes_lib")
+    copy_library(tmp_path)
     (tmp_path / "tools" / "setup.sh").write_text('echo "setup $*"; exit 9\n')
     (recipe.parent / "conf" / "mine.yaml").touch()
     return recipe
@@ -52,6 +63,7 @@ def test_help(run_sh: Path) -> None:
         (["--gpus", "all"], "--gpus all: give a number"),
         (["--stream-limit", "-1"], "--stream-limit -1: give a number"),
         (["--stage", "two"], "--stage two: give a number up to 13"),
+        (["--env", "conda"], "--env conda: give one of venv, current"),
     ],
 )
 def test_mistakes(run_sh: Path, options: list[str], message: str) -> None:
@@ -83,13 +95,16 @@ def test_paths_are_those_of_the_caller(run_sh: Path, tmp_path: Path) -> None:
         done = run(run_sh, *options, cwd=tmp_path)
         assert (done.returncode, done.stdout, done.stderr) == (9, "setup --extras export\n", "")
     assert run(run_sh).stdout == "setup --extras corpus,export\n"
+    assert run(run_sh, "--stage", "2", "--stop-stage", "9").stdout == "setup --extras \n"
     done = run(run_sh, "--corpus", "Corpus", cwd=run_sh.parent)
     assert done.stderr == f"run.sh: error: --corpus {run_sh.parent}/Corpus: no such directory\n"
 
 
-# Stands for python: logs the command and makes what the stage must leave; of a configuration, what it is made from.
+# This stands for python: it logs the command and makes the outputs of the stage; of a configuration, its source.
 STUB = """
 case "$*" in
+    -c*) exit ;;  # is_recent asks for the version
+    *check_environment.py*) echo "$PYTHONPATH $*" >>"$STUB_LOG"; exit "${STUB_CHECK:-0}" ;;
     *ssm_asr.describe*wrong*) exit 2 ;;
     *ssm_asr.describe*) cat "$4"; echo "# $*"; exit ;;
 esac
@@ -115,13 +130,10 @@ esac
 
 @pytest.fixture(params=RECIPES)
 def stubbed(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of a recipe whose programs only say that they were called."""
+    """Copies a recipe whose programs only say that they were called."""
     for name in RECIPES:
         shutil.copytree(ROOT / "egs" / name, tmp_path / "egs" / name, ignore=shutil.ignore_patterns("data", "exp"))
-    (tmp_path / "tools").mkdir()
-    (tmp_path / "recipes_lib").mkdir()
-    for name in ("recipe.sh", "asr_stages.sh"):
-        shutil.copy(ROOT / "recipes_lib" / name, tmp_path / "recipes_lib")
+    copy_library(tmp_path)
     (tmp_path / "tools" / "setup.sh").touch()
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     python = tmp_path / "stub" / "python"
@@ -134,7 +146,7 @@ def stubbed(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 
 def stages(recipe: Path, *options: str) -> list[str]:
-    """The commands that a run called, one a line."""
+    """Returns the commands that a run called."""
     log = recipe.parents[2] / "log"
     log.write_text("")
     done = run(recipe, *options)
@@ -143,7 +155,7 @@ def stages(recipe: Path, *options: str) -> list[str]:
 
 
 def programs(commands: list[str]) -> list[str]:
-    """The script or program of each command; of prepare, with its verb."""
+    """Returns the script or program of each command; prepare has its verb."""
     words = [[word for word in line.split() if word != "-m"] for line in commands]
     return [" ".join(line[: 2 if line[0] in ("ssm_asr", "ssm_asr.prepare") else 1]) for line in words]
 
@@ -169,7 +181,7 @@ def test_stages_in_order(stubbed: Path) -> None:
         *compared,
         "ssm_asr.report",
     ]
-    assert programs(stages(stubbed)) == ["ssm_asr.report"]  # all else is up to date
+    assert programs(stages(stubbed)) == ["ssm_asr.report"]  # everything else is up to date
     assert programs(stages(stubbed, "--stage", "8", "--stop-stage", "9")) == []
     assert not [line for line in commands if "--speed-perturb" in line]
 
@@ -179,7 +191,7 @@ def test_a_change_of_the_whole_configuration_trains_anew(stubbed: Path) -> None:
     stages(stubbed, *options)
     config = stubbed.parent / "conf" / "sammo_tiny.yaml"
     config.write_text(config.read_text() + "# changed\n")
-    # What these make is the same again.
+    # The tokens do not change, but these stages read the configuration.
     assert programs(stages(stubbed, *options)) == ["ssm_asr.prepare tokens", "ssm_asr.train", "ssm_asr.average"]
 
 
@@ -248,6 +260,49 @@ def test_ci(stubbed: Path) -> None:
     assert "(synthetic)" in commands[-1]
     (config,) = (stubbed.parent / "data").glob("*/configs/*_tiny.yaml")
     assert "--set=train.num_epochs=" in config.read_text()
+
+
+def test_several_gpus(stubbed: Path) -> None:
+    (train,) = (line for line in stages(stubbed, "--gpus", "4", "--stop-stage", "6") if "ssm_asr.train" in line)
+    assert train.startswith("-m torch.distributed.run --standalone --nproc-per-node 4 -m ssm_asr.train --config ")
+
+
+def test_current_environment(stubbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is installed: setup.sh is not called, and the python of the caller does all work."""
+    root = stubbed.parents[2]
+    (root / "tools" / "setup.sh").write_text("echo setup was called; exit 9\n")
+    shutil.rmtree(root / ".venv")
+    monkeypatch.setenv("PATH", f"{root / 'stub'}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    check, *commands = stages(stubbed, "--env", "current")
+    assert check == f"{root}:/elsewhere {root}/tools/check_environment.py --extras corpus,export"
+    assert programs(commands)[:4] == [*DATA, FEATURES[0]] and programs(commands)[-1] == "ssm_asr.report"
+    monkeypatch.delenv("PYTHONPATH")
+    monkeypatch.setenv("SSM_ASR_ENV", "current")
+    (check,) = stages(stubbed, "--stage", "2", "--stop-stage", "4")
+    assert check == f"{root} {root}/tools/check_environment.py --extras "
+    done = run(stubbed, "--env", "venv")
+    assert (done.returncode, done.stdout) == (9, "setup was called\n")
+
+
+def test_unusable_current_environment(stubbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = stubbed.parents[2]
+    monkeypatch.setenv("PATH", f"{root / 'stub'}:{os.environ['PATH']}")
+    monkeypatch.setenv("STUB_CHECK", "2")
+    done = run(stubbed, "--env", "current")
+    assert done.returncode == 2 and not (stubbed.parent / "data").exists()
+    python = root / "stub" / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *platform*) echo 3.9.2 ;; *) exit 1 ;; esac\n')
+    done = run(stubbed, "--env", "current")
+    message = f"environment: error: {python} is version 3.9.2; activate an environment with Python 3.11 or later\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+    python.unlink()
+    for name in ("bash", "basename", "dirname", "cat"):
+        (root / "stub" / name).symlink_to(shutil.which(name))
+    monkeypatch.setenv("PATH", str(root / "stub"))
+    done = run(stubbed, "--env", "current")
+    message = "environment: error: there is no 'python' on the PATH; activate an environment that has one\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
 
 
 @pytest.mark.parametrize("stubbed", ["csj"], indirect=True)

@@ -1,33 +1,20 @@
-"""The analysis of trained kernels as a program: what it writes, and that a fit put in place changes nothing else."""
+"""The analysis of trained kernels writes tables and figures, and a fit changes nothing in a model but its kernels."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import toy
 
+from research import impulse_responses
 from ssm_asr import checkpoint
 
-ROOT = Path(__file__).parent.parent.parent
 CONFORMER = {
     **{"kind": "conformer", "layers": 2, "dim": 32, "heads": 2, "feedforward_dim": 32, "embed_dim": 32},
     **{"embed_channels": [4, 4, 8], "chunk_frames": [16], "left_context_frames": [64]},
 }
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("impulse_responses", ROOT / "research" / "impulse_responses.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernels"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_model(path: Path, **encoder: Any) -> checkpoint.Loaded:
@@ -43,16 +30,16 @@ def write_model(path: Path, **encoder: Any) -> checkpoint.Loaded:
     ],
     ids=["dir", "com", "rep"],
 )
-def test_state_space_models(tool: ModuleType, tmp_path: Path, settings: dict, poles: int, bound: int | None) -> None:
+def test_state_space_models(tmp_path: Path, settings: dict, poles: int, bound: int | None) -> None:
     loaded = write_model(tmp_path / "model.pt", **settings)
-    assert tool.main(["--checkpoint", str(tmp_path / "model.pt"), "--out", str(tmp_path / "out")]) == 0
+    assert impulse_responses.main(["--checkpoint", str(tmp_path / "model.pt"), "--out", str(tmp_path / "out")]) == 0
     layers = json.loads((tmp_path / "out" / "kernels.json").read_text())["layers"]
     assert len(layers) == 2
     for layer in layers:
         shapes = [len(layer[name]) for name in ("hankel_singular_values", "effective_rank", "sign_changes")]
         assert shapes == [32, 32, 32] and len(layer["hankel_singular_values"][0]) == settings["ssm_states"]
         assert layer["most_sign_changes"] == bound and (bound is None or max(layer["sign_changes"]) <= bound)
-        # The model is as its seed makes it: before is after.
+        # The model is as its seed makes it, since it was not trained.
         assert layer["time_constants_before_ms"] == layer["time_constants_after_ms"]
     ssm = loaded.model.encoder.layers[1].conv_module.mixer.ssm
     first_ms = 40 / (float((ssm.A_log[0, 0] + ssm.log_dt[0]).detach().exp()))
@@ -64,7 +51,7 @@ def test_state_space_models(tool: ModuleType, tmp_path: Path, settings: dict, po
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000 and (tmp_path / "out" / f"{name}.svg").exists()
 
 
-def test_before_can_be_a_checkpoint(tool: ModuleType, tmp_path: Path) -> None:
+def test_before_can_be_a_checkpoint(tmp_path: Path) -> None:
     loaded = write_model(tmp_path / "model.pt", mixer="dir")
     with torch.no_grad():
         for layer in loaded.model.encoder.layers:
@@ -72,14 +59,14 @@ def test_before_can_be_a_checkpoint(tool: ModuleType, tmp_path: Path) -> None:
     packed = checkpoint.load(tmp_path / "model.pt") | {"model": loaded.model.state_dict()}
     checkpoint.save(packed, tmp_path / "before.pt")
     arguments = ["--checkpoint", str(tmp_path / "model.pt"), "--before", str(tmp_path / "before.pt")]
-    assert tool.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert impulse_responses.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     layer = json.loads((tmp_path / "out" / "kernels.json").read_text())["layers"][0]
     before_ms, after_ms = (torch.tensor(layer[f"time_constants_{when}_ms"]) for when in ("before", "after"))
     torch.testing.assert_close(2 * before_ms, after_ms)
 
 
-def test_convolutions_and_their_fits(tool: ModuleType, tmp_path: Path) -> None:
-    """Convolutions that one pole can make: the models with fits in their place give the same output and words."""
+def test_convolutions_and_their_fits(tmp_path: Path) -> None:
+    """The convolutions are such that one pole can make them, so models with the fits give equal outputs and words."""
     loaded = write_model(tmp_path / "first.pt", mixer="conv", conv_kernel=16)
     with torch.no_grad():
         for layer in loaded.model.encoder.layers:
@@ -90,7 +77,10 @@ def test_convolutions_and_their_fits(tool: ModuleType, tmp_path: Path) -> None:
     checkpoint.save(packed, tmp_path / "model.pt")
     cuts = toy.write_cuts(tmp_path, "test", 3)
     out = tmp_path / "out"
-    assert tool.main(["--checkpoint", str(tmp_path / "model.pt"), "--cuts", str(cuts), "--out", str(out)]) == 0
+    assert (
+        impulse_responses.main(["--checkpoint", str(tmp_path / "model.pt"), "--cuts", str(cuts), "--out", str(out)])
+        == 0
+    )
     tree = json.loads((out / "kernels.json").read_text())
     assert [fit["states"] for fit in tree["fits"]] == [1, 2, 4, 8]
     features, lens = torch.randn(2, 200, 80), torch.tensor([200, 120])
@@ -108,10 +98,10 @@ def test_convolutions_and_their_fits(tool: ModuleType, tmp_path: Path) -> None:
     assert (out / "fits.svg").exists() and not (out / "time_constants.svg").exists()
 
 
-def test_what_has_no_kernels_is_refused(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_has_no_kernels_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toy.write_checkpoint(tmp_path / "zipformer.pt")
     write_model(tmp_path / "none.pt", mixer="none")
     for name in ("zipformer.pt", "none.pt"):
-        assert tool.main(["--checkpoint", str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
+        assert impulse_responses.main(["--checkpoint", str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
         assert f"{name}: has no kernels of S4D or convolutions; give a Conformer" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
