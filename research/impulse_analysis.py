@@ -16,9 +16,7 @@ from ssm_asr.encoder.mixer import ConvMixer, DropInMixer, Mixer
 from ssm_asr.evaluation.offline import decode_cuts
 from ssm_asr.evaluation.results import write_results
 from ssm_asr.evaluation.test_sets import cuts_name, marked_texts, read_test_cuts, scoring_unit
-from ssm_asr.search import make_search
-from ssm_asr.search.recognizer import streaming_context
-from ssm_asr.search.scorer import TransducerScorer
+from ssm_asr.search.offline import OfflineRecognizer
 from ssm_asr.ssm.analysis import (
     Array,
     effective_rank,
@@ -157,15 +155,7 @@ def decode(model: Path, cuts_file: Path, out: Path) -> dict[str, Any]:
         ValueError: if the cuts cannot be read or scored.
     """
     loaded = checkpoint.load_model(model)
-    settings, encoder = loaded.experiment.decode, loaded.experiment.model.encoder
-    chunk = left = -1  # a model that is not causal sees whole utterances
-    if encoder.causal:
-        chunk, left = settings.chunk_frames, settings.left_context_frames
-        left = -1 if left == -1 else streaming_context(encoder, chunk, left)
     cuts = read_test_cuts(cuts_file)
-    search = make_search(settings.method, TransducerScorer(loaded.model, loaded.tokenizer.unk_id), settings.beam)
-    refs, hyps, _ = decode_cuts(loaded, cuts, chunk, left, search, BATCH_S)
-    facts = {"cuts": cuts_name(cuts_file), "chunk_frames": chunk, "left_context_frames": left}
-    facts |= {"method": settings.method, "beam": settings.beam if settings.method == "beam" else None}
-    facts["checkpoint"] = str(model.resolve())
+    refs, hyps, facts = decode_cuts(OfflineRecognizer(loaded), cuts, BATCH_S)
+    facts |= {"cuts": cuts_name(cuts_file), "checkpoint": str(model.resolve())}
     return write_results(out, refs, hyps, scoring_unit(loaded, None), facts, marked_texts(cuts))
