@@ -38,7 +38,7 @@ def _norm_gradient_kernel(  # type: ignore[no-untyped-def]
     x_ptr, bias_ptr, log_scale_ptr, dy_ptr, dx_ptr, sums_ptr, x_row, dy_row, N, D, slab_rows,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Computes dx, and the share of each slab of rows in the gradient of the bias, with log_scale's as column D.
+    """Computes dx, and the share of each slab of rows in the gradients of the bias and (column D) of log_scale.
 
     With r = 1/rms(x - bias) and s = r·exp(log_scale), dx = s·dy + (ds/dx)·Σ dy·x and ds/dx = -s·r²·(x - bias)/D.
     """

@@ -13,8 +13,8 @@ import torch
 # A GPU multiplies matrices fastest when their rows have a multiple of this many elements.
 MEMORY_LINE = 64
 # Triton compiles another version of a kernel, in one or two seconds, for an integer or an address that is a multiple of
-# 16. The other version is faster where an argument places long rows in memory. It is not where an argument points to a
-# few numbers (FEW_NUMBERS) or counts what a batch holds (_COUNTS), so kernels do not specialise for these.
+# 16. This version is faster if the argument is the address or the stride of long rows. It is not if the argument points
+# to a few numbers (FEW_NUMBERS) or counts what a batch holds (_COUNTS), so kernels do not specialise for these.
 FEW_NUMBERS = tuple(f"{x}_ptr" for x in ("acts", "end", "even", "frame", "keep", "mask", "rate", "settings", "skip"))
 _SLABS = ("slab_frames", "slab_pairs", "slab_rows", "slabs")
 _COUNTS = ("M", "N", "S", "T", "chunks", "images", "num_cells", "pairs", *_SLABS)

@@ -1,4 +1,4 @@
-"""This module computes gates, which multiply two halves of a projection, and weighted sums for nonlin attention.
+"""This module computes gates, which multiply two halves of a projection, and the sums of non-linear attention.
 
 Shapes: B batch, T frames (queries), K keys, D channels, N gated channels.
 """

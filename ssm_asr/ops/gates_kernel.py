@@ -1,4 +1,4 @@
-"""These kernels compute gates, which multiply two halves of a projection, and the sums of nonlin attention over time.
+"""These kernels compute gates, which multiply two halves of a projection, and the sums of non-linear attention.
 
 Shapes: B sequences, T frames (queries), K keys, D channels of a gated tensor, N channels that are summed over time.
 """
@@ -121,12 +121,12 @@ def gated(
     """Returns x·activation(gate), (B, T, D), contiguous.
 
     Args:
-        inputs: x and gate, (B, T, D) each, with any strides between frames, or one tensor (B, T, 2D) whose halves they
-            are.
+        inputs: x and gate, (B, T, D) each, with any strides between frames, or one tensor (B, T, 2D) whose first half
+            is x and whose second is gate.
         activation: sigmoid, tanh or identity.
         padding_mask_BT: True where the result is 0, with any strides; None if there is no padding.
         settings: the balancer of the gate, as `ssm_asr.ops.swoosh_kernel.balance` takes it; None if there is none.
-        grad_scale: its grad_scale.
+        grad_scale: size of the gradient that the balancer adds, relative to each element of the gradient.
     """
     tensors = inputs if isinstance(inputs, tuple) else (inputs,)
     out_BTD: Tensor = _Gated.apply(activation, padding_mask_BT, settings, grad_scale, *tensors)

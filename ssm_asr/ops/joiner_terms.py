@@ -1,8 +1,8 @@
 """This module computes the log-probabilities of blank and next symbol at the cells of a lattice.
 
-It never holds a tensor over all cells and the vocabulary. A loss needs two log-probabilities of each cell, which follow
-from two logits and a normaliser. The functions here work through the cells in pieces and keep the normalisers. The
-backward pass computes the logits of a piece again, and turns them into their own gradient in place.
+A loss needs only these two log-probabilities of each cell. They follow from two logits and a normaliser, so no tensor
+of distributions over all cells is made. The functions here work through the cells in pieces and keep the normalisers.
+The backward pass computes the distributions of a piece again, and turns them into the gradient of the logits in place.
 
 Shapes: B utterances, T frames, S symbols, U = S+1 predictor outputs, R kept cells of a frame, V vocabulary with the
 blank, J joiner dimension, N cells and M frames of one piece.
@@ -65,7 +65,7 @@ def _to_gradient(log_probs_NV: Tensor, symbol_N: Tensor, blank: int, d_symbol_N:
 
 
 class JoinerTerms(torch.autograd.Function):
-    """Computes the log-probabilities of symbol and blank, (B, T, R) each, from what the joiner adds up.
+    """Computes the log-probabilities of symbol and blank, (B, T, R) each, from projected encoder and predictor outputs.
 
     The distribution is softmax(tanh(encoder + decoder)·weightᵀ + bias). Neither the logits nor the tanh exist for more
     than one piece of the cells at a time. Cells of frames that are not in `frame_M` get zeros. Matrix products run in
@@ -122,9 +122,9 @@ def _joiner_cells(*inputs: Any) -> Any:
     """Makes the joiner at the cells, by kernels or in PyTorch. Both have `write_terms` and `gradients`."""
     bias_V = inputs[3]
     if dispatch.use_kernels(bias_V) and bias_V.dtype == torch.float32:
-        from ssm_asr.ops import joiner_terms_kernel as log_prob_kernels
+        from ssm_asr.ops import joiner_terms_kernel  # only where Triton is installed
 
-        return log_prob_kernels.JoinerCells(*inputs)
+        return joiner_terms_kernel.JoinerCells(*inputs)
     return _JoinerCells(*inputs)
 
 

@@ -124,9 +124,9 @@ class _LatticeScore(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         given = (symbol_BTR, blank_BTR, boundary_B4, num_symbols, regular, start_BT)
         if dispatch.use_kernels(blank_BTR):
-            from ssm_asr.ops import lattice_kernel as lattice_kernels  # only where Triton is installed
+            from ssm_asr.ops import lattice_kernel  # only where Triton is installed
 
-            score_B, *occupations = lattice_kernels.sums(*given, RAREST_ARC)
+            score_B, *occupations = lattice_kernel.sums(*given, RAREST_ARC)
         else:
             score_B, *occupations = sums(*given)
         ctx.save_for_backward(*occupations)

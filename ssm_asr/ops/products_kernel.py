@@ -1,10 +1,10 @@
 """These functions multiply small matrices in Triton, as exactly as in float32, without moving numbers between threads.
 
 Four threads share 16 neighbours in a row. After a load, thread q holds the neighbours 4q + j (j < 4). After a product
-it holds 8k + 2q + e (k, e < 2). For the factor of a product, it must hold the terms 4j + q of the sum. The order of the
-terms does not matter, as long as both factors have it. So no number has to move: the functions here only rename
-columns, in one way for both factors. For this, rows are loaded in the order in which products have their columns
-(`order`).
+it holds 8k + 2q + e (k, e < 2). If the row belongs to a factor, the matrix units take what thread q holds as the terms
+4j + q of the sum. The order of the terms does not matter, as long as both factors have it. So no number has to move:
+the functions here only rename columns, in one way for both factors. For this, rows are loaded in the order in which
+products have their columns (`order`).
 
 Loads by several warps spread a matrix in other ways. Results are then correct too, but take longer.
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from ssm_asr.ops import dispatch
 
 # Long blocks cost much time inside blocks, short ones between them. On a CPU with N = 16 to 128, forward and backward
-# pass take as long with blocks of 16 frames as with 32 within 20 %, 1.5 times as long with 64 frames, twice with 128.
+# pass take as long with blocks of 16 frames as with 32 within 20 %, 1.5 times as long with 64, twice as long with 128.
 BLOCK_FRAMES = 32
 # dt·A is clamped to at least this. exp(-40) is below the rounding of float64, so lower values would change nothing, but
 # would cost digits where sums of dt·A are subtracted.

@@ -57,7 +57,7 @@ def _load(base, stride_t, stride_c, i, c, i_mask, c_mask):  # type: ignore[no-un
 
 @triton.jit
 def _exponents(dt, A, least: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Returns dt·A for powers of 2 instead of e."""
+    """Returns the exponents of 2 for which 2^exponent = exp(dt·A)."""
     return tl.maximum(dt * A, least) * 1.4426950408889634
 
 
@@ -120,7 +120,7 @@ def _added_kernel(  # type: ignore[no-untyped-def]
     P_PAD: tl.constexpr, N_PAD: tl.constexpr, L: tl.constexpr, LEAST: tl.constexpr, UNROLL: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Computes what a block adds to the state at its end, or BACKWARD, from dy and C, to the gradient at its start."""
+    """Computes what a block adds to the state at its end, or with BACKWARD, from dy and C, to dS at its start."""
     b, g, m = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G, tl.program_id(1)
     i, n, rows = mm.order(L), tl.arange(0, N_PAD), T - m * L
     i_mask, n_mask = i < rows, n < N

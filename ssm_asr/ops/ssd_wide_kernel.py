@@ -65,7 +65,7 @@ def _added_kernel(  # type: ignore[no-untyped-def]
     T, M, G: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
     TILES: tl.constexpr, STATES: tl.constexpr, SLOT: tl.constexpr,
 ):  # fmt: skip
-    """Computes what a block adds to the state at its end. With SLOT 0, d̂ and C, it is added to dS at its start."""
+    """Computes what a long block adds to the state at its end, or with SLOT 0, from d̂ and C, to dS at its start."""
     PARTS: tl.constexpr = (Q + TILES * 16 - 1) // (TILES * 16)
     part, m, b, g = tl.program_id(0), tl.program_id(1), (tl.program_id(2) // G).to(tl.int64), tl.program_id(2) % G
     first_q, first_n = part % PARTS * TILES * 16, part // PARTS * STATES * 16

@@ -231,7 +231,7 @@ def swoosh(
 
     Args:
         x: of any shape, or (B, T, D) with dropout.
-        shift, offset: they tell SwooshL from SwooshR.
+        shift, offset: as in `ssm_asr.ops.swoosh.swoosh`.
         channel_dim: dimension of the channels, which lie next to each other in the memory of the result.
         settings: the five numbers of the balancer, on the device; None if there is no balancer.
         grad_scale: size of the gradient that the balancer adds, relative to each element of the gradient.

@@ -16,7 +16,7 @@ from ssm_asr.ops.precision import at_least_float32
 
 
 def whiten(x: Tensor, numbers: Numbers, over_limit: Tensor, groups: int, grad_scale: float) -> Tensor:
-    """Returns x itself. If the channels are too correlated, the backward pass adds a gradient against this.
+    """Returns x itself. If the channels are too correlated, the backward pass adds a gradient that reduces this.
 
     The whitener acts if it is due and either found the metric over its limit the last time or acts anyway. It then
     computes the metric anew; if this is over the limit, the gradient of the metric is added.

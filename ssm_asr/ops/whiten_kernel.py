@@ -189,7 +189,8 @@ def _apply_kernel(  # type: ignore[no-untyped-def]
     if acts:
         metric, mean = _metric(sums_ptr, count, D)
         if metric > tl.load(settings_ptr + 2):
-            # The least size is a rounding error: it counts where the metric has no gradient, as with equal channels.
+            # The least size is the size of a rounding error. It matters where the metric has no gradient, as it has
+            # none if all channels are equal.
             size = tl.maximum(_total(sizes_ptr, size_count), 1e-6 * D * metric * metric)
             scale = grad_scale * tl.sqrt(_total(sums_ptr + 2 * count, count)) / tl.sqrt(mean * size)
             x_ptr += first.to(tl.int64) * x_stride + group
