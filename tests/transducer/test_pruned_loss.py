@@ -3,7 +3,7 @@
 A golden file holds arrays and a list of calls, in which "@x" stands for the array x. The recorded gradients are
 gradients of (loss * cotangent).sum(); the cotangent is 1 unless the call names one.
 
-The shapes are those of ssm_asr/transducer/pruned_loss.py.
+Shapes are named as in ssm_asr/transducer/pruned_loss.py.
 """
 
 import functools
@@ -55,7 +55,7 @@ def calls(wanted: str) -> list[tuple[str, str]]:
 
 
 def arguments(arrays: Golden, call: Golden, leaves: tuple[str, ...]) -> Golden:
-    """Returns the arguments of a call; those named in `leaves` require gradients."""
+    """Returns the arguments of a call; the tensors that `leaves` names require gradients."""
     args = {}
     for name, value in call["args"].items():
         args[name] = arrays[value[1:]] if isinstance(value, str) and value.startswith("@") else value
