@@ -12,8 +12,8 @@ from ssm_asr.ops.precision import at_least_float32
 class MaskedBatchNorm(nn.Module):
     """Batch norm whose means and variances, in training, leave out padding.
 
-    Its parameters and buffers have the names and the meaning of those in nn.BatchNorm1d. When several processes train,
-    each normalises by its own batch. In evaluation it is a fixed affine map of each frame, so that streaming and
+    Its parameters and buffers have the names and the meaning that nn.BatchNorm1d gives them. When several processes
+    train, each normalises by its own batch. In evaluation it is a fixed affine map of each frame, so that streaming and
     whole-utterance results agree.
 
     Source: Ioffe and Szegedy (arXiv 1502.03167).

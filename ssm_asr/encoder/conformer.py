@@ -6,7 +6,7 @@ joined at the input, so that all layers run at 25 Hz.
 Sources: Gulati et al., "Conformer" (arXiv 2005.08100); for the mixers Shan et al. (arXiv 2309.08551); for the attention
 with relative positions Dai et al., "Transformer-XL" (arXiv 1901.02860), section 3.3.
 
-Shapes: B batch, T frames (at 25 Hz unless 50 Hz is said), E channels of the front end, D channels, L left-context
+Shapes: B batch, T frames (at 25 Hz unless stated), E channels of the front end, D channels, L left-context
 frames kept from earlier chunks, K = L + T keys, P = K + T - 1 relative positions, H heads, Q channels of a head.
 """
 

@@ -149,7 +149,7 @@ class StackedMixer(Mixer):
 
 
 def make_mixer(kind: str, channels: int, conv_kernel: int, ssm_states: int, ssm_param: str, rep_length: int) -> Mixer:
-    """Makes a mixer, which uses only those of the settings that its kind has.
+    """Makes a mixer; each kind uses only the settings that it needs.
 
     Args:
         kind: one of MIXERS.
@@ -160,7 +160,7 @@ def make_mixer(kind: str, channels: int, conv_kernel: int, ssm_states: int, ssm_
         rep_length: L of `rep`.
 
     Raises:
-        ValueError: if there is no such kind.
+        ValueError: if `kind` is not one of MIXERS.
     """
     if kind == "none":
         return NoMixer()

@@ -9,7 +9,7 @@ over data are drawn with torch.
 
 Source: Yao et al., "Zipformer" (arXiv 2310.11230), sections 3.4 and 3.5 and appendix A.
 
-Shapes: B batch, T frames, D channels (the last dimension unless said), G groups of channels, R rates.
+Shapes: B batch, T frames, D channels (the last dimension unless stated), G groups of channels, R rates.
 """
 
 import math
@@ -68,7 +68,7 @@ class Balancer(Scheduled):
         return balance(x, self.settings(x))
 
     def settings(self, x: Tensor) -> Balance | None:
-        """Returns what is to be done to the gradient of x in this batch, or None for nothing.
+        """Returns how the gradient of x is to be changed in this batch, or None if it stays as it is.
 
         An operation that takes it balances the gradient in its own backward pass, at less cost than `forward`.
         """
@@ -80,8 +80,8 @@ class Balancer(Scheduled):
 class Whiten(Scheduled):
     """Pushes the channels of each group towards a covariance with equal eigenvalues (appendix A.3.3).
 
-    To save time it looks only at some of the training batches, and at a tenth of those while the last one that it
-    looked at was within the limit.
+    To save time it looks only at some of the training batches. While the last batch that it looked at was within the
+    limit, it looks at a tenth of them.
 
     Args:
         limit: the value of `whitening_metric` above which it acts; uncorrelated channels of equal size have 1.
@@ -105,6 +105,8 @@ class Whiten(Scheduled):
 
 
 class _ScaleGradient(torch.autograd.Function):
+    """Computes `ScaleGradient`."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
@@ -145,7 +147,7 @@ class LimitParameter(Scheduled):
         return limit(parameter, self.settings())
 
     def settings(self) -> Numbers | None:
-        """Returns the numbers of `ssm_asr.ops.limit.limit` for this batch, or None for nothing.
+        """Returns the numbers that `ssm_asr.ops.limit.limit` takes for this batch, or None in evaluation.
 
         An operation that takes them limits the gradient in its own backward pass, at less cost than `forward`.
         """
@@ -170,7 +172,7 @@ class Dropout(Scheduled):
         return x if drop is None else drop.apply(x)
 
     def settings(self, x: Tensor) -> Drop | None:
-        """Returns what is to be dropped of x in this batch, or None for nothing.
+        """Returns which elements of x are to be dropped in this batch, or None if all stay.
 
         An operation that takes it drops the elements in its own pass, at less cost than `forward`.
         """

@@ -109,7 +109,7 @@ def validate(part: Part, path: Path) -> None:
     """Checks what a runtime takes for granted: where it is wrong, a runtime may end its process without an exception.
 
     Raises:
-        ValueError: if names, order, types or sizes of inputs or outputs, or the metadata, are not those of the part.
+        ValueError: if names, order, types or sizes of inputs or outputs, or the metadata, differ from the part's.
     """
     session = open_onnx(path)
     inputs = part.draw(2)

@@ -1,4 +1,4 @@
-"""The fast paths of a training step, chosen once at its start: GPU kernels, and captured graphs of its two passes."""
+"""The fast paths of training, chosen once when it starts: GPU kernels, and captured graphs of a step's two passes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -74,7 +74,7 @@ class Graphs:
 
 
 def _signature(argument: Any) -> Any:
-    """Returns what a graph depends on: of a tensor its shape and type, of a constant its value."""
+    """Returns what a graph depends on: a constant's value, or a tensor's shape, type and need of a gradient."""
     return (argument.shape, argument.dtype, argument.requires_grad) if isinstance(argument, Tensor) else argument
 
 
@@ -88,7 +88,7 @@ class _Weights:
         places: (module, name) of each parameter that is cast.
         originals: the parameters that are cast, in the order of `places`.
         wide: the parameters that are cast, end to end in float32.
-        narrow: the same numbers in the lower precision.
+        narrow: the parameters that are cast, end to end in the lower precision.
         gradient: their gradients, end to end in float32.
         tensors: for the id of each parameter the tensor that graphs use.
         gradients: for the id of each parameter the memory of its gradient.
@@ -154,7 +154,7 @@ class _Weights:
 class _Graph:
     """The captured forward and backward graphs for one set of shapes.
 
-    All graphs of one precision write the gradients of parameters to the same memory, which `_Weights` holds.
+    All graphs of one precision write the gradients of parameters to one memory, which `_Weights` holds.
     """
 
     def __init__(self, owner: Graphs, arguments: tuple[Any, ...], dtype: torch.dtype | None) -> None:

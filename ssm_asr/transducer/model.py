@@ -143,7 +143,7 @@ class Transducer(nn.Module):
             state: the state that the previous chunk returned; it is not changed.
 
         Raises:
-            ValueError: if there is no such C, or C is not a multiple of the encoder's `chunk_multiple`.
+            ValueError: if T is not 2C + 13 for a C that is a multiple of the encoder's `chunk_multiple`.
         """
         frames, rest = divmod(int(features_BTF.shape[1]) - CHUNK_OVERLAP, 2)  # a constant in an exported model
         factor = self.config.encoder.chunk_multiple

@@ -153,8 +153,8 @@ class Lattices(NamedTuple):
         boundary_B4: [0, 0, symbols, frames] of each utterance; [0, 0, 0, 1] for an utterance without an alignment.
         feasible_B: whether an utterance has an alignment.
         cells: R.
-        frame_M: indices into the B·T frames of those that are not padding. None computes the joiner at all frames, so
-            that shapes do not depend on the lengths.
+        frame_M: indices, into the B·T frames, of the frames that are not padding. None computes the joiner at all
+            frames, so that shapes do not depend on the lengths.
     """
 
     boundary_B4: Tensor

@@ -122,7 +122,7 @@ def rnnt_loss_pruned(
 ) -> Tensor:
     """Computes the loss over the cells that the ranges keep. It is infinite where they leave an utterance no alignment.
 
-    The arguments that are not listed are those of `rnnt_loss_smoothed`.
+    The other arguments are described at `rnnt_loss_smoothed`.
 
     Args:
         logits: (B, T, R, V), from the joiner at the kept cells.
@@ -223,7 +223,7 @@ def symbol_arcs(
     """Returns the log-probabilities of the symbol arcs with the delay penalty and the terms of the lattice's type.
 
     In a regular lattice that is not pruned, arcs at frame t_end and later are set to -inf, because the end could be
-    reached over them. In all others such arcs do not lead to the end, or are cut by `lattice_score`.
+    reached over them. In all other lattices these arcs do not lead to the end, or `lattice_score` cuts them.
 
     Args:
         symbol_BTR: log-probability of the symbol arc of each cell.

@@ -1,4 +1,4 @@
-"""The Conformer: sizes and states, streaming against the whole utterance, padding, attention and batch norm by hand."""
+"""Tests of the Conformer: sizes, states, streaming, padding, and its attention and batch norm by their definitions."""
 
 import random
 
@@ -39,7 +39,7 @@ def seed():
 
 
 def conformer(mixer, **settings):
-    """A small one whose parameters and batch statistics have all moved away from where they start."""
+    """Makes a small Conformer; all its parameters and batch statistics differ from their initial values."""
     model = Conformer(ConformerConfig(**SMALL | MIXERS[mixer] | settings)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -52,6 +52,7 @@ def conformer(mixer, **settings):
 
 
 def stream(model, x_BTE, chunk, left_context):
+    """Encodes sequences chunk by chunk; returns the whole output and the last state."""
     state, outputs = model.init_state(len(x_BTE), left_context), []
     for start in range(0, x_BTE.shape[1], chunk):
         processed = torch.full((len(x_BTE),), start) if left_context else None
@@ -166,7 +167,7 @@ def test_attention_reaches_so_far_back(left, reach):
 )
 @pytest.mark.parametrize("left", [0, 64])
 def test_states(mixer, floats, left):
-    """A state of so many floats a layer and channel, and the keys and values of the left context at 25 Hz."""
+    """A layer keeps so many floats per channel for its mixer, and keys and values of the left context at 25 Hz."""
     state = conformer(mixer).init_state(3, left)
     cache = {"key": left // 2, "value": left // 2}
     assert state_sizes(state) == {kind: 2 * 24 * count for kind, count in (cache | floats).items()}
@@ -246,7 +247,7 @@ def test_batch_norm_is_that_of_the_frames_that_are_not_padding():
         torch.testing.assert_close(ours.weight.grad, reference.weight.grad)
     x = torch.randn(3, 6, 20)
     torch.testing.assert_close(ours(x), reference(x))
-    # A checkpoint of one loads into the other.
+    # A checkpoint of either class loads into the other.
     torch.testing.assert_close(ours.state_dict(), dict(reference.state_dict()))
     torch.testing.assert_close(ours.eval()(x, padding), reference.eval()(x))
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the encoder against the plain forms: on a GPU where there is one, else by Triton's interpreter."""
+"""Compares the encoder with Triton kernels and without, on a GPU if there is one, else in Triton's interpreter."""
 
 import random
 from contextlib import nullcontext
@@ -25,7 +25,7 @@ def seed():
 
 @pytest.mark.parametrize("long_range", ["nonlin_attention", "mamba2"])
 def test_the_whole_encoder(long_range, monkeypatch):
-    """A training pass with all kernels, its decisions drawn outside, is about as near to float64 as the plain one."""
+    """In a training pass the kernels, with `Draws` in use, are about as near to float64 as the plain forms are."""
     results = []
     for use, dtype in ((False, torch.float64), (False, torch.float32), (True, torch.float32)):
         monkeypatch.setattr(dispatch, "use_kernels", lambda x, use=use: use)
@@ -46,5 +46,5 @@ def test_the_whole_encoder(long_range, monkeypatch):
         results.append({"out": out.detach(), **dict(zip(names, gradients, strict=True))})
     for name, exact in results[0].items():
         plain_error, error = (float((found[name] - exact).norm() / exact.norm()) for found in results[1:])
-        # Gradients that nearly cancel, as those of a softmax's bias, are a few numbers of chance size.
+        # Gradients that nearly cancel, such as the gradient of a softmax's bias, are mere rounding errors.
         assert error < 10 * plain_error + 1e-5, name

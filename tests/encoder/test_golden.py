@@ -1,4 +1,4 @@
-"""The Zipformer transducer against golden arrays: outputs, streaming, final states, sizes."""
+"""Compares the outputs and streaming states of the Zipformer transducer with golden arrays."""
 
 import math
 
@@ -27,6 +27,7 @@ def no_grad():
 
 
 def stream(model, features_BTF, chunk, left_context):
+    """Encodes features chunk by chunk; returns the whole output and the last state."""
     state, outputs = model.init_state(features_BTF.shape[0], left_context), []
     hop = 2 * chunk
     for start in range(0, features_BTF.shape[1] - hop - 12, hop):
@@ -82,7 +83,7 @@ def test_streaming_output_and_final_state(causal):
         if name.endswith("nonlin_BLN"):
             expected = expected[0]
         elif not name.endswith("BDM"):
-            expected = expected.transpose(0, 1)  # time first in the golden file
+            expected = expected.transpose(0, 1)  # the golden file has time first
         torch.testing.assert_close(tensor, expected, **TOLERANCE, msg=lambda text, n=name: f"{n}: {text}")
     torch.testing.assert_close(state.embed_BCTW, golden["stream_final_state/024"], **TOLERANCE)
     assert torch.equal(state.processed[0], golden["stream_final_state/025"])

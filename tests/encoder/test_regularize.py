@@ -1,4 +1,4 @@
-"""Regularisers against golden gradients, and what they do in training."""
+"""Compares the gradients of the regularisers with golden arrays, and tests what they do in training."""
 
 import json
 import random
@@ -25,6 +25,7 @@ GOLDEN = load("scaling.npz")
 
 
 def gradient(module, x, grad_y):
+    """Returns the output of a module and the gradient of its input, for a gradient of its output."""
     x = x.clone().requires_grad_()
     y = module(x)
     y.backward(grad_y)
@@ -68,7 +69,7 @@ def test_balancer_gradient_of_a_channel_of_zeros_is_finite():
     x[..., 2] = 0.0
     _, dx = gradient(Balancer(prob=1.0), x, grad_y)
     assert bool(dx.isfinite().all())
-    # A vector of 160 numbers and rms 1 has none above the root of 160.
+    # In a vector of 160 numbers with rms 1, no number is larger than the square root of 160.
     assert bool(((dx - grad_y).abs() <= 0.04 * grad_y.abs() * 160**0.5).all())
 
 

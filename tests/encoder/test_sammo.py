@@ -1,4 +1,4 @@
-"""Sammo: the Zipformer with Mamba-2 for nonlin attention and no left context. Sizes, streaming, long audio."""
+"""Tests of Sammo, the Zipformer with Mamba-2 in place of nonlin attention: sizes, streaming, long audio."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ LONG_RANGE = ("mamba2", "none", "nonlin_attention")
 
 
 def tiny(long_range: str = "mamba2") -> Transducer:
-    """A model of random weights whose state-space modules matter: all biases and scales are drawn anew."""
+    """Makes a small model; its biases and scales are random too, so that every module has an effect."""
     torch.manual_seed(2)
     model = Transducer(ModelConfig(ZipformerConfig(**TINY, long_range=long_range), 24, 28), 29)
     with torch.no_grad():
@@ -48,6 +48,7 @@ def model(request):
 
 
 def preset(groups: int, states: int, vocab_size: int = 3266, long_range: str = "mamba2") -> Transducer:
+    """Makes a model of size M without memory for its weights."""
     with torch.device("meta"):
         encoder = ZipformerConfig(long_range=long_range, mamba_groups=groups, mamba_states=states)
         return Transducer(ModelConfig(encoder), vocab_size)
@@ -120,7 +121,7 @@ def test_streams_of_different_ages_in_one_batch(model):
 
 
 def test_only_mamba_remembers_beyond_the_convolutions():
-    """With no left context, what was heard 10 s ago can only come through the state-space module."""
+    """Without left context only the state-space module can remember what was heard 10 s ago."""
     torch.manual_seed(0)
     features = torch.randn(1, 1200, 80)
     changed = features.clone()

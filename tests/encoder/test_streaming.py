@@ -1,4 +1,4 @@
-"""Streaming equals the chunk-masked pass over the whole utterance: for the encoder, and for streams in a batch."""
+"""The Zipformer's streaming output equals the chunk-masked pass over the whole utterance, in batches of streams too."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_streaming_leaves_the_old_state_as_it_was(model):
 def test_the_future_beyond_the_chunk_is_not_seen(model):
     features = torch.randn(1, 2 * 16 * 6 + 13, 80)
     changed = features.clone()
-    changed[:, 3 * 32 + 13 :] += 1.0  # after the third chunk's look-ahead
+    changed[:, 3 * 32 + 13 :] += 1.0  # the third chunk's look-ahead ends here
     lens = torch.tensor([features.shape[1]])
     one, two = (model.encode(x, lens, 16, 64)[0] for x in (features, changed))
     assert torch.equal(one[:, :24], two[:, :24])
@@ -83,7 +83,7 @@ def test_chunks_that_do_not_fit_are_refused(model):
 
 
 def test_chunk_mask_shows_whole_chunks_of_left_context():
-    visible = ~chunk_mask(8, 2, 3, torch.device("cpu"))  # 3 // 2 chunks: one
+    visible = ~chunk_mask(8, 2, 3, torch.device("cpu"))  # a left context of 3 frames is one chunk of 2
     assert visible.int().tolist()[5] == [0, 0, 1, 1, 1, 1, 0, 0]
     assert (~chunk_mask(8, 2, 0, torch.device("cpu"))).int().tolist()[5] == [0, 0, 0, 0, 1, 1, 0, 0]
     assert (~chunk_mask(8, 2, 1, torch.device("cpu"))).int().tolist()[5] == [0, 0, 1, 1, 1, 1, 0, 0]

@@ -1,4 +1,4 @@
-"""Sizes of published models, and the behaviour of the Zipformer in training."""
+"""Tests of the Zipformer: the sizes of published models, and its behaviour in training."""
 
 import random
 
@@ -29,6 +29,7 @@ L = {
 
 
 def meta_model(vocab_size, **encoder):
+    """Makes a model without memory for its weights."""
     with torch.device("meta"):
         return Transducer(ModelConfig(ZipformerConfig(**encoder)), vocab_size)
 
@@ -67,6 +68,7 @@ def model():
 
 
 def encode(model, seed=0):
+    """Encodes a fixed batch; the seed decides about the random numbers of training."""
     torch.manual_seed(3)
     features, lens = torch.randn(4, 150, 80), torch.tensor([150, 150, 120, 90])
     torch.manual_seed(seed)
@@ -85,7 +87,7 @@ def test_evaluation_is_not_random(model):
 
 
 def test_all_used_parameters_get_finite_gradients(model):
-    set_batch_count(model, 1e6)  # little is skipped by now
+    set_batch_count(model, 1e6)  # so late in training little is skipped
     encode(model).square().mean().backward()
     for name, parameter in model.named_parameters():
         unused = name.endswith(".bypass_scale") and name.split(".")[-2].isdigit()
@@ -99,7 +101,7 @@ def test_layers_are_skipped_less_and_less(model):
     layers = [layer for stack in model.encoder._stacks() for layer in getattr(stack, "encoder", stack).layers]
     set_batch_count(model, 0)
     assert [layer.now(layer.bypass_skip_rate) for layer in layers] == [0.5] * 4
-    # Three stacks share 4000 batches in quarters from 1000 on; the last stack's two layers halve theirs.
+    # From batch 1000 to 4000 each of the three stacks has 1000 batches; in the last one each of two layers has 500.
     set_batch_count(model, 3500)
     rates = [layer.now(layer.bypass_skip_rate) for layer in layers]
     assert rates == pytest.approx([0.035, 0.035 * 2**0.5, 0.07, 0.5])
@@ -107,7 +109,7 @@ def test_layers_are_skipped_less_and_less(model):
 
 def test_channel_masks_take_the_upper_half_more_often(model):
     torch.manual_seed(0)
-    mask = model.encoder._channel_masks(torch.zeros(20000, 1, 1))[1]  # 48 channels, 32 never masked, middle 40
+    mask = model.encoder._channel_masks(torch.zeros(20000, 1, 1))[1]  # of 48 channels 32 are never masked
     assert mask.shape == (20000, 1, 48)
     dropped = 1 - mask.mean(dim=(0, 1))
     assert dropped[:32].max() == 0
@@ -125,7 +127,7 @@ def test_position_scores_and_attention_are_skipped_at_the_given_rates(model):
 
 
 def test_gradient_of_the_first_convolution_is_scaled():
-    """Doubling what comes after must not hide it: compare with the same loss without the scaling."""
+    """The gradient is 0.2 times the gradient without the scaling."""
     torch.manual_seed(0)
     embed = golden_model("causal")[0].encoder_embed.eval()
     features, lens = torch.randn(1, 60, 80), torch.tensor([60])
@@ -144,6 +146,6 @@ def test_padding_does_not_change_an_utterance():
     features = torch.randn(2, 200, 80)
     with torch.no_grad():
         together, lens = model.encode(features, torch.tensor([200, 96]), 16, 64)
-        features[1, 96 + 6 :] = 100.0  # beyond the front end's reach of the utterance's last frame
+        features[1, 96 + 6 :] = 100.0  # the last valid frame of the front end does not see so far
         again, _ = model.encode(features, torch.tensor([200, 96]), 16, 64)
     torch.testing.assert_close(together[1, : lens[1] - 2], again[1, : lens[1] - 2])

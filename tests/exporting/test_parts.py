@@ -1,4 +1,4 @@
-"""Exported graphs compute what the model computes, and what is wrong with one is found."""
+"""Exported graphs compute what the model computes, and the checks find what is wrong with a graph."""
 
 import copy
 from pathlib import Path
@@ -23,7 +23,7 @@ CHUNK = 16
 
 
 def make(tmp_path: Path, encoder: str) -> tuple[Loaded, int]:
-    """A toy model and its left context."""
+    """Makes a toy model with this encoder, and returns it with its left context."""
     settings, left_context = ENCODERS[encoder]
     return toy.write_checkpoint(tmp_path / "model.pt", model={"encoder": settings}), left_context
 
@@ -34,6 +34,7 @@ def zipformer(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 
 
 def exported(part: Part, path: Path) -> float:
+    """Writes a part as ONNX, and returns its difference from the model."""
     onnx_files.write_onnx(part, path)
     return check.worst_difference(part, onnx_files.runner(path))
 
@@ -43,7 +44,7 @@ def test_packed_encoder(tmp_path: Path, encoder: str) -> None:
     loaded, left_context = make(tmp_path, encoder)
     part = parts.packed_encoder(loaded.model, CHUNK, left_context)
     assert exported(part, tmp_path / "encoder.onnx") < check.TOLERANCE
-    # Names and metadata that sherpa-onnx reads; it ends the process if one is missing.
+    # sherpa-onnx reads these names and metadata, and ends the process if one is missing.
     model = onnx.load(tmp_path / "encoder.onnx")
     assert {entry.key: entry.value for entry in model.metadata_props} == {
         "model_type": "lstm",
@@ -107,7 +108,7 @@ def test_ctc_model(tmp_path: Path, encoder: str) -> None:
 
 @pytest.mark.parametrize("encoder", ["zipformer", "sammo", "conformer", "com_real", "rep_lin", "full"])
 def test_offline_encoder(tmp_path: Path, encoder: str) -> None:
-    """Any number of utterances of any length, down to a few frames."""
+    """The graph takes any number of utterances of any length, down to a few frames."""
     settings = ENCODERS["zipformer"][0] | {"causal": False} if encoder == "full" else ENCODERS[encoder][0]
     loaded = toy.write_checkpoint(tmp_path / "model.pt", model={"encoder": settings})
     part = offline.offline_encoder(loaded.model)
@@ -131,7 +132,7 @@ def test_decoder_and_joiner(tmp_path: Path, zipformer: Loaded) -> None:
     assert exported(decoder, tmp_path / "decoder.onnx") < check.TOLERANCE
     assert exported(joiner, tmp_path / "joiner.onnx") < check.TOLERANCE
     assert decoder.metadata == {"vocab_size": model.vocab_size, "context_size": 2}
-    # At the start of a stream the context is (-1, blank).
+    # At the start of a stream the last two tokens are (-1, blank).
     (start,) = onnx_files.runner(tmp_path / "decoder.onnx")(torch.tensor([[-1, 0]]))
     with torch.inference_mode():
         expected = model.joiner.decoder_proj(model.decoder(torch.tensor([[0]]))[:, -1])
@@ -148,7 +149,7 @@ def test_packing_keeps_every_state(tmp_path: Path, encoder: str) -> None:
     assert vectors_ND.shape == (2, packed.size) and vectors_ND.dtype == torch.float32
     for (name, tensor), (_, again) in zip(leaves(state), leaves(packed.unpack(vectors_ND)), strict=True):
         assert tensor.dtype == again.dtype and torch.equal(tensor, again), name
-    # A batch is a stack of vectors.
+    # The vectors of a batch are the vectors of its streams.
     assert torch.equal(packed.pack(stack_states([state, state])), vectors_ND.repeat(2, 1))
 
 

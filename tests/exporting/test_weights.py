@@ -1,4 +1,4 @@
-"""Exported weights: the package that icefall's Zipformer comes in takes them all, and computes the same from them."""
+"""The PyPI package with icefall's Zipformer loads all exported weights, and computes what the model computes."""
 
 from pathlib import Path
 

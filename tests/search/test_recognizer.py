@@ -1,4 +1,4 @@
-"""Streaming recognition equals the chunk-masked pass over the whole utterance, however the audio comes in."""
+"""Streaming recognition equals the chunk-masked pass over the whole utterance, in whatever blocks the audio arrives."""
 
 from pathlib import Path
 
@@ -23,6 +23,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 
 
 def recording(words: int, seed: int = 0) -> np.ndarray:
+    """Makes the audio of so many random words."""
     rng = np.random.default_rng(seed)
     return toy.tones(" ".join(rng.choice(list(toy.PITCH_HZ), size=words)), seed)
 
@@ -30,7 +31,7 @@ def recording(words: int, seed: int = 0) -> np.ndarray:
 def recognise(
     recognizer: StreamingRecognizer, samples_S: np.ndarray, block_samples: int
 ) -> tuple[tuple[int, ...], AudioStream]:
-    """Tokens of one recording that is pushed in blocks of a size."""
+    """Pushes a recording in blocks into a new stream; returns the tokens and the stream."""
     stream = recognizer.open()
     for start in range(0, len(samples_S), block_samples):
         stream.accept(samples_S[start : start + block_samples])
@@ -41,6 +42,7 @@ def recognise(
 
 
 def offline_tokens(loaded: Loaded, features_TF: torch.Tensor, chunk: int, left_context: int) -> tuple[int, ...]:
+    """Recognises features by greedy search over the chunk-masked pass."""
     scorer = TransducerScorer(loaded.model, loaded.tokenizer.unk_id)
     search = make_search("greedy", scorer)
     with torch.inference_mode():
@@ -59,7 +61,7 @@ def online_features(samples_S: np.ndarray) -> torch.Tensor:
 @pytest.mark.parametrize("chunk", [16, 32, 64, 128])
 @pytest.mark.parametrize("left_context", [0, 64, 128])
 def test_encoder_output_is_that_of_the_masked_pass(loaded: Loaded, chunk: int, left_context: int) -> None:
-    """On identical features to 1e-4, and with the features of the other extractor to 1e-3."""
+    """The outputs differ by at most 1e-4 for identical features, and by 1e-3 for features of the offline extractor."""
     samples_S = recording(9)
     features_TF = online_features(samples_S)
     visible = streaming_context(loaded.experiment.model.encoder, chunk, left_context)
@@ -87,11 +89,11 @@ def test_recognised_tokens_are_those_of_the_masked_pass(loaded: Loaded, chunk: i
         assert tokens == expected
         assert stream.search_state.frames == output_frames(len(online_features(samples_S)))
         assert recognizer.text(stream) == loaded.tokenizer.decode(tokens)
-    assert len(set(expected)) >= 3 and len(expected) < 0.9 * stream.search_state.frames  # the comparison says something
+    assert len(set(expected)) >= 3 and len(expected) < 0.9 * stream.search_state.frames  # varied tokens, and blanks
 
 
 def test_streams_of_different_ages_share_a_batch(loaded: Loaded) -> None:
-    """Streams begin and end at different times; each is decoded as if alone."""
+    """Streams begin and end at different times, and each gives the tokens that it gives alone."""
     recognizer = StreamingRecognizer(loaded, 16, 64)
     recordings = [recording(words, seed) for seed, words in enumerate((9, 2, 5, 1, 7))]
     expected = [recognise(recognizer, samples_S, 1600)[0] for samples_S in recordings]
@@ -129,7 +131,7 @@ def test_very_short_audio(loaded: Loaded, num_samples: int, chunk: int) -> None:
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_audio_of_about_one_chunk(loaded: Loaded, extra: int) -> None:
-    """One feature frame less or more than the 45 that a chunk of 16 takes."""
+    """The audio has 44, 45 or 46 feature frames, where a chunk of 16 frames of 20 ms takes 45."""
     recognizer = StreamingRecognizer(loaded, 16, 64)
     samples_S = recording(3)[: (recognizer.frames_needed + extra) * 160]
     features_TF = online_features(samples_S)
@@ -140,7 +142,7 @@ def test_audio_of_about_one_chunk(loaded: Loaded, extra: int) -> None:
 
 
 def test_short_utterances_in_a_whole_pass(loaded: Loaded) -> None:
-    """Features too few for a single frame of the encoder, alone and beside others."""
+    """Utterances that are too short for an encoder frame do no harm, alone or in a batch with others."""
     for chunk in (16, -1):
         for lens in ([3], [1, 8, 60], [9]):
             features_BTF = torch.full((len(lens), max(lens), NUM_MELS), LOG_MEL_SILENCE)
@@ -220,7 +222,7 @@ def test_a_chunk_has_whole_frames_of_every_stack(downsampling: list[int], multip
 def test_settings(loaded: Loaded, tmp_path: Path) -> None:
     recognizer = StreamingRecognizer(loaded)
     assert (recognizer.chunk, recognizer.left_context, recognizer.method, recognizer.beam) == (16, 64, "greedy", 4)
-    assert StreamingRecognizer(loaded, 128, 64).left_context == 128  # whole chunks, at least one
+    assert StreamingRecognizer(loaded, 128, 64).left_context == 128  # left context is whole chunks, at least one
     assert StreamingRecognizer(loaded, 16, 0).left_context == 0
     with pytest.raises(ValueError, match="beam of 0"):
         StreamingRecognizer(loaded, method="beam", beam=0)

@@ -1,4 +1,4 @@
-"""The predictor."""
+"""Tests of the predictor's grouped convolution."""
 
 import torch
 from torch import nn

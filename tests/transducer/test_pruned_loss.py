@@ -1,7 +1,9 @@
-"""The pruned transducer loss: recorded results of k2, gradients by finite differences, bad input.
+"""Tests of the pruned transducer loss: recorded results of k2, gradients by finite differences, bad input.
 
-Shapes as in ssm_asr/transducer/pruned_loss.py. A golden file holds arrays and a list of calls; "@x" names an
-array. Gradients are of (loss * cotangent).sum(), the cotangent being ones unless named.
+A golden file holds arrays and a list of calls, in which "@x" stands for the array x. The recorded gradients are
+gradients of (loss * cotangent).sum(); the cotangent is 1 unless the call names one.
+
+Shapes are named as in ssm_asr/transducer/pruned_loss.py.
 """
 
 import functools
@@ -33,7 +35,7 @@ Golden = dict[str, Any]
 
 @functools.cache
 def load(file: str) -> tuple[Golden, dict[str, Golden]]:
-    """The arrays of a file as tensors and its calls by id."""
+    """Reads a golden file; returns its arrays as tensors, and its calls by id."""
     with np.load(GOLDEN / file) as archive:
         calls = json.loads(str(archive["json"]))["calls"]
         arrays = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "json"}
@@ -42,15 +44,18 @@ def load(file: str) -> tuple[Golden, dict[str, Golden]]:
 
 
 def kind(call: Golden) -> str:
+    """Says which test a recorded call belongs to."""
     return "pipeline" if call["fn"] == "pipeline" else "error" if "raises" in call else "function"
 
 
 def calls(wanted: str) -> list[tuple[str, str]]:
+    """Lists (file, id) of all calls of one kind."""
     files = sorted(path.name for path in GOLDEN.glob("*.npz"))
     return [(file, name) for file in files for name, call in load(file)[1].items() if kind(call) == wanted]
 
 
 def arguments(arrays: Golden, call: Golden, leaves: tuple[str, ...]) -> Golden:
+    """Returns the arguments of a call; the tensors that `leaves` names require gradients."""
     args = {}
     for name, value in call["args"].items():
         args[name] = arrays[value[1:]] if isinstance(value, str) and value.startswith("@") else value
@@ -60,7 +65,7 @@ def arguments(arrays: Golden, call: Golden, leaves: tuple[str, ...]) -> Golden:
 
 
 def run(call: Golden, args: Golden) -> dict[str, Tensor]:
-    """The outputs of a call by their golden names."""
+    """Runs a call; returns its outputs by their golden names."""
     name = call["fn"].removeprefix("k2.")
     if name in OTHER_FUNCTIONS:
         return OTHER_FUNCTIONS[name](**args)
@@ -95,7 +100,7 @@ def pruned_arcs(logits: Tensor, ranges: Tensor, **args: Any) -> dict[str, Tensor
 
 
 def golden_arcs(symbol_BTU: Tensor, blank_BTU: Tensor, args: Golden) -> dict[str, Tensor]:
-    """px (B, S, T+1) or, unless regular, (B, S, T), and py (B, S+1, T)."""
+    """Returns px, (B, S, T+1) if regular, else (B, S, T), and py (B, S+1, T), in the layout of k2."""
     B, T, U = symbol_BTU.shape
     boundary = args["boundary"]
     if boundary is None:
@@ -111,7 +116,7 @@ def recursion(px: Tensor, py: Tensor, boundary: Tensor | None, return_grad: bool
     regular = px.shape[2] == T + 1
     if boundary is None:
         boundary = torch.tensor([0, 0, U - 1, T]).expand(B, 4)
-    if regular:  # symbols may come after the last blank, so there is a frame more
+    if regular:  # symbols may come after the last blank, in a frame of their own
         py = functional.pad(py, (0, 1), value=-torch.inf)
     lattice = lattice_score(functional.pad(px.mT, (0, 1), value=-torch.inf), py.mT, boundary, px.shape[1], regular)
     return {
@@ -143,7 +148,7 @@ def test_golden_call(file: str, name: str) -> None:
         total = outputs.get("loss", outputs.get("scores"))
         cotangent = arrays[call["cotangent"][1:]] if "cotangent" in call else torch.ones_like(total)
         (total * cotangent).sum().backward()
-        # The recorded gradients of an utterance without an alignment are those of any path; ours are zero.
+        # For an utterance without an alignment k2 recorded the gradients of some path; ours are zero.
         infeasible = total.isinf().view(-1, 1, 1) if total.ndim else torch.tensor(False)
         for what in {"px_grad", "py_grad"} & set(actual):
             actual[what] = (actual[what][0], actual[what][1].masked_fill(infeasible, 0.0))
@@ -158,7 +163,7 @@ def test_golden_call(file: str, name: str) -> None:
 
 
 def within_frames(what: str, args: Golden, *arcs: Tensor) -> tuple[Tensor, ...]:
-    """The arcs without those of frames after the end, which no alignment has."""
+    """Sets arcs of frames after the end to 0, because no alignment takes them."""
     if args["boundary"] is None:
         return arcs
     t_end_B11 = args["boundary"][:, 3, None, None]
@@ -197,7 +202,7 @@ def unfused_losses(
     scales: dict[str, float],
     **common: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The steps of the pruned loss by the functions named as in k2: (simple loss, pruned loss, ranges)."""
+    """Computes (simple loss, pruned loss, ranges) step by step, by the functions that have names of k2."""
     simple, occupations = pruned_loss.rnnt_loss_smoothed(lm, am, **scales, return_grad=True, **common)
     ranges = pruned_loss.get_rnnt_prune_ranges(*occupations, prune_boundary, s_range)
     logits = joiner(*pruned_loss.do_rnnt_pruning(enc, dec, ranges), project_input=False)
@@ -242,7 +247,7 @@ def test_golden_pipeline_by_steps(file: str, name: str) -> None:
 def test_golden_pipeline_at_once(file: str, name: str) -> None:
     arrays, by_name = load(file)
     args, boundary = golden_pipeline(arrays, by_name[name])
-    # Here the blank is 0: exchange it with the golden blank.
+    # pruned_transducer_loss needs blank 0, so that token 0 and the blank of the golden file are exchanged.
     order = torch.arange(args["am"].shape[2])
     order[[0, args["termination_symbol"]]] = order[[args["termination_symbol"], 0]]
     joiner = Joiner(args["W"].mT[order], torch.zeros(len(order)))
@@ -271,7 +276,7 @@ def test_golden_pipeline_at_once(file: str, name: str) -> None:
 
 
 def random_batch(dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -> Golden:
-    """A ragged batch of three utterances, one of them without symbols, as arguments."""
+    """Makes the arguments for a batch of three utterances of different lengths, one of them without symbols."""
     generator = torch.Generator().manual_seed(seed)
     B, T, S, V, J = 3, 7, 4, 6, 5
 
@@ -466,6 +471,6 @@ def test_k2_that_cannot_be_imported_is_not_used(error: str, tmp_path: Path, monk
 @pytest.mark.usefixtures("import_k2_anew")
 def test_backends_are_interchangeable(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = losses_and_gradients(random_batch(torch.float64) | dict(frames_B=torch.tensor([7, 0, 4])))
-    monkeypatch.setitem(sys.modules, "k2", rnnt)  # the functions have its names
+    monkeypatch.setitem(sys.modules, "k2", rnnt)  # its functions have the names of k2
     batch = random_batch(torch.float64) | dict(frames_B=torch.tensor([7, 0, 4]), backend="k2")
     torch.testing.assert_close(losses_and_gradients(batch), expected, rtol=1e-10, atol=1e-12)
