@@ -284,5 +284,8 @@ asr_stages() {
     fi
     if _runs 13; then
         python -m ssm_asr.report --exp-dir "$exp_dir" --note "$note" "${report_options[@]}"
+        if [ "$env" = current ]; then
+            echo "where the package is not installed, first: export PYTHONPATH=$root"
+        fi
     fi
 }
