@@ -6,7 +6,7 @@
 The batches are random tensors. Every process has a batch of its own, so N processes work on N times the audio in a
 step. The efficiency is the time of one process, while the others wait, divided by the time of all together. Before
 anything is timed, and with the regularisers off, a short training run of all processes is compared with a run of a
-single one, whose batches are those of all processes joined.
+single one, whose batches are the batches of all processes joined.
 
 Shapes: B utterances, T feature frames (10 ms), F mel bins, U tokens.
 """

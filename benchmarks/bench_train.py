@@ -9,9 +9,8 @@ are random tensors; all regularisers are on. "ms a batch" is the median over rou
 memory that a side takes of the GPU, its captured graphs included, and "ratio" is how many times as fast as the first
 side a side is.
 
-Before anything is timed, outputs and gradients are compared: the peer's with those of the plain path for equal weights,
-those of captured graphs with those of the plain path for equal random numbers. The peer needs its unpacked wheel alone
-(--peer).
+Before anything is timed, the outputs and gradients of each side are compared with the plain path's: the peer's for
+equal weights, captured graphs' for equal random numbers. The peer needs its unpacked wheel alone (--peer).
 """
 
 import argparse
@@ -50,7 +49,7 @@ TINY: dict[str, Any] = dict(
 SIZES: dict[str, dict[str, Any]] = {"m": {}, "tiny": TINY}
 VARIANTS: dict[str, dict[str, Any]] = {"zipformer": {}, "sammo": {"long_range": "mamba2"}}
 # A batch of 600 s of audio is given as its number of utterances and the seconds of the longest one. As in training,
-# several batches are sent to the device before the host waits for it. Buckets of read speech give such a mix.
+# several batches are sent to the device before the host waits for it. The mix is like the buckets of read speech.
 FIXED = [(40, 15.0)] * 4
 MIX = [(150, 4.0), (85, 7.0), (54, 11.0), (46, 13.0), (40, 15.0), (40, 15.0), (37, 16.0), (37, 16.0)]
 KINDS = ("encoder_step", "loss", "training_step", "evaluation")

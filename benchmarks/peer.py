@@ -55,10 +55,13 @@ def register(folder: Path | None = None) -> None:
     if not folder.is_dir():
         raise PeerMissing(f"{folder}: no such folder; {INSTALL}")
     for name in WITHOUT_FRONT_PAGE:
+        path = [str(folder.joinpath(*name.split(".")[1:]))]
+        if name in sys.modules and list(sys.modules[name].__path__) == path:
+            continue  # modules that were imported from this folder stay
         spec = ModuleSpec(name, None, is_package=True)
-        spec.submodule_search_locations = [str(folder.joinpath(*name.split(".")[1:]))]
+        spec.submodule_search_locations = path
         module = ModuleType(name)
-        module.__path__, module.__spec__ = spec.submodule_search_locations, spec
+        module.__path__, module.__spec__ = path, spec
         sys.modules[name] = module
     for name in NOT_NEEDED:
         if name not in sys.modules and importlib.util.find_spec(name) is None:

@@ -1,4 +1,5 @@
-# What the recipes share: their options, and the stages from cuts to error rates. A run.sh that does
+# Holds what the recipes share: their options, and the stages from cuts to error rates. A run.sh sets $here to its own
+# directory and does
 #
 #   source "$here/../../recipes_lib/asr_stages.sh"
 #   asr_recipe "Prepares a corpus, ..." "what --corpus takes" "what --config is by default"
@@ -6,18 +7,18 @@
 #   asr_parse_options "$@"
 #   asr_set_up
 #
-# has the corpus in $corpus ("" if it is to be made) and an environment to work in; it then sets $name (of the data) and
-# $config, calls asr_configs, runs stages 1 (data) and 2 (manifests, into "$data/manifests"), and calls asr_stages.
-# Of a run.sh, $here must be the directory. See recipe.sh for options and stages.
+# It then has the corpus in $corpus ("" if it is to be made) and an environment to work in. It sets $name, the name of
+# the data, and $config, calls asr_configs, runs stages 1 (data) and 2 (manifests, into "$data/manifests"), and calls
+# asr_stages. recipe.sh explains options and stages.
 
 root="$(cd "$here/../.." && pwd)"
 start_dir="$PWD"
 source "$root/recipes_lib/recipe.sh"
 source "$root/tools/environment.sh"
 
-perturb=()        # options of prepare features for training cuts
-report_options=() # of report
-note=""           # above the table of results
+perturb=()        # these options of prepare features are for training cuts
+report_options=() # report gets these options
+note=""           # this line stands above the table of results
 
 # asr_recipe DESCRIPTION CORPUS_HELP CONFIG_HELP: declares the options.
 asr_recipe() {
@@ -25,7 +26,7 @@ asr_recipe() {
 
 Without --corpus a small corpus of made speech is used: a smoke test on a CPU.
 Stages: 1 data, 2 manifests, 3 features, 4 tokens, 5 noise, 6 train, 7 average, 8 decode, 9 stream, 10 export,
-11 compare, 12 long form, 13 report. A stage is skipped when its outputs are complete and its inputs have not changed." 13
+11 compare, 12 long form, 13 report. A stage is skipped if its outputs are complete and its inputs have not changed." 13
     option corpus "" DIR "$2"
     option config "" FILE "what to train (default: $3)"
     list set A.B=VALUE "change a field of the configuration; repeatable"
@@ -34,18 +35,21 @@ Stages: 1 data, 2 manifests, 3 features, 4 tokens, 5 noise, 6 train, 7 average, 
     option musan "" DIR "MUSAN; without it, noises are made from the training speech"
     flag on_the_fly "compute features while training instead of storing them"
     option gpus 1 N "train on N GPUs of this machine through torchrun"
-    option env "${SSM_ASR_ENV:-venv}" KIND "venv (.venv, where packages are installed) or current (that of the caller, only checked)"
+    option env "${SSM_ASR_ENV:-venv}" KIND \
+        "venv (.venv, where packages are installed) or current (that of the caller, only checked)"
     option jobs 2 N "processes that read the corpus and compute features"
     option stream_limit 500 N "utterances a test set to stream chunk by chunk; 0 is all"
     flag long_form "recognise the test sets joined, too, up to 30 utterances at a time with pauses"
     flag ci "a still smaller run, which fails if less than half of the text is right"
 }
 
-_from_start_dir() { # an absolute path for what the user gave relative to where the recipe was called
+# _from_start_dir PATH: prints the absolute path of what the user gave relative to where the recipe was called.
+_from_start_dir() {
     case "$1" in /* | "") echo "$1" ;; *) echo "$start_dir/$1" ;; esac
 }
 
-_find_config() { # likewise for a configuration, which may also be given relative to the recipe
+# _find_config PATH: prints the absolute path of a configuration, which may also be given relative to the recipe.
+_find_config() {
     if [ -n "$1" ] && [ ! -f "$(_from_start_dir "$1")" ] && [ -f "$here/$1" ]; then
         echo "$here/$1"
     else
@@ -53,7 +57,7 @@ _find_config() { # likewise for a configuration, which may also be given relativ
     fi
 }
 
-# asr_parse_options "$@": what can be wrong is found before anything is installed.
+# asr_parse_options "$@": sets the options, and finds what is wrong with them before anything is installed.
 asr_parse_options() {
     local option
     parse_options "$@"
@@ -74,7 +78,7 @@ asr_parse_options() {
     done
 }
 
-# asr_choice NAME CHOICES...: fails unless the option has one of these values.
+# asr_choice NAME CHOICES...: ends the recipe unless the option has one of these values.
 asr_choice() {
     local option="$1" choice
     shift
@@ -87,7 +91,8 @@ asr_choice() {
     _recipe_fail "--${option/_/-} ${!option}: give one of ${choice#, }"
 }
 
-_runs() { # STAGE: tells whether this stage is asked for
+# _runs STAGE: tells whether this stage is asked for.
+_runs() {
     [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ]
 }
 
@@ -102,7 +107,7 @@ asr_set_up() {
     fi
     enter_environment "$env" "$(IFS=,; echo "${extras[*]}")"
     cd "$here"
-    # Threads that wait should sleep: spinning, they hold one another up as soon as other programs run.
+    # Threads that wait should sleep, since spinning threads hold one another up as soon as other programs run.
     export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
     overrides=("${set[@]/#/--set=}")
     if [ -z "$corpus" ]; then
@@ -113,7 +118,9 @@ asr_set_up() {
     fi
 }
 
-_whole_config() { # CONFIG: a file of the same name with every field, as --set changes it; what the stages read
+# _whole_config CONFIG: writes a configuration with every field, as --set changes them, to $data/configs under its own
+# name, and prints its path.
+_whole_config() {
     local whole
     whole="$data/configs/$(basename "$1")"
     mkdir -p "$data/configs"
@@ -122,7 +129,8 @@ _whole_config() { # CONFIG: a file of the same name with every field, as --set c
     echo "$whole"
 }
 
-# asr_configs: what the stages read in place of the configurations. What is wrong with one comes out before any work.
+# asr_configs: replaces the configurations by whole ones, which the stages read, so that a mistake in one is found before
+# any work.
 asr_configs() {
     data="data/$name"
     : "${exp_dir:=exp/$name-$(basename "$config" .yaml)}"
@@ -137,16 +145,18 @@ asr_configs() {
     fi
 }
 
-# asr_anew DIR COMMAND...: nothing that the command made there before stays beside what it makes now.
+# asr_anew DIR COMMAND...: runs a command after removing its output directory, so that no file of an earlier run stays.
 asr_anew() {
     rm -rf "$1"
     "${@:2}"
 }
 
-_prepare_cuts() { # sets $tests, the names of the test sets
+# _prepare_cuts: makes cuts and their features, and sets $tests, the names of the test sets.
+_prepare_cuts() {
     local features options cuts part
     run_stage 2 check --inputs "$data/manifests" --outputs "$data/cuts" -- \
-        asr_anew "$data/cuts" python -m ssm_asr.prepare check --manifests "$data/manifests" --out "$data/cuts" --jobs "$jobs"
+        asr_anew "$data/cuts" \
+        python -m ssm_asr.prepare check --manifests "$data/manifests" --out "$data/cuts" --jobs "$jobs"
     features=(python -m ssm_asr.prepare features --out "$data/features" --jobs "$jobs")
     if "$on_the_fly"; then
         features+=(--on-the-fly)
@@ -164,13 +174,15 @@ _prepare_cuts() { # sets $tests, the names of the test sets
     done
 }
 
-_make_tokens() { # STAGE CONFIG
+# _make_tokens STAGE CONFIG: makes the tokens of a configuration.
+_make_tokens() {
     local tokens
     tokens="$data/tokens-$(basename "$2" .yaml)"
     run_stage "$1" tokens --inputs "$data/cuts/cuts_train.jsonl.gz" "$2" --outputs "$tokens/tokens.txt" -- \
         python -m ssm_asr.prepare tokens --config "$2" --cuts "$data/cuts/cuts_train.jsonl.gz" --out "$tokens"
 }
 
+# _make_noise: makes cuts of noise, of MUSAN or of made noises.
 _make_noise() {
     local source_of_noise=(--cuts "$data/cuts/cuts_train.jsonl.gz")
     if [ -n "$musan" ]; then
@@ -180,7 +192,8 @@ _make_noise() {
         python -m ssm_asr.prepare noise "${source_of_noise[@]}" --out "$data/noise"
 }
 
-_train_and_average() { # TRAIN_STAGE AVERAGE_STAGE CONFIG EXP_DIR
+# _train_and_average TRAIN_STAGE AVERAGE_STAGE CONFIG EXP_DIR: trains a model and averages its weights.
+_train_and_average() {
     local tokens inputs train=(python -m ssm_asr.train)
     if [ "$gpus" -gt 1 ]; then
         train=(python -m torch.distributed.run --standalone --nproc-per-node "$gpus" -m ssm_asr.train) # torchrun
@@ -194,6 +207,7 @@ _train_and_average() { # TRAIN_STAGE AVERAGE_STAGE CONFIG EXP_DIR
         python -m ssm_asr.average --exp-dir "$4" --out "$4/averaged.pt" --config "$3"
 }
 
+# _decode_and_stream: recognises each test set in both ways.
 _decode_and_stream() {
     local part cuts model="$exp_dir/averaged.pt"
     for part in "${tests[@]}"; do
@@ -206,14 +220,16 @@ _decode_and_stream() {
     done
 }
 
-_kept() { # FILE COMMAND...: what the command prints is shown, and kept in the file if it succeeds
+# _kept FILE COMMAND...: shows what the command prints, and keeps it in the file if the command succeeds.
+_kept() {
     local file="$1"
     shift
     "$@" | tee "$file.new"
     mv "$file.new" "$file"
 }
 
-_export() { # for sherpa-onnx, which must then recognise what the model does
+# _export: exports the model for sherpa-onnx, which must then recognise what the model recognises.
+_export() {
     local part cuts model="$exp_dir/averaged.pt" sherpa="$exp_dir/sherpa"
     run_stage 10 export --inputs "$model" --outputs "$sherpa" -- \
         python -m ssm_asr.export --checkpoint "$model" --format sherpa --precision fp32 int8 --out "$sherpa"
@@ -225,11 +241,13 @@ _export() { # for sherpa-onnx, which must then recognise what the model does
     done
 }
 
-_other_exp_dir() { # where the configuration to compare with is trained
+# _other_exp_dir: prints the experiment directory of the configuration to compare with.
+_other_exp_dir() {
     echo "exp/$name-$(basename "$compare_with" .yaml)"
 }
 
-_compare() { # trains the other model with the same overrides, and compares the two
+# _compare: trains the other model with the overrides of the first, and compares the two.
+_compare() {
     local models=("$exp_dir/averaged.pt" "$(_other_exp_dir)/averaged.pt")
     local cuts=("${tests[@]/#/$data/features/cuts_}")
     cuts=("${cuts[@]/%/.jsonl.gz}")
@@ -240,6 +258,7 @@ _compare() { # trains the other model with the same overrides, and compares the 
         --cuts "${cuts[@]}" --limit "$stream_limit" --jobs "$jobs" --note "$note" --out "$exp_dir/compare"
 }
 
+# _long_form: recognises the joined utterances of each test set.
 _long_form() {
     local part cuts model="$exp_dir/averaged.pt"
     for part in "${tests[@]}"; do
@@ -249,7 +268,7 @@ _long_form() {
     done
 }
 
-# asr_stages: all that follows the manifests in "$data/manifests".
+# asr_stages: runs all stages after the manifests in "$data/manifests".
 asr_stages() {
     _prepare_cuts
     _make_tokens 4 "$config"
@@ -265,5 +284,8 @@ asr_stages() {
     fi
     if _runs 13; then
         python -m ssm_asr.report --exp-dir "$exp_dir" --note "$note" "${report_options[@]}"
+        if [ "$env" = current ]; then
+            echo "where the package is not installed, first: export PYTHONPATH=$root"
+        fi
     fi
 }

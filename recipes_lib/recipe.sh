@@ -1,30 +1,31 @@
-# Numbered, resumable stages and options for the recipes: `source recipes_lib/recipe.sh` at the top of a run.sh.
+# Gives recipes numbered, resumable stages and options. A run.sh begins with `source recipes_lib/recipe.sh` and goes on:
 #
 #   recipe "Trains and tests a recogniser on this corpus." 3
 #   option corpus "" DIR "directory of the corpus; made when not given"
 #   flag   on_the_fly    "compute features while training"
 #   list   set A.B=C     "override a value of the configuration; repeatable"
-#   parse_options "$@"                       # sets $corpus, $on_the_fly (true or false), "${set[@]}"
+#   parse_options "$@"                       # this sets $corpus, $on_the_fly (true or false), "${set[@]}"
 #
 #   run_stage 1 features --inputs "$corpus" --outputs data/fbank -- python -m my.features "$corpus" data/fbank
 #
-# A stage is skipped when all its outputs exist and it finished with the same command and the same inputs.
-# The record of that is in .stages/ beside the first output. The commands run under `set -euo pipefail`.
+# A stage is skipped if all its outputs exist and its last run finished with an equal command and equal inputs. A record
+# of its last run is in .stages/ beside the first output. The commands run under `set -euo pipefail`.
 
 set -euo pipefail
 shopt -s inherit_errexit
 
-declare -A _option_kind=()     # option name -> value, flag or list
-declare -A _stage_of_output=() # path -> the stage that makes it
+declare -A _option_kind=()     # maps the name of an option to value, flag or list
+declare -A _stage_of_output=() # maps a path to the number of the stage that makes it
 _option_help=""
 _running_stage=""
 
+# _recipe_fail MESSAGE: ends the recipe with this error.
 _recipe_fail() {
     echo "$(basename "$0"): error: $*" >&2
     exit 2
 }
 
-# recipe DESCRIPTION STAGES: the text that --help begins with, and the number of the last stage.
+# recipe DESCRIPTION STAGES: sets the text that --help begins with, and the number of the last stage.
 recipe() {
     _recipe_description="$1"
     _num_stages="$2"
@@ -32,32 +33,33 @@ recipe() {
     option stop_stage "$_num_stages" N "last stage to run"
 }
 
-_declare_option() { # name, kind, what --help shows after the name, its description
+# _declare_option NAME KIND METAVAR HELP: adds an option to --help.
+_declare_option() {
     _option_kind["$1"]="$2"
     local shown="--${1//_/-}${3:+ $3}"
     _option_help+="$(printf '  %-22s %s' "$shown" "$4")"$'\n'
 }
 
-# option NAME DEFAULT METAVAR HELP: --name VALUE sets $name.
+# option NAME DEFAULT METAVAR HELP: lets --name VALUE set $name.
 option() {
     _declare_option "$1" value "$3" "$4${2:+ (default: $2)}"
     printf -v "$1" '%s' "$2"
 }
 
-# flag NAME HELP: --name sets $name to true; without it, it is false.
+# flag NAME HELP: lets --name set $name to true; it is false otherwise.
 flag() {
     _declare_option "$1" flag "" "$2"
     printf -v "$1" false
 }
 
-# list NAME METAVAR HELP: each --name VALUE is added to the array $name.
+# list NAME METAVAR HELP: lets each --name VALUE add to the array $name.
 list() {
     _declare_option "$1" list "$2" "$3"
     local -n _values="$1"
     _values=()
 }
 
-# parse_options "$@": sets the declared variables; --help prints them; anything unknown is an error.
+# parse_options "$@": sets the declared variables, or prints them for --help; anything unknown is an error.
 parse_options() {
     local name
     while [ $# -gt 0 ]; do
@@ -91,8 +93,8 @@ parse_options() {
     done
 }
 
-# What identifies the state of a path: a file of up to 1 MiB by its content, so that touching it changes
-# nothing; a larger one, and each file below a directory, by its size and time.
+# _path_state PATH: prints what identifies the state of a path. A file of up to 1 MiB is identified by its content, so
+# that touching it changes nothing; a larger one, and each file below a directory, by its size and time.
 _path_state() {
     if [ -d "$1" ]; then
         find -L "$1" -type f ! -path '*/.stages/*' -printf '%P\t%s\t%T@\n' | LC_ALL=C sort
@@ -103,7 +105,8 @@ _path_state() {
     fi
 }
 
-_fingerprint() { # INPUTS... -- COMMAND...
+# _fingerprint INPUTS... -- COMMAND...: prints a hash of the command and the states of its inputs.
+_fingerprint() {
     {
         printf '%q ' "$@"
         while [ "$1" != -- ]; do
@@ -113,7 +116,8 @@ _fingerprint() { # INPUTS... -- COMMAND...
     } | sha256sum
 }
 
-_stage_ended() { # the trap of EXIT: says which stage a failed or interrupted recipe was in
+# _stage_ended is the trap of EXIT: it says in which stage a recipe failed or was interrupted.
+_stage_ended() {
     local status=$?
     if [ -n "$_running_stage" ]; then
         echo "$_running_stage stopped after $((SECONDS - _stage_start_s)) s (status $status);" \
@@ -121,9 +125,10 @@ _stage_ended() { # the trap of EXIT: says which stage a failed or interrupted re
     fi
 }
 trap _stage_ended EXIT
-# A command may catch Ctrl-C, tidy up and end without error: its stage is not done all the same.
+# A command may catch Ctrl-C, tidy up and end without error. Its stage does not count as finished.
 trap 'exit 130' INT
 
+# _all_exist PATH...: tells whether all of these exist.
 _all_exist() {
     local path
     for path in "$@"; do
@@ -131,7 +136,8 @@ _all_exist() {
     done
 }
 
-# run_stage NUMBER NAME [--inputs PATH...] --outputs PATH... -- COMMAND...
+# run_stage NUMBER NAME [--inputs PATH...] --outputs PATH... -- COMMAND...: runs the command if the stage is asked for
+# and not up to date.
 run_stage() {
     local number="$1" name="$2" part="" fingerprint record path maker
     local label="[stage $1/$_num_stages $2]"
@@ -177,7 +183,7 @@ run_stage() {
     echo "$label running"
     _stage_start_s=$SECONDS
     _running_stage="$label"
-    "$@" # not in a condition, which would switch off `set -e` in a function
+    "$@" # this must not be in a condition, which would switch off `set -e` in a function
     _running_stage=""
     _all_exist "${outputs[@]}" || _recipe_fail "$label ended without making all of: ${outputs[*]}"
     echo "$fingerprint" >"$record.new"

@@ -1,13 +1,13 @@
 """Analyse the kernels of trained mixers: python research/impulse_responses.py --checkpoint FILE --out DIR [--cuts FILE]
 
 The model is a Conformer with any mixer but none. For every layer, the tables and figures show over its channels:
-  Hankel singular values   say how many states matter. Those of a state-space model come from its Gramians, so they are
-                           of the kernel without end; those of a convolution come from the matrix h[i+j+1]. The direct
-                           term h[0] needs no state.
+  Hankel singular values   say how many states matter. For a state-space model they come from its Gramians, so the
+                           kernel has no end; for a convolution they come from the matrix h[i+j+1]. The direct term
+                           h[0] needs no state.
   effective rank           is exp of the entropy of the normalised singular values (Roy and Vetterli, EUSIPCO 2007).
   sign changes             are counted in the kernel; N real poles can make N - 1 at most, by Descartes' rule.
-  time constants           are those of the poles, before and after training. "Before" is what the seed of the run gives
-                           on an equal version of PyTorch, or the checkpoint of --before, such as epoch-1.pt.
+  time constants           belong to the poles, before and after training. "Before" is what the seed of the run gives on
+                           an equal version of PyTorch, or the checkpoint of --before, such as epoch-1.pt.
 In a model with the mixer com, the state-space model after the convolution is analysed; with rep, the one whose first
 samples are the taps.
 

@@ -1,4 +1,4 @@
-"""Compares the error rates of a sweep's cells with those of its baseline, and series with one another.
+"""Compares the error rates of a sweep's cells with its baseline's, and series with one another.
 
 Intervals (95 %) come from drawing utterances and seeds, both with replacement (the pigeonhole bootstrap: Owen, Annals
 of Applied Statistics 1, 2007). The rates of two cells are compared on the utterances that were drawn for both, with

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Compares the project's transducer losses with a live k2 (1.23.4, for PyTorch 1.13.1) in a virtual environment of
-# its own, see usage below.
+# Compares the project's transducer losses with k2 1.23.4 in a virtual environment of its own; usage() says how.
 set -euo pipefail
 
 usage() {
     cat <<'USAGE'
 Usage: tools/check_k2.sh [--venv DIR] [--bench]
 
-Fails where a function of the transducer loss differs from k2's. The environment takes 3.5 GB and some minutes.
+Fails if a function of the transducer loss differs from k2's (1.23.4, with PyTorch 1.13.1). The environment takes
+3.5 GB; pip fetches it from the package index, which takes some minutes.
 
   --venv DIR  make the environment in DIR, or use the one that is there (default: a temporary folder, removed)
-  --bench     also time both, with benchmarks/bench_loss.py
+  --bench     also time both losses, with benchmarks/bench_loss.py
 
 PYTHON names the Python 3.11 to use (default: python3.11).
 USAGE
@@ -49,7 +49,7 @@ if ! "$venv/bin/python" -c "import k2" 2>/dev/null; then
     echo "installing k2 and its PyTorch into $venv (3.5 GB)"
     "${PYTHON:-python3.11}" -m venv "$venv"
     "$venv/bin/pip" install --quiet torch==1.13.1 "numpy<2" tqdm
-    # PyPI has several wheels of this version; without the hash pip takes one for another PyTorch.
+    # PyPI has several wheels of this version, and without the hash pip would take one for another PyTorch.
     echo "k2==1.23.4 --hash=sha256:5b5f709b12b9cd092b583984d0b7d940c9f898101259c998d68d1f4adefa48d4" \
         >"$work/requirements.txt"
     "$venv/bin/pip" install --quiet --no-deps --require-hashes -r "$work/requirements.txt"

@@ -12,12 +12,13 @@ enter_environment "$kind" dev,corpus,export
 # Tests compare with the package of the Zipformer's authors, and run kernels for GPUs on a CPU by Triton's interpreter.
 # Both are installed without what they require, which takes gigabytes and is not needed here.
 for package in zipformer==0.1.3 triton==3.6.0; do
-    if ! python -c 'import sys; from importlib.metadata import version; version(sys.argv[1])' "${package%==*}" 2>/dev/null; then
-        if [ "$kind" = venv ]; then
-            python -m pip install --quiet --disable-pip-version-check --no-deps "$package"
-        else
-            echo "test: ${package%==*} is not installed, so the tests that need it are skipped"
-        fi
+    name="${package%==*}"
+    if python -c "from importlib.metadata import version; version('$name')" 2>/dev/null; then
+        continue
+    elif [ "$kind" = venv ]; then
+        python -m pip install --quiet --disable-pip-version-check --no-deps "$package"
+    else
+        echo "test: $name is not installed, so the tests that need it are skipped"
     fi
 done
 

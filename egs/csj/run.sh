@@ -30,7 +30,7 @@ else
         : "${compare_with:=conf/zipformer_tiny.yaml}"
     fi
 fi
-made="data/$name/corpus" # the same for all modes
+made="data/$name/corpus" # all modes share the made corpus
 if [ "$transcript_mode" != disfluent ]; then
     name+="-$transcript_mode"
 fi
@@ -42,6 +42,6 @@ if [ -z "$corpus" ]; then
         python local/make_corpus.py "${make_options[@]}" --out "$corpus" --jobs "$jobs"
 fi
 run_stage 2 manifests --inputs "$corpus" local/{manifests,sdb,talks,transcripts}.py --outputs "$data/manifests" -- \
-    asr_anew "$data/manifests" python local/manifests.py --corpus "$corpus" --out "$data/manifests" --transcripts "$data/transcripts" \
-    --transcript-mode "$transcript_mode" --jobs "$jobs"
+    asr_anew "$data/manifests" python local/manifests.py --corpus "$corpus" --out "$data/manifests" \
+    --transcripts "$data/transcripts" --transcript-mode "$transcript_mode" --jobs "$jobs"
 asr_stages

@@ -154,8 +154,10 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, required=True, help="gets tokens.txt and KIND.model")
     verb.add_argument("--config", type=Path, help="YAML file of the experiment, whose 'tokens' says which")
     verb.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="change one field of it")
-    verb.add_argument("--kind", choices=KINDS, help="instead of the configuration's (default: bpe)")
-    verb.add_argument("--vocab-size", type=positive, help="likewise, for bpe and unigram (default: 500)")
+    verb.add_argument("--kind", choices=KINDS, help="in place of the configuration's (default: bpe)")
+    verb.add_argument(
+        "--vocab-size", type=positive, help="of bpe and unigram tokens, in place of the configuration's (default: 500)"
+    )
 
     verb = verbs.add_parser("noise", help="MUSAN, or made noises, as cuts to mix into training speech")
     verb.set_defaults(run=noise)

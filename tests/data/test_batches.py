@@ -1,5 +1,6 @@
 """Batches resume exactly, do not depend on workers, and are padded, augmented and filtered as asked."""
 
+import json
 import random
 from dataclasses import replace
 from itertools import islice
@@ -249,6 +250,8 @@ def test_features_resume_and_follow_their_inputs(
     assert set(cuts.ids) == names and list(cuts.ids) != sorted(names)
     assert len(load_features(cuts["utt10_sp0.9"])) == pytest.approx(90 / 0.9, abs=1)
     written = (tmp_path / "out" / "original.jsonl.gz").stat().st_mtime_ns
+    inputs = json.loads((tmp_path / "out" / "original.inputs.json").read_text())
+    assert inputs.keys() == {"sha256", "speed_perturb", "shuffle", "on_the_fly"}  # as version 0.1 wrote it
     again = prepare_cuts(original, tmp_path / "out", **options)
     assert again.stat().st_mtime_ns == written
     CutSet.from_file(manifest).subset(first=20).to_file(original)

@@ -277,6 +277,8 @@ def test_current_environment(stubbed: Path, monkeypatch: pytest.MonkeyPatch) -> 
     check, *commands = stages(stubbed, "--env", "current")
     assert check == f"{root}:/elsewhere {root}/tools/check_environment.py --extras corpus,export"
     assert programs(commands)[:4] == [*DATA, FEATURES[0]] and programs(commands)[-1] == "ssm_asr.report"
+    done = run(stubbed, "--env", "current", "--stage", "13")
+    assert done.stdout.endswith(f"where the package is not installed, first: export PYTHONPATH={root}\n")
     monkeypatch.delenv("PYTHONPATH")
     monkeypatch.setenv("SSM_ASR_ENV", "current")
     (check,) = stages(stubbed, "--stage", "2", "--stop-stage", "4")

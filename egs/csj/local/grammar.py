@@ -1,10 +1,10 @@
-"""Sentences for the made corpus: some thirty words in some fifty characters, in any order before the verb.
+"""Draws sentences for the made corpus: about thirty words in about fifty characters, in any order before the verb.
 
-What comes next can hardly be guessed. Where it could, a small model learns to guess instead of listening: with one
-order of phrases, half of the characters were wrong after a training run that now brings good results.
+The next word can hardly be guessed. With one order of phrases it could, and a small model learnt to guess instead of
+listening: half of the characters were wrong after a training run that gives good results with these sentences.
 
-A sentence belongs to the training, development or test talks by a hash of its words, so that none occurs in two of
-them; fillers and fragments are put in afterwards and differ every time.
+A hash of its words assigns a sentence to the training, development or test talks, so none occurs in two of them.
+Fillers and fragments are put in afterwards and differ every time.
 """
 
 import random
@@ -12,7 +12,7 @@ import zlib
 from typing import NamedTuple
 
 DIGITS = "一二三四五六七八九"
-NOUNS = {  # each with a few moras of its beginning, for a fragment
+NOUNS = {  # each noun has the moras of its beginning that a fragment of it has
     **{"東京": "と", "京都": "きょ", "大阪": "お", "今日": "きょ", "明日": "あ"},
     **{"写真": "しゃ", "言葉": "こと", "車": "く", "時計": "と", "電話": "で", "ＤＶＤ": "で"},
 }
@@ -24,14 +24,18 @@ FILLER_AT_START, FILLER_INSIDE, FRAGMENT, WRONG_PARTICLE = 0.35, 0.06, 0.1, 0.05
 
 
 class Phrase(NamedTuple):
-    """A few morphemes that are read in one breath."""
+    """A phrase is a few morphemes that are read in one breath.
+
+    Attributes:
+        tag: F for a filler, D for a fragment of a word, D2 for a particle that is corrected at once, "" for all else.
+    """
 
     text: str
-    tag: str = ""  # F: filler, D: fragment of a word, D2: particle that is corrected at once; "" for what is meant
+    tag: str = ""
 
 
 def number(rng: random.Random) -> str:
-    """A number from 1 to 99 in kanji."""
+    """Returns a number from 1 to 99 in kanji."""
     tens, ones = rng.randint(0, 9), rng.randint(0, 9)
     if rng.random() < 0.4 or not tens + ones:
         tens, ones = 0, rng.randint(1, 9)
@@ -40,7 +44,7 @@ def number(rng: random.Random) -> str:
 
 
 def sentence(rng: random.Random) -> list[str]:
-    """The phrases of a fluent sentence: one to three, and often a verb."""
+    """Returns the phrases of a fluent sentence: one to three, and often a verb."""
     nouns = rng.sample(sorted(NOUNS), 3)
     phrases = [
         number(rng) + rng.choice(COUNTERS) if rng.random() < 0.4 else noun + rng.choice(PARTICLES)
@@ -50,13 +54,13 @@ def sentence(rng: random.Random) -> list[str]:
 
 
 def kind_of(phrases: list[str]) -> str:
-    """The only kind of talk ("train", "dev" or "test") that a sentence may occur in: about 70, 10 and 20 % of all."""
+    """Returns the kind of talk that a sentence may occur in: "train", "dev" or "test" (about 70, 10 and 20 %)."""
     bucket = zlib.crc32("".join(phrases).encode()) % 10
     return "dev" if bucket == 0 else "test" if bucket <= 2 else "train"
 
 
 def spoil(phrases: list[str], rng: random.Random) -> list[Phrase]:
-    """The sentence as it would be said without preparation: with fillers, fragments and corrected particles."""
+    """Returns the sentence as people say it unprepared: with fillers, fragments and corrected particles."""
     said = []
     for position, phrase in enumerate(phrases):
         if rng.random() < (FILLER_INSIDE if position else FILLER_AT_START):
@@ -72,7 +76,7 @@ def spoil(phrases: list[str], rng: random.Random) -> list[Phrase]:
 
 
 def draw(kind: str, rng: random.Random) -> list[Phrase]:
-    """A random sentence of the given kind of talk ("train", "dev" or "test"), as it is said."""
+    """Draws a random sentence, as it is said, for the given kind of talk ("train", "dev" or "test")."""
     while True:
         phrases = sentence(rng)
         if kind_of(phrases) == kind:

@@ -2,10 +2,10 @@
 
     OUT/CSJ/MORPH/SDB/{core,noncore}/TALK.sdb and WAV/{core,noncore}/TALK.wav (TALK-L.wav and -R.wav of a dialogue)
 
-It has all talks of the evaluation sets under their ids, and others to train on. One text-to-speech voice
-(pyopenjtalk-plus, inside its wheel) becomes a speaker for each talk by its pitch, its tempo, and by reading its samples
-at another rate. The sentences of test and development talks do not occur in training talks. The same options always
-make the same corpus. It is a smoke test and a teaching aid, no benchmark.
+It has all talks of the evaluation sets under their ids, and others to train on. One text-to-speech voice, which is
+inside the wheel of pyopenjtalk-plus, becomes another speaker for each talk: its pitch and tempo are changed, and its
+samples are read at another rate. The sentences of test and development talks do not occur in training talks. Equal
+options make equal corpora. The corpus is a smoke test and a teaching aid, no benchmark.
 
 Shapes: S samples.
 """
@@ -34,13 +34,13 @@ from ssm_asr.data.made import is_made, making
 from ssm_asr.data.parallel import parallel_map
 from ssm_asr.units import SAMPLE_RATE_HZ
 
-PROGRAM = ("grammar", "make_corpus", "talks")  # what decides on the corpus, beside the options
+PROGRAM = ("grammar", "make_corpus", "talks")  # the corpus depends on these files and on the options
 TRAIN_SPEAKERS = 24
-UTTERANCES = {"dev": 2, "test": 4, "excluded": 1}  # a talk and channel; of training talks, --minutes says
+UTTERANCES = {"dev": 2, "test": 4, "excluded": 1}  # in each channel of a talk; --minutes decides for training talks
 VOICE_RATE_HZ = 48000
-JOINED = 0.15  # of the pauses are short, so that the utterances beside them are joined
+JOINED = 0.15  # this part of the pauses is so short that the utterances beside them are joined
 SHORT_PAUSE_S, LONG_PAUSE_S = (0.2, 0.6), (1.1, 1.8)
-NOISE = 3e-4  # a room is never quite silent
+NOISE = 3e-4  # a room always has some noise
 DIGITS = re.compile(f"[{grammar.DIGITS}十]+")
 
 README = """\
@@ -53,60 +53,82 @@ Made with: {settings}
 
 
 class Speaker(NamedTuple):
-    """A speaker of one channel of a talk."""
+    """This speaker speaks in one channel of a talk.
 
-    half_tones: float  # added to the pitch of the voice
-    rate: float  # the samples are read at so many times their rate (two decimals), which moves pitch and formants
+    Attributes:
+        half_tones: how much the pitch of the voice is raised.
+        rate: the samples are read at this many times their rate, which moves pitch and formants; it has two decimals.
+        tempo, gain: factors on the voice's own.
+    """
+
+    half_tones: float
+    rate: float
     tempo: float
     gain: float
 
 
 class Channel(NamedTuple):
-    """One unit of work: a speaker, and how much he says."""
+    """A channel is one unit of work: a speaker, and how much is said.
+
+    Attributes:
+        talk: the id of the talk.
+        suffix: what the name of the wav adds to the id.
+        kind: train, dev or test, which decides on the sentences.
+        utterances, seconds: how many utterances, and seconds of speech, the channel has at least.
+        voice: pitch and rate of the speaker, from 0 (lowest) to 1 (highest).
+        seed: decides on everything that is random.
+        root: the directory of the corpus.
+    """
 
     talk: str
-    suffix: str  # of the wav's name
-    kind: str  # train, dev or test: which sentences he says
-    utterances: int  # at least
-    seconds: float  # of speech, at least
-    voice: tuple[float, float]  # pitch and rate of the speaker, from 0 to 1 of what there is
+    suffix: str
+    kind: str
+    utterances: int
+    seconds: float
+    voice: tuple[float, float]
     seed: int
     root: Path
 
 
 class Row(NamedTuple):
-    """A word of the transcript."""
+    """A row is one word of the transcript.
 
-    surface: str  # with tags
+    Attributes:
+        surface, pronunciation: how the word is written and said, with tags.
+        plain: how it is written without tags.
+        features: part of speech, conjugation form, conjugation type, second part of speech.
+    """
+
+    surface: str
     plain: str
-    pronunciation: str  # with tags
-    features: tuple[str, ...]  # part of speech, conjugation form, conjugation type, second part of speech
+    pronunciation: str
+    features: tuple[str, ...]
 
 
 def volume(talk: str) -> str:
-    """The directory of a talk: core or noncore."""
+    """Returns the directory of a talk: core or noncore."""
     return "core" if zlib.crc32(talk.encode()) % 4 == 0 else "noncore"
 
 
 def plan(minutes: float, seed: int, root: Path) -> list[Channel]:
-    """All channels of the corpus."""
+    """Returns all channels of the corpus."""
     train = [f"{'AS'[k % 2]}{k % 10:02d}{'FM'[k // 2 % 2]}{2001 + k}" for k in range(TRAIN_SPEAKERS - 2)]
-    train.append("D01F2101")  # the other two
+    train.append("D01F2101")  # a dialogue has the last two speakers
     channels: list[Channel] = []
     for talk in [*train, *(talk for ids in talks.SETS.values() for talk in ids)]:
         kind = talks.set_of(talk).split("-")[0]
         seconds = 60 * minutes / TRAIN_SPEAKERS if kind == "train" else 0.0
         said = "train" if kind == "excluded" else kind
         for suffix in talks.channels_of(talk):
-            # Evenly over both (the additive recurrence of the plastic number): with few speakers, chance leaves gaps.
+            # The additive recurrence of the plastic number spreads few voices evenly; chance would leave gaps.
             voice = (len(channels) * 0.754878 % 1, len(channels) * 0.569840 % 1)
             channels.append(Channel(talk, suffix, said, UTTERANCES.get(kind, 1), seconds, voice, seed, root))
-    random.Random(0).shuffle(channels)  # so that what is done foretells what is left: training talks take longer
+    random.Random(0).shuffle(channels)  # training talks take longer, so else the progress bar would mislead
     return channels
 
 
 def make_speaker(channel: Channel) -> Speaker:
-    """The speaker of a channel: lower in pitch and formants if the id says that it is a man."""
+    """Returns the speaker of a channel, whose pitch and formants are lower if the id says that it is a man."""
     rng = random.Random(f"{channel.seed} {channel.talk} {channel.suffix} speaker")
     pitch, rate = channel.voice
     is_man = channel.talk[3] == "M"
@@ -117,12 +139,12 @@ def make_speaker(channel: Channel) -> Speaker:
 
 @lru_cache(maxsize=1000)
 def analyse(text: str) -> list[NJDFeature]:
-    """The morphemes of a phrase, by pyopenjtalk's dictionary."""
+    """Returns the morphemes of a phrase, by pyopenjtalk's dictionary."""
     return pyopenjtalk.run_frontend(text, use_vanilla=True)
 
 
 def arabic(kanji: str) -> str:
-    """A number below 100 in full-width digits."""
+    """Returns a number below 100, given in kanji, in full-width digits."""
     tens, ten, ones = kanji.rpartition("十")
     value = grammar.DIGITS.index(ones) + 1 if ones else 0
     if ten:
@@ -131,10 +153,10 @@ def arabic(kanji: str) -> str:
 
 
 def rows(phrase: grammar.Phrase, rng: random.Random) -> list[Row]:
-    """The words of a phrase as CSJ tags them.
+    """Returns the words of a phrase as CSJ tags them.
 
-    (F filler), (D fragment), (D2 particle), (A 三十;３０) and (A ディーブイディー;ＤＶＤ) in the surface, and
-    (W said;meant) in the pronunciation of some words, as if they were slurred.
+    The surface has (F filler), (D fragment), (D2 particle), (A 三十;３０) and (A ディーブイディー;ＤＶＤ).
+    The pronunciation of some words has (W said;meant), as if they were slurred.
     """
     words: list[Row] = []
     number = ""
@@ -142,7 +164,7 @@ def rows(phrase: grammar.Phrase, rng: random.Random) -> list[Row]:
         plain, said = number + morpheme["string"], morpheme["pron"].replace("’", "")
         if number:
             said = words.pop().pronunciation + said
-        number = plain if DIGITS.fullmatch(plain) else ""  # becomes one word with what it counts
+        number = plain if DIGITS.fullmatch(plain) else ""  # a number becomes one word with its counter
         surface = DIGITS.sub(lambda digits: f"(A {digits[0]};{arabic(digits[0])})", plain)
         if re.fullmatch("[Ａ-Ｚ]+", plain):
             surface = f"(A {said};{plain})"
@@ -157,7 +179,7 @@ def rows(phrase: grammar.Phrase, rng: random.Random) -> list[Row]:
 
 
 def synthesize(phrases: list[grammar.Phrase], speaker: Speaker) -> np.ndarray:
-    """Speech at 16 kHz, samples_S, of a sentence with a pause after every filler and fragment."""
+    """Returns speech at 16 kHz, samples_S, of a sentence with a pause after every filler and fragment."""
     morphemes = [m for phrase in phrases for m in analyse(phrase.text + ("、" if phrase.tag else ""))]
     labels = pyopenjtalk.make_label(morphemes)
     wave_S, rate_hz = pyopenjtalk.synthesize(labels, speaker.tempo / speaker.rate, speaker.half_tones)
@@ -170,7 +192,7 @@ def synthesize(phrases: list[grammar.Phrase], speaker: Speaker) -> np.ndarray:
 
 
 def make_channel(channel: Channel) -> tuple[Channel, list[str], float]:
-    """Write the wav of one channel; returns its lines of the transcript and the seconds of speech."""
+    """Writes the wav of one channel, and returns its lines of the transcript and the seconds of speech."""
     speaker = make_speaker(channel)
     rng = random.Random(f"{channel.seed} {channel.talk} {channel.suffix}")
     pieces = [np.zeros(SAMPLE_RATE_HZ // 2)]
@@ -182,7 +204,7 @@ def make_channel(channel: Channel) -> tuple[Channel, list[str], float]:
         samples_S = synthesize(phrases, speaker)
         start_s, end_s = position / SAMPLE_RATE_HZ, (position + len(samples_S)) / SAMPLE_RATE_HZ
         words = [row for phrase in phrases for row in rows(phrase, rng)]
-        if channel.kind == "train" and utterances == 2:  # a name that was made unrecognisable, as in the real corpus
+        if channel.kind == "train" and utterances == 2:  # the real corpus has names that were made unrecognisable
             words = [Row("(R ××)", "××", "(R ××)", ("名詞", "", "", "固有名詞"))]
         utterances += 1
         time = f"{utterances:04d} {start_s:09.3f}-{end_s:09.3f} {channel.suffix.removeprefix('-') or 'L'}:"
@@ -200,14 +222,14 @@ def make_channel(channel: Channel) -> tuple[Channel, list[str], float]:
 
 
 def _line(talk: str, time: str, number: int, row: Row) -> str:
-    """A line of an SDB: the columns that nobody reads hold little."""
+    """Returns a line of an SDB; the columns that nobody reads are mostly empty."""
     pos1, form, kind, pos2 = (feature.replace("*", "") for feature in row.features)
     word = ["CSJ", f"{number:05d}", talk, f"{time}-001-{number:03d}", "", row.surface, "", "", "", row.plain]
     return "\t".join([*word, row.pronunciation, pos1, form, kind, pos2, "", ""])
 
 
 def make_corpus(args: argparse.Namespace) -> None:
-    """Make the corpus, unless it is there."""
+    """Makes the corpus, unless it is there."""
     final: Path = args.out / "CSJ"
     sources = sorted(Path(__file__).parent.glob("*.py"))
     program = zlib.crc32(b"".join(path.read_bytes() for path in sources if path.stem in PROGRAM))
@@ -233,8 +255,8 @@ def make_corpus(args: argparse.Namespace) -> None:
 
 
 def _by_time(lines: list[str]) -> Iterator[str]:
-    """The lines of both speakers of a dialogue in the order of time, their segments numbered anew."""
-    ordered = sorted(lines, key=lambda line: line.split("\t")[3].split()[1])  # the order within a segment stays
+    """Yields the lines of both speakers of a dialogue in the order of time, their segments numbered anew."""
+    ordered = sorted(lines, key=lambda line: line.split("\t")[3].split()[1])  # sorting keeps the order in a segment
     segment, number = ("", ""), 0
     for line in ordered:
         columns = line.split("\t")
@@ -246,7 +268,7 @@ def _by_time(lines: list[str]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Command line of this script."""
+    """Runs the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory that gets CSJ/")
     parser.add_argument(
@@ -255,7 +277,7 @@ def main() -> None:
         default=40.0,
         help="minutes of training speech; the other talks come on top, about 10 minutes (default: 40)",
     )
-    parser.add_argument("--seed", type=int, default=1, help="another seed, another corpus (default: 1)")
+    parser.add_argument("--seed", type=int, default=1, help="another seed makes another corpus (default: 1)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     args = parser.parse_args()
     if args.minutes <= 0 or args.jobs < 1:

@@ -1,10 +1,10 @@
-"""lhotse manifests and transcripts of CSJ, or of a made corpus in its layout.
+"""Write lhotse manifests and transcripts of CSJ, or of a made corpus in its layout.
 
-Writes NAME_recordings.jsonl.gz and NAME_supervisions.jsonl.gz for NAME = train, dev, test-eval1, test-eval2 and
-test-eval3, and NAME.left_out.tsv with what could not be used. `python -m ssm_asr.prepare check` turns them into cuts.
-The corpus is only read: lhotse works on a copy of what is sound in the transcripts, in --transcripts.
+The program writes NAME_recordings.jsonl.gz and NAME_supervisions.jsonl.gz for NAME = train, dev, test-eval1, test-eval2
+and test-eval3, and NAME.left_out.tsv with what cannot be used. `python -m ssm_asr.prepare check` turns them into cuts.
+The corpus is only read: lhotse works on a copy, in --transcripts, of the sound lines of the transcripts.
 
-Segments of a talk are joined up to 10 s where less than 1 s is between them; those with a name that was made
+Segments of a talk are joined up to 10 s if less than 1 s is between them. Segments with a name that was made
 unrecognisable (×) are left out.
 """
 
@@ -25,7 +25,8 @@ from sdb import Line, read_sdb
 from transcripts import MODES, transcribe
 
 from ssm_asr.cli.program import run
-from ssm_asr.data.features import AudioError, load_samples
+from ssm_asr.data.errors import AudioError
+from ssm_asr.data.features import load_samples
 from ssm_asr.data.parallel import parallel_map
 from ssm_asr.data.report import Report
 
@@ -35,22 +36,28 @@ NO_SPEECH = "no speech in this talk"
 
 
 class Talk(NamedTuple):
-    """One unit of work."""
+    """A talk is one unit of work.
+
+    Attributes:
+        sdb: its transcript.
+        transcripts: the directory of lhotse's transcripts, in which the talk gets a directory.
+        mode: the mode of its texts.
+    """
 
     sdb: Path
-    transcripts: Path  # lhotse's, which get a directory of this talk
+    transcripts: Path
     mode: str
 
     @property
     def wavs(self) -> dict[str, Path]:
-        """The talk's recordings by the channel that they are of: "" for both, L, R."""
+        """Holds the talk's recordings by channel: L, R, or "" for both."""
         folder = self.sdb.parents[3] / "WAV" / self.sdb.parent.name
         suffixes = talks.channels_of(self.sdb.stem)
         return {suffix.removeprefix("-"): folder / f"{self.sdb.stem}{suffix}.wav" for suffix in suffixes}
 
 
 class Content(NamedTuple):
-    """What is in a talk."""
+    """Holds what is in a talk."""
 
     recordings: list[Recording]
     supervisions: list[SupervisionSegment]
@@ -58,10 +65,10 @@ class Content(NamedTuple):
 
 
 def find_corpus(corpus: Path) -> Path:
-    """The directory with MORPH and WAV: the given one, or CSJ in it.
+    """Returns the directory with MORPH and WAV: the given one, or CSJ in it.
 
     Raises:
-        SystemExit: if there is none, with what was expected.
+        SystemExit: if there is none; the message says what is expected.
     """
     for root in (corpus, corpus / "CSJ"):
         if any(root.glob("MORPH/SDB/*/*.sdb")) and any(root.glob("WAV/*/*.wav")):
@@ -73,7 +80,7 @@ def find_corpus(corpus: Path) -> Path:
 
 
 def find_talks(root: Path, args: argparse.Namespace, reports: dict[str, Report]) -> dict[str, list[Talk]]:
-    """The talks of each set; talks that are missing and audio without a transcript go to the reports."""
+    """Returns the talks of each set, and reports missing talks and audio without a transcript."""
     sets: dict[str, list[Talk]] = defaultdict(list)
     sdbs = {sdb.stem: sdb for sdb in sorted(root.glob("MORPH/SDB/*/*.sdb"))}
     for talk, sdb in sdbs.items():
@@ -90,7 +97,7 @@ def find_talks(root: Path, args: argparse.Namespace, reports: dict[str, Report])
 
 
 def read_talk(talk: Talk) -> Content:
-    """The recordings of a talk, its utterances and what is wrong with it; no fault of the talk raises."""
+    """Returns the recordings of a talk, its utterances, and a report of its faults, none of which raises an error."""
     report = Report()
     durations_s = {}
     for channel, wav in talk.wavs.items():
@@ -108,7 +115,7 @@ def read_talk(talk: Talk) -> Content:
         _copy([line for line in lines if line.segment and channel in ("", line.segment.channel)], talk, channel, folder)
     try:
         recordings, supervisions = _by_lhotse(folder)
-    except Exception as error:  # of many kinds
+    except Exception as error:  # lhotse raises many kinds
         report.leave_out(str(talk.sdb), "lhotse cannot read this talk", f"{type(error).__name__}: {error}")
         return Content([], [], report)
     said = {segment.recording_id for segment in supervisions}
@@ -124,10 +131,10 @@ def read_talk(talk: Talk) -> Content:
 
 
 def _duration_s(wav: Path) -> float:
-    """The duration that a wav's header says.
+    """Returns the duration in s that a wav's header says.
 
     Raises:
-        AudioError: if there is none.
+        AudioError: if the file cannot be read.
     """
     try:
         return soundfile.info(wav).duration
@@ -137,7 +144,7 @@ def _duration_s(wav: Path) -> float:
 
 
 def _copy(lines: list[Line], talk: Talk, channel: str, folder: Path) -> None:
-    """Write what lhotse reads: the lines of a channel, and where its audio is."""
+    """Writes what lhotse reads: the lines of a channel, and where its audio is."""
     if not lines:
         return
     wav = talk.wavs[channel]
@@ -147,11 +154,11 @@ def _copy(lines: list[Line], talk: Talk, channel: str, folder: Path) -> None:
 
 
 def _by_lhotse(folder: Path) -> tuple[RecordingSet, SupervisionSet]:
-    """lhotse's manifests of one talk, which it takes for a part of the corpus; empty ones if nothing is said in it."""
+    """Returns lhotse's manifests of one talk, given to it as a part of the corpus; they may be empty."""
     if not folder.is_dir():
         return RecordingSet(), SupervisionSet()
     try:
-        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):  # its progress bars
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):  # lhotse shows progress bars
             manifests = prepare_manifests(folder.parent, dataset_parts=folder.name)[folder.name]
     except AssertionError as error:
         if "No recordings left" in str(error):
@@ -161,7 +168,7 @@ def _by_lhotse(folder: Path) -> tuple[RecordingSet, SupervisionSet]:
 
 
 def _with_text(segment: SupervisionSegment, mode: str) -> SupervisionSegment:
-    """The segment with its transcript, and in `custom` those of all modes; if there are disfluencies, "marked"."""
+    """Sets the text of a segment; its `custom` gets the texts of all modes, and "marked" if there are disfluencies."""
     texts = transcribe(segment.custom["raw"])
     segment.text = texts[mode]
     segment.custom = {name: texts[name] for name in MODES}
@@ -171,7 +178,7 @@ def _with_text(segment: SupervisionSegment, mode: str) -> SupervisionSegment:
 
 
 def write_sets(sets: dict[str, list[Talk]], out: Path, jobs: int, reports: dict[str, Report]) -> None:
-    """Write the manifests of all sets, talk by talk, and say what was left out.
+    """Writes the manifests of all sets, talk by talk, and prints what is left out.
 
     Raises:
         SystemExit: if nothing usable is left to train on or to validate on.
@@ -212,7 +219,7 @@ def write_sets(sets: dict[str, list[Talk]], out: Path, jobs: int, reports: dict[
 
 
 def main() -> None:
-    """Command line of this script."""
+    """Runs the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, help="the directory with MORPH/ and WAV/, or CSJ/ in it")
     parser.add_argument("--out", type=Path, required=True, help="directory for the manifests")

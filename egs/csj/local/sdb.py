@@ -1,7 +1,8 @@
-"""The SDB files of CSJ (transcripts by words, in Shift-JIS): what cannot be read is found, reported and left out.
+"""Reads the SDB files of CSJ, transcripts by words in Shift-JIS; what cannot be read is reported and left out.
 
-Tab-separated columns, from 0: 2 talk, 3 segment, times and channel ("0001 00000.500-00003.700 L:…"), 5 surface form
-with tags, 10 pronunciation with tags. Tags such as (F …) may reach over several words, and over segments.
+The columns are separated by tabs. Counted from 0, column 2 has the talk, 3 the segment, its times and its channel
+("0001 00000.500-00003.700 L:…"), 5 the surface form with tags, 10 the pronunciation with tags. Tags such as (F …) may
+span several words, and segments.
 """
 
 import re
@@ -16,35 +17,45 @@ BROKEN = "broken SDB line"
 TALK, PLACE, SURFACE, PRONUNCIATION = 2, 3, 5, 10
 TIME_TOLERANCE_S = 0.01
 _PLACE = re.compile(r"(\d+) (\d+\.\d+)-(\d+\.\d+) ([LR]):\S*")
-_OPENED = re.compile(r"\(([!-'*-+\--:<-^`-~]+|[笑泣咳])?")  # a bracket and its tag: ASCII but for ( ) , ; _ and space
+_OPENED = re.compile(r"\(([!-'*-+\--:<-^`-~]+|[笑泣咳])?")  # a tag may be of ASCII other than ( ) , ; _ and space
 
 
 class Segment(NamedTuple):
-    """Which part of a talk a word belongs to."""
+    """A segment is a part of a talk; its channel is L or R."""
 
     number: str
-    channel: str  # L or R
+    channel: str
 
 
 class Line(NamedTuple):
-    """A word."""
+    """A line holds one word.
 
-    number: int  # in the file, from 1
+    Attributes:
+        number: which line of the file it is, from 1.
+        text: the whole line.
+        segment: the segment of the word; None if it cannot be read.
+        surface, pronunciation: columns of the line.
+        fault: what is wrong with it; may be empty.
+    """
+
+    number: int
     text: str
-    segment: Segment | None  # None if it cannot be read
+    segment: Segment | None
     surface: str
     pronunciation: str
-    fault: str  # "" if there is none
+    fault: str
 
 
 def read_sdb(path: Path, duration_s: float, report: Report) -> list[Line]:
-    """The lines of an SDB file whose segments are whole; each other line that is at fault goes to the report.
+    """Returns the lines of an SDB file whose segments are whole, and reports each line that is at fault.
 
     A segment with a broken line would lack a word, so it is left out. If the segment of a broken line cannot be read,
-    it is that of the line before or that of the line after, and both are left out.
+    the line belongs to the segment before or to the one after, and both are left out.
 
     Args:
-        duration_s: of the recording.
+        path: the SDB file.
+        duration_s: the duration of the recording.
+        report: collects the faults.
     """
     raw_lines = path.read_bytes().split(b"\n")
     lines = [_parse(number, raw, duration_s) for number, raw in enumerate(raw_lines, start=1) if raw.strip()]
@@ -53,7 +64,7 @@ def read_sdb(path: Path, duration_s: float, report: Report) -> list[Line]:
         if line.fault:
             beside = lines[max(0, i - 1) : i + 2] if line.segment is None else [line]
             _lose(line, {other.segment for other in beside}, line.fault, path, report, lost)
-    while True:  # what a lost segment closed is open now
+    while True:  # a bracket that a lost segment closed is open now
         kept = [line for line in lines if line.segment not in lost]
         faults = [fault for column in (SURFACE, PRONUNCIATION) for fault in _unmatched(kept, column)]
         if not faults:
@@ -66,13 +77,14 @@ def read_sdb(path: Path, duration_s: float, report: Report) -> list[Line]:
 def _lose(
     line: Line, segments: set[Segment | None], fault: str, path: Path, report: Report, lost: set[Segment | None]
 ) -> None:
+    """Reports a line at fault and adds its segments to `lost`."""
     names = ", ".join(sorted(segment.number for segment in segments if segment))
     report.leave_out(f"{path}:{line.number}", BROKEN, f"{fault} [segment left out: {names or 'none'}]")
     lost |= segments
 
 
 def _parse(number: int, raw: bytes, duration_s: float) -> Line:
-    """A line, with what is wrong with it."""
+    """Returns a line, with what is wrong with it."""
     text = raw.decode("shift_jis", errors="replace").rstrip("\r")
     columns = text.split("\t")
     place = _PLACE.fullmatch(columns[PLACE]) if len(columns) > PLACE else None
@@ -84,7 +96,7 @@ def _parse(number: int, raw: bytes, duration_s: float) -> Line:
 
 
 def _fault(raw: bytes, line: Line, place: re.Match[str] | None, duration_s: float) -> str:
-    """What is wrong with a line, for itself; "" if nothing."""
+    """Returns what is wrong with a line, considered by itself; "" if nothing is."""
     num_columns = line.text.count("\t") + 1
     try:
         raw.decode("shift_jis")
@@ -106,7 +118,7 @@ def _fault(raw: bytes, line: Line, place: re.Match[str] | None, duration_s: floa
 
 
 def _unmatched(lines: list[Line], column: int) -> list[tuple[Line, str]]:
-    """The lines with a bracket that has no other."""
+    """Returns the lines with a bracket that lacks its counterpart."""
     faults = []
     opened: dict[str, list[Line]] = {"L": [], "R": []}
     for line in lines:

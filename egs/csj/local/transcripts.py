@@ -1,12 +1,12 @@
-"""Transcripts of CSJ in four modes, from the tagged text that lhotse reads.
+"""Makes transcripts of CSJ in four modes from the tagged text that lhotse reads.
 
-- disfluent: all that was said;
-- fluent: without fillers (F), fragments of words (D) and particles that were corrected at once (D2);
-- number: fluent, with numbers in digits where the corpus gives them;
-- symbol: # for every filler and @ for every fragment or particle.
+- disfluent has all that was said;
+- fluent leaves out fillers (F), fragments of words (D) and particles that were corrected at once (D2);
+- number is fluent, with numbers in digits where the corpus gives them;
+- symbol has # for every filler and @ for every fragment or particle.
 
 A text with disfluencies also exists marked, with parentheses around each of them, "(えー)京都で(しゃ)写真を", so that
-what was recognised can be scored by what was meant: `ssm_asr.evaluation.scoring.score_fluent`.
+`ssm_asr.evaluation.scoring.fluent_errors` can score recognised text by what was meant.
 """
 
 from itertools import groupby
@@ -23,10 +23,10 @@ _NUMBER_PARSER = CSJSDBParser({**DECISIONS, "A_num": 1})
 
 
 def transcribe(raw: str) -> dict[str, str]:
-    """All modes of a tagged text, normalised; and marked, "disfluent_marked" and "symbol_marked".
+    """Returns a tagged text in all modes, normalised, and the marked forms disfluent_marked and symbol_marked.
 
     Args:
-        raw: words "surface+morphology+pronunciation", separated by spaces: lhotse's custom["raw"].
+        raw: lhotse's custom["raw"]: words "surface+morphology+pronunciation", separated by spaces.
     """
     pieces = _pieces(_PARSER, raw)
     marked = _mark(pieces)
@@ -39,18 +39,18 @@ def transcribe(raw: str) -> dict[str, str]:
 
 
 def _pieces(parser: CSJSDBParser, raw: str) -> list[tuple[str, str]]:
-    """The text in stretches of one kind: tag "" of what was meant, else F, D or D2. Spaces keep neighbours apart."""
+    """Returns the text in pieces with their tags: F, D, D2, or "" for what was meant. Spaces keep neighbours apart."""
     tagged = [(char, _disfluency(tags)) for char, tags in parser.parse(raw, sep=" ", with_tags=True)]
     stretches = groupby(tagged, key=lambda item: item[1])
     return [("".join(char for char, _ in stretch), tag) for tag, stretch in stretches]
 
 
 def _disfluency(tags: str) -> str:
-    """The outermost tag of a path such as "M/F/?" that makes a disfluency."""
+    """Returns the outermost tag of a path such as "M/F/?" that makes a disfluency; "" if none does."""
     return next((tag for tag in tags.split("/") if tag in SYMBOLS), "")
 
 
 def _mark(pieces: list[tuple[str, str]]) -> str:
-    """The normalised text with parentheses around disfluencies."""
+    """Returns the normalised text with parentheses around disfluencies."""
     normal = [(normalise(text), tag) for text, tag in pieces]
     return "".join(f"({text})" if tag and text else text for text, tag in normal)

@@ -2,9 +2,9 @@
 
     OUT/LibriSpeech/{train-clean-5,dev-clean-2,test-clean}/SPK/CHAP/SPK-CHAP-UTT.flac and SPK-CHAP.trans.txt
 
-One text-to-speech voice (hibari-tts, inside its wheel) becomes many pseudo-speakers by scaling its pitch,
-warping its spectrum down and changing its tempo. The speakers and the texts of dev and test do not occur in
-train. The same options always make the same corpus. It is a smoke test and a teaching aid, no benchmark.
+One text-to-speech voice, which is inside the wheel of hibari-tts, becomes many pseudo-speakers: its pitch is scaled,
+its spectrum is warped down and its tempo is changed. The speakers and the texts of dev and test do not occur in train.
+Equal options make equal corpora. The corpus is a smoke test and a teaching aid, no benchmark.
 
 Shapes: M spectrum bins (20 Hz apart, up to 12 kHz), F synthesis frames, S samples.
 """
@@ -33,8 +33,8 @@ from ssm_asr.units import SAMPLE_RATE_HZ
 DIRECTORIES = {"train": "train-clean-5", "dev": "dev-clean-2", "test": "test-clean"}
 SPEAKERS = {"train": 20, "dev": 3, "test": 5}
 DEFAULT_MINUTES = {"digits": 37.0, "sentences": 600.0}
-DEV_SHARE, TEST_SHARE = 1.5 / 37, 4.0 / 37  # of the training minutes
-CHAPTER_S = 60.0  # speech per chapter, which is also the unit of work of one process
+DEV_SHARE, TEST_SHARE = 1.5 / 37, 4.0 / 37  # dev and test have these shares of the training minutes
+CHAPTER_S = 60.0  # a chapter, which one process makes at a time, has about this much speech
 
 README = """\
 The speech in this directory is synthetic: it was made by make_corpus.py with the hibari-tts voice "heart"
@@ -45,17 +45,23 @@ Made with: {settings}
 
 
 class Speaker(NamedTuple):
-    """A pseudo-speaker."""
+    """A pseudo-speaker.
+
+    Attributes:
+        pitch: factor on the fundamental frequency.
+        warp: factor on every frequency of the spectral envelope; above 1, speech cannot be understood.
+        tempo, gain: factors on the voice's own.
+    """
 
     id: int
-    pitch: float  # factor on F0
-    warp: float  # factor on every frequency of the spectral envelope; above 1 speech is unintelligible
+    pitch: float
+    warp: float
     tempo: float
     gain: float
 
 
 class Chapter(NamedTuple):
-    """One unit of work: a speaker reads texts of one part until there is enough speech."""
+    """A chapter is one unit of work: a speaker reads texts of one part until there is enough speech."""
 
     part: str
     speaker: Speaker
@@ -67,7 +73,7 @@ class Chapter(NamedTuple):
 
 
 def make_speakers(part: str, seed: int) -> list[Speaker]:
-    """The pseudo-speakers of a part, spread evenly (golden-ratio sequence) over pitch and warp."""
+    """Returns the pseudo-speakers of a part, spread evenly (golden-ratio sequence) over pitch and warp."""
     first_id = {"train": 1001, "dev": 2001, "test": 3001}[part]
     rng = random.Random(f"{seed} {part} speakers")
     start, speakers = rng.random(), []
@@ -80,7 +86,7 @@ def make_speakers(part: str, seed: int) -> list[Speaker]:
 
 
 def plan_chapters(args: argparse.Namespace, out: Path) -> list[Chapter]:
-    """All chapters of the corpus; each part's minutes are shared out evenly among its speakers."""
+    """Returns all chapters of the corpus; the speakers of a part read equally many minutes of it."""
     minutes = {"train": args.minutes, "dev": args.minutes * DEV_SHARE, "test": args.minutes * TEST_SHARE}
     chapters = []
     for part, directory in DIRECTORIES.items():
@@ -95,17 +101,17 @@ def plan_chapters(args: argparse.Namespace, out: Path) -> list[Chapter]:
     return chapters
 
 
-_tts: Hibari | None = None  # one per process: loading takes half a second
+_tts: Hibari | None = None  # a process loads it once, since that takes half a second
 
 
 def synthesize(text: str, speaker: Speaker, noise_seed: int) -> np.ndarray:
-    """Speech of a pseudo-speaker at 16 kHz.
+    """Synthesizes speech of a pseudo-speaker at 16 kHz.
 
-    Pitch is scaled and the spectral envelope warped between hibari's network and its vocoder, which costs
-    next to nothing: bin m of the new envelope is bin m / warp of the old one.
+    Between hibari's network and its vocoder, pitch is scaled and the spectral envelope is warped, which takes hardly
+    any time: bin m of the new envelope is bin m / warp of the old one.
 
     Returns:
-        samples_S float32, with the silence around the speech cut to 0.1 - 0.3 s.
+        samples_S in float32, with 0.1 - 0.3 s of silence before and after the speech.
     """
     global _tts
     _tts = _tts or Hibari()
@@ -121,17 +127,17 @@ def synthesize(text: str, speaker: Speaker, noise_seed: int) -> np.ndarray:
     margin_s = rng.uniform(0.1, 0.3, size=2)
     first = max(0, loud[0] - int(margin_s[0] * SAMPLE_RATE_HZ))
     samples_S = speaker.gain * samples_S[first : loud[-1] + int(margin_s[1] * SAMPLE_RATE_HZ)]
-    samples_S += 3e-4 * rng.standard_normal(len(samples_S), dtype=np.float32)  # a room is never quite silent
+    samples_S += 3e-4 * rng.standard_normal(len(samples_S), dtype=np.float32)  # a room always has some noise
     return samples_S * min(1.0, 0.95 / np.abs(samples_S).max())
 
 
 def with_pauses(text: str, rng: random.Random) -> str:
-    """The text with a comma after some of its words, so that digits are also read in groups."""
+    """Returns the text with a comma after some of its words, so that digits are also read in groups."""
     return " ".join(word + ("," if rng.random() < 0.12 else "") for word in text.split())
 
 
 def make_chapter(chapter: Chapter) -> float:
-    """Write the flac files and the transcript of one chapter; returns the seconds of speech made."""
+    """Writes the flac files and the transcript of one chapter, and returns the seconds of speech."""
     speaker = chapter.speaker
     chapter.out.mkdir(parents=True)
     rng = random.Random(f"{chapter.seed} {chapter.size} {speaker.id} {chapter.number}")
@@ -150,7 +156,7 @@ def make_chapter(chapter: Chapter) -> float:
 
 
 def run_chapters(chapters: list[Chapter], jobs: int) -> Iterator[float]:
-    """Make the chapters in `jobs` spawned processes, or in this one if jobs is 1."""
+    """Makes the chapters in `jobs` spawned processes, or in this one if jobs is 1."""
     if jobs == 1:
         yield from map(make_chapter, chapters)
         return
@@ -159,7 +165,7 @@ def run_chapters(chapters: list[Chapter], jobs: int) -> Iterator[float]:
 
 
 def make_corpus(args: argparse.Namespace) -> None:
-    """Make the corpus in a temporary directory beside the final one and rename it when it is complete.
+    """Makes the corpus in a temporary directory beside the final one, and renames it when it is complete.
 
     Raises:
         SystemExit: if OUT/LibriSpeech exists and was not made by this script.
@@ -185,7 +191,7 @@ def make_corpus(args: argparse.Namespace) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    """Command line of this script."""
+    """Returns the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory that gets LibriSpeech/")
     parser.add_argument(
@@ -201,7 +207,7 @@ def parse_args() -> argparse.Namespace:
         help=f"minutes of training speech (default: {DEFAULT_MINUTES['digits']:g} for digits, "
         f"{DEFAULT_MINUTES['sentences']:g} for sentences); dev and test come on top, 4 and 11 %% of it",
     )
-    parser.add_argument("--seed", type=int, default=1, help="another seed, another corpus (default: 1)")
+    parser.add_argument("--seed", type=int, default=1, help="another seed makes another corpus (default: 1)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     args = parser.parse_args()
     if args.minutes is None:

@@ -1,8 +1,8 @@
-"""lhotse manifests of LibriSpeech, mini LibriSpeech or a made corpus, whichever parts are there.
+"""Write lhotse manifests of LibriSpeech, mini LibriSpeech or a made corpus, whichever parts are there.
 
-Writes NAME_recordings.jsonl.gz and NAME_supervisions.jsonl.gz for NAME = train (all train-* parts joined),
-dev (all dev-* parts joined) and each test-* part, and NAME.left_out.tsv with what could not be used.
-`python -m ssm_asr.prepare check` turns them into cuts.
+The program writes NAME_recordings.jsonl.gz and NAME_supervisions.jsonl.gz for NAME = train (all train-* parts joined),
+dev (all dev-* parts joined) and each test-* part, and NAME.left_out.tsv with what cannot be used. `python -m
+ssm_asr.prepare check` turns them into cuts.
 """
 
 import argparse
@@ -17,28 +17,29 @@ from lhotse.recipes.librispeech import LIBRISPEECH, MINI_LIBRISPEECH, parse_utte
 from tqdm import tqdm
 
 from ssm_asr.cli.program import run
-from ssm_asr.data.features import AudioError, load_samples
+from ssm_asr.data.errors import AudioError
+from ssm_asr.data.features import load_samples
 from ssm_asr.data.report import Report
 
 PARTS = sorted((*LIBRISPEECH, *MINI_LIBRISPEECH))
 
 
 class Transcript(NamedTuple):
-    """One line of a transcript file."""
+    """A transcript is one line of a transcript file: "ID TEXT"."""
 
     part: Path
     audio: Path
-    line: str  # "ID TEXT"
+    line: str
 
 
 def find_parts(corpus: Path) -> dict[str, list[Path]]:
-    """The corpus' part directories, by the name of the set that they belong to.
+    """Returns the corpus' part directories by the name of the set that they belong to.
 
     Args:
         corpus: LibriSpeech/ or the directory that holds it.
 
     Raises:
-        SystemExit: if there is none, with what was expected.
+        SystemExit: if there is none; the message says what is expected.
     """
     for root in (corpus, corpus / "LibriSpeech"):
         found = [root / part for part in PARTS if (root / part).is_dir()]
@@ -55,7 +56,7 @@ def find_parts(corpus: Path) -> dict[str, list[Path]]:
 
 
 def read_transcripts(part: Path, report: Report) -> Iterator[Transcript]:
-    """The transcript lines of a part that have text; faults in the transcripts go to the report."""
+    """Yields the transcript lines of a part that have text and audio, and reports the others."""
     seen: set[str] = set()
     for file in sorted(part.rglob("*.trans.txt")):
         for line in file.read_text(encoding="utf-8").splitlines():
@@ -79,10 +80,10 @@ def read_transcripts(part: Path, report: Report) -> Iterator[Transcript]:
 
 
 def parse(transcript: Transcript) -> tuple[Recording, SupervisionSegment] | AudioError:
-    """lhotse's manifests of one utterance, or what is wrong with its audio."""
+    """Returns lhotse's manifests of one utterance, or what is wrong with its audio."""
     try:
         return parse_utterance(transcript.part, transcript.line, {})
-    except Exception as error:  # lhotse raises many kinds, depending on its backend
+    except Exception as error:  # lhotse raises many kinds, which depend on its backend
         try:
             load_samples(transcript.audio)
         except AudioError as fault:
@@ -91,7 +92,7 @@ def parse(transcript: Transcript) -> tuple[Recording, SupervisionSegment] | Audi
 
 
 def write_set(name: str, parts: list[Path], out: Path, num_jobs: int) -> None:
-    """Write the manifests of one set and say what was left out.
+    """Writes the manifests of one set and prints what is left out.
 
     Raises:
         SystemExit: if nothing usable is left.
@@ -119,7 +120,7 @@ def write_set(name: str, parts: list[Path], out: Path, num_jobs: int) -> None:
 
 
 def main() -> None:
-    """Command line of this script."""
+    """Runs the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, help="LibriSpeech/, or the directory it is in")
     parser.add_argument("--out", type=Path, required=True, help="directory for the manifests")

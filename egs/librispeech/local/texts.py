@@ -1,7 +1,7 @@
-"""Texts for the made corpora: digit strings with command words, and everyday sentences from a small grammar.
+"""Draws texts for the made corpora: digit strings with command words, and everyday sentences from a small grammar.
 
-A text is assigned to train, dev or test by a hash of itself, so no text of one part can occur in
-another, however many processes draw texts and in whatever order.
+A hash of a text assigns it to train, dev or test, so no text of one part can occur in another, however many processes
+draw texts and in whatever order.
 """
 
 import random
@@ -24,7 +24,7 @@ ORDINALS = _words(
 )
 ORDINALS += [f"twenty {day}" for day in ORDINALS[:9]] + ["thirtieth", "thirty first"]
 
-# Every word that a slot of a template can become; slots whose values are computed are in sentence().
+# A slot of a template becomes one of these words; sentence() has the slots whose values are computed.
 SLOTS: dict[str, list[str]] = {
     "name": _words(
         "anna arthur barbara charles clara daniel david edward elena emma frank george grace hannah "
@@ -100,7 +100,7 @@ what time does the {place} open on {day}
 
 
 def spell(number: int) -> str:
-    """English words of a whole number from 0 to 999."""
+    """Returns the English words of a whole number from 0 to 999."""
     if number >= 100:
         rest = f" and {spell(number % 100)}" if number % 100 else ""
         return f"{DIGITS[number // 100]} hundred{rest}"
@@ -110,13 +110,13 @@ def spell(number: int) -> str:
 
 
 def digit_string(rng: random.Random) -> str:
-    """Three to seven digits, in two of five cases after a command word."""
+    """Returns three to seven digits, in two of five cases after a command word."""
     command = [rng.choice(COMMANDS)] if rng.random() < 0.4 else []
     return " ".join(command + rng.choices(DIGITS, k=rng.randint(3, 7)))
 
 
 def sentence(rng: random.Random) -> str:
-    """One everyday sentence; numbers, times and years are written out in words."""
+    """Returns an everyday sentence; numbers, times and years are written out in words."""
     computed: dict[str, Callable[[], str]] = {
         "number": lambda: spell(rng.randint(2, 30) if rng.random() < 0.6 else rng.randint(31, 999)),
         "ordinal": lambda: rng.choice(ORDINALS),
@@ -138,13 +138,13 @@ MAKERS: dict[str, Callable[[random.Random], str]] = {"digits": digit_string, "se
 
 
 def part_of(text: str) -> str:
-    """The only part ("train", "dev" or "test") that this text may occur in: about 80, 5 and 15 % of all."""
+    """Returns the part that this text may occur in: "train", "dev" or "test" (about 80, 5 and 15 % of all)."""
     bucket = zlib.crc32(text.encode()) % 20
     return "dev" if bucket == 0 else "test" if bucket <= 3 else "train"
 
 
 def draw(size: str, part: str, rng: random.Random) -> str:
-    """A random text of the given size ("digits" or "sentences") that belongs to the given part."""
+    """Draws a random text of the given size ("digits" or "sentences") that belongs to the given part."""
     while True:
         text = MAKERS[size](rng)
         if part_of(text) == part:
