@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ssm_asr import units
+from ssm_asr.search import SEARCHES
 
 
 def frames(text: str) -> int:
@@ -38,7 +39,7 @@ def decoding_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of programs that recognise speech: the checkpoint, chunks and the search."""
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint, best from average")
     chunk_arguments(parser)
-    parser.add_argument("--method", choices=["greedy", "beam"], help="search (default: the checkpoint's)")
+    parser.add_argument("--method", choices=list(SEARCHES), help="search (default: the checkpoint's)")
     parser.add_argument("--beam", type=int, help="hypotheses that beam search keeps (default: the checkpoint's)")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ssm_asr.encoder.attention import RelativePositions
 from ssm_asr.encoder.batch_norm import MaskedBatchNorm
 from ssm_asr.encoder.contract import MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_TAPS, Encoder, EncoderConfig
-from ssm_asr.encoder.mixer import MIXERS, make_mixer
+from ssm_asr.encoder.mixer import MIXERS
 from ssm_asr.fields import setting
 from ssm_asr.ops.attention import Context, context_of_chunk, context_of_sequences, hidden, shift_relative
 from ssm_asr.ops.precision import at_least_float32
@@ -40,7 +40,7 @@ class ConformerConfig(EncoderConfig):
     feedforward_dim: int = setting(2048, least=1, most=MOST_CHANNELS)
     # The front end makes 50 Hz frames of this width.
     embed_dim: int = setting(512, least=1, most=MOST_CHANNELS)
-    mixer: str = setting("conv", choices=MIXERS)
+    mixer: str = setting("conv", choices=tuple(MIXERS))
     # The convolutions of the mixers conv and com have so many taps.
     conv_kernel: int = setting(32, least=2, most=MOST_TAPS)
     # The state-space models of dir, com and rep have so many real numbers a channel as their state.
@@ -138,9 +138,7 @@ class ConvolutionModule(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(config.dim)
         self.in_proj = nn.Linear(config.dim, 2 * config.dim)
-        self.mixer = make_mixer(
-            config.mixer, config.dim, config.conv_kernel, config.ssm_states, config.ssm_param, config.rep_length
-        )
+        self.mixer = MIXERS[config.mixer](config)
         self.batch_norm = MaskedBatchNorm(config.dim)
         self.out_proj = nn.Linear(config.dim, config.dim)
 

@@ -9,14 +9,13 @@ Shapes: B batch, D channels, T frames, L taps, K = L - 1 cached frames, N real n
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ssm_asr.ssm.s4d import S4D, causal_convolution, convolve_inside
-
-MIXERS = ("none", "conv", "dir", "com", "rep")
 
 
 class ConvState(NamedTuple):
@@ -148,28 +147,11 @@ class StackedMixer(Mixer):
         return y_BDT, ConvSsmState(conv_state.conv_BDK, ssm_BDN)
 
 
-def make_mixer(kind: str, channels: int, conv_kernel: int, ssm_states: int, ssm_param: str, rep_length: int) -> Mixer:
-    """Makes a mixer; each kind uses only the settings that it needs.
-
-    Args:
-        kind: one of MIXERS.
-        channels: D.
-        conv_kernel: taps of the convolution in `conv` and `com`.
-        ssm_states: N of the state-space model in `dir`, `com` and `rep`.
-        ssm_param: parameterisation of the state-space model; see `S4D`.
-        rep_length: L of `rep`.
-
-    Raises:
-        ValueError: if `kind` is not one of MIXERS.
-    """
-    if kind == "none":
-        return NoMixer()
-    if kind == "conv":
-        return ConvMixer(channels, conv_kernel)
-    if kind == "dir":
-        return DropInMixer(channels, ssm_states, ssm_param)
-    if kind == "com":
-        return StackedMixer(channels, conv_kernel, ssm_states, ssm_param)
-    if kind == "rep":
-        return ReparameterizedMixer(channels, rep_length, ssm_states, ssm_param)
-    raise ValueError(f"mixer {kind!r}: give one of {', '.join(MIXERS)}")
+# Name in the configuration -> what makes the mixer of a ConformerConfig; each uses only the settings that it needs.
+MIXERS: dict[str, Callable[[Any], Mixer]] = {
+    "none": lambda config: NoMixer(),
+    "conv": lambda config: ConvMixer(config.dim, config.conv_kernel),
+    "dir": lambda config: DropInMixer(config.dim, config.ssm_states, config.ssm_param),
+    "com": lambda config: StackedMixer(config.dim, config.conv_kernel, config.ssm_states, config.ssm_param),
+    "rep": lambda config: ReparameterizedMixer(config.dim, config.rep_length, config.ssm_states, config.ssm_param),
+}

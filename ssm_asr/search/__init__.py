@@ -1,5 +1,6 @@
 """Searches over a transducer's output, and the recognisers that are built on them."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -33,8 +34,15 @@ class Search(Protocol):
         """Returns how many of the first `tokens` no later audio can change."""
 
 
+# Name in the configuration (decode.method, whose choices these are) -> what makes the search, given the beam.
+SEARCHES: dict[str, Callable[[Scorer, int], Search]] = {
+    "greedy": lambda scorer, beam: GreedySearch(scorer),
+    "beam": BeamSearch,
+}
+
+
 def make_search(method: str, scorer: Scorer, beam: int = 4) -> Search:
-    """Makes the search that a method names, greedy or beam.
+    """Makes the search that a method names.
 
     Args:
         beam: the number of hypotheses that beam search keeps.
@@ -42,8 +50,6 @@ def make_search(method: str, scorer: Scorer, beam: int = 4) -> Search:
     Raises:
         ValueError: if the method has another name, or the beam is below 1.
     """
-    if method == "greedy":
-        return GreedySearch(scorer)
-    if method == "beam":
-        return BeamSearch(scorer, beam)
-    raise ValueError(f"search method {method!r}: give greedy or beam")
+    if method not in SEARCHES:
+        raise ValueError(f"search method {method!r}: give {' or '.join(SEARCHES)}")
+    return SEARCHES[method](scorer, beam)

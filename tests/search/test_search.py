@@ -11,7 +11,8 @@ import torch
 import toy
 from torch import Tensor
 
-from ssm_asr.search import make_search
+from ssm_asr.config import ConfigError, from_dict
+from ssm_asr.search import SEARCHES, make_search
 from ssm_asr.search.scorer import TransducerScorer, context_of
 from ssm_asr.transducer.model import Transducer
 
@@ -252,3 +253,10 @@ def test_the_scorer_of_a_model_predicts_as_training_does() -> None:
         encoder_BTD = torch.randn(1, 5, 32)
         expected = model.joiner(encoder_BTD[0], model.decoder(torch.tensor([[0, *tokens]]))[0])
         torch.testing.assert_close(scorer.join(scorer.project(encoder_BTD)[0], trained_UJ), expected)
+
+
+def test_configurations_know_every_search() -> None:
+    with pytest.raises(ConfigError, match="decode.method is 'none'; give one of " + ", ".join(SEARCHES)):
+        from_dict({"decode": {"method": "none"}})
+    for method in SEARCHES:
+        assert from_dict({"decode": {"method": method}}).decode.method == method
