@@ -270,8 +270,7 @@ class Conformer(Encoder):
         Args:
             x_BTE: an even number T of frames at 50 Hz.
             state: the state that the previous chunk returned; it is not changed.
-            processed_B: frames at 50 Hz that each stream has had before this chunk, int64; None is allowed if there is
-                no left context.
+            processed_B: frames at 50 Hz that each stream has had before, int64; may be None without left context.
         """
         x_BTD, left_context = self._join_frames(x_BTE), state[0].key_BLD.shape[1]
         pos_PD = self.positions(x_BTD, left_context)

@@ -97,12 +97,8 @@ class ZipformerLayer(Scheduled):
     """A Zipformer layer (figure 2).
 
     It computes attention weights once and uses them in two self-attention modules and, if there is one, in the
-    long-range module; it has three feed-forward modules, two convolution modules and two bypasses.
-
-    Args:
-        config: of the encoder.
-        stack: index of the layer's stack.
-        bypass_skip_rate: probability that a training sequence skips the layer.
+    long-range module; it has three feed-forward modules, two convolution modules and two bypasses. In training a
+    sequence skips the layer with the probability `bypass_skip_rate`.
     """
 
     def __init__(self, config: ZipformerConfig, stack: int, bypass_skip_rate: Schedule) -> None:
@@ -161,7 +157,7 @@ class ZipformerLayer(Scheduled):
         """Maps whole sequences (B, T, D) -> (B, T, D).
 
         Args:
-            x_BTD: the frames.
+            x_BTD: frames at the rate of the stack.
             pos_PE: encodings from `RelativePositions`.
             context: which keys attention sees, and which frames are padding.
             chunk: frames of a chunk, beyond whose end convolutions do not see; -1 is the whole sequence.
@@ -239,12 +235,7 @@ class ZipformerLayer(Scheduled):
 
 
 class Stack(nn.Module):
-    """A stack: layers that follow each other at one frame rate.
-
-    Args:
-        config: of the encoder.
-        index: number of the stack.
-    """
+    """A stack: layers that follow each other at one frame rate."""
 
     def __init__(self, config: ZipformerConfig, index: int) -> None:
         super().__init__()
@@ -293,8 +284,7 @@ class Stack(nn.Module):
         Args:
             x_BTD: frames at the rate of the stack.
             state: the state that the previous chunk returned; it is not changed.
-            processed_B: frames of the stack that each stream has had before this chunk, int64; None is allowed if there
-                is no left context.
+            processed_B: frames of the stack that each stream has had before, int64; may be None without left context.
         """
         left_context = state[0].key_BLQ.shape[1]
         pos_PE = self.positions(x_BTD, left_context)
@@ -394,8 +384,7 @@ class Zipformer(Scheduled, Encoder):
         Args:
             x_BTD: T frames at 50 Hz, where T is a multiple of the configuration's `chunk_multiple`.
             state: the state that the previous chunk returned; it is not changed.
-            processed_B: frames at 50 Hz that each stream has had before this chunk, int64; None is allowed if there is
-                no left context.
+            processed_B: frames at 50 Hz that each stream has had before, int64; may be None without left context.
         """
         outputs: list[Tensor] = []
         new_state = []
