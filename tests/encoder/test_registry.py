@@ -16,7 +16,7 @@ from ssm_asr.encoder.registry import ENCODERS, EncoderKind, make_encoder
 from ssm_asr.encoder.state import leaves, select_states, stack_states, state_sizes
 from ssm_asr.evaluation.describe import describe
 from ssm_asr.fields import setting
-from ssm_asr.search.recognizer import encode_as_streamed, pad_to_chunks
+from ssm_asr.search.encoding import encode_as_streamed, pad_to_chunks
 from ssm_asr.training.optim import ScaledAdam
 from ssm_asr.transducer.model import ModelConfig, Transducer
 
