@@ -103,10 +103,10 @@ class Model:
             audio: a mono file of any rate, an array of samples at 16 kHz in [-1, 1], or a list of either.
             chunk: "320ms", "0.32s", a number of frames of 20 ms, or None for whole recordings. "auto" is the chunk of
                 the checkpoint's configuration, or None for a model that is not causal.
-            left: the left context that each chunk sees, given likewise; None is all that came before. "auto" is the
-                one of the checkpoint's configuration.
-            method: greedy or beam; the one of the checkpoint's configuration if None.
-            beam: the number of hypotheses that beam search keeps, likewise.
+            left: the left context that each chunk sees, written as chunk is; None is all that came before. "auto" is
+                the left context of the checkpoint's configuration.
+            method: greedy or beam; the checkpoint's configuration says which if None.
+            beam: the number of hypotheses that beam search keeps; the configuration says how many if None.
 
         Raises:
             AudioError: for audio that cannot be used; its message is one line.
@@ -131,7 +131,7 @@ class Model:
         """Transcribes any number of recordings, and yields their results in order, as they come.
 
         At most 10 minutes of audio are read ahead, or one recording. For audio that cannot be used, its error comes
-        instead of a result, and the others go on. The arguments are those of `transcribe`.
+        instead of a result, and the others go on. `transcribe` explains the arguments.
 
         Raises:
             ValueError: if the model cannot do this chunk or left context, or there is no such search.
@@ -142,7 +142,7 @@ class Model:
     def stream(
         self, chunk: Time = "auto", left: Time = "auto", method: str | None = None, beam: int | None = None
     ) -> "Stream":
-        """Opens a stream of live audio. The arguments are those of `transcribe`.
+        """Opens a stream of live audio. `transcribe` explains the arguments.
 
         Raises:
             ValueError: if the model cannot stream, or not with this chunk or left context, or there is no such search.
@@ -152,7 +152,7 @@ class Model:
     def recognizer(
         self, chunk: Time = "auto", left: Time = "auto", method: str | None = None, beam: int | None = None
     ) -> StreamingRecognizer:
-        """Makes a recogniser that decodes many streams in one batch. The arguments are those of `transcribe`.
+        """Makes a recogniser that decodes many streams in one batch. `transcribe` explains the arguments.
 
         Raises:
             ValueError: if the model cannot stream, or not with this chunk or left context, or there is no such search.
@@ -260,6 +260,6 @@ def _batches(lengths_s: dict[int, float]) -> Iterator[list[int]]:
 
 
 def _features(samples_S: np.ndarray) -> torch.Tensor:
-    """The features (T, F) of a recording, computed as those of a stream are."""
+    """The features (T, F) of a recording, computed as a stream computes them."""
     fbank = OnlineFbank()
     return torch.cat([fbank.push(samples_S), fbank.finish()])

@@ -25,6 +25,8 @@ VERBS = {
     "import-icefall": "take over published Zipformer weights",
 }
 
+EXPORT_PACKAGES = ("onnx", "onnxruntime", "sherpa_onnx")  # the extra "export" of setup.py
+
 
 def start(verb: str) -> NoReturn:
     """Runs a program with the arguments of this process, and ends the process with its exit status."""
@@ -34,7 +36,14 @@ def start(verb: str) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):  # names of files and texts may hold what a terminal cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.exit(run(importlib.import_module(f"ssm_asr.cli.{verb.replace('-', '_')}").main))
+    try:
+        program = importlib.import_module(f"ssm_asr.cli.{verb.replace('-', '_')}")
+    except ModuleNotFoundError as error:
+        if error.name not in EXPORT_PACKAGES:
+            raise
+        print(f"ssm-asr {verb}: needs the package {error.name}; pip install 'ssm-asr[export]'", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(run(program.main))
 
 
 def main() -> NoReturn:

@@ -31,7 +31,7 @@ def chunk_arguments(parser: argparse.ArgumentParser, default: str = "the checkpo
         "--chunk", type=frames, metavar="TIME", help=f"320ms, 0.32s or 16: {written} (default: {default})"
     )
     parser.add_argument(
-        "--left", type=frames, metavar="TIME", help=f"left context, 1.28s or 64: written likewise (default: {default})"
+        "--left", type=frames, metavar="TIME", help=f"left context: 1.28s, 1280ms or 64 (default: {default})"
     )
 
 

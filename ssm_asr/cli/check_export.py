@@ -33,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="files to check (default: fp32)"
     )
     parser.add_argument("--streams", type=positive, default=8, help="streams at once (default: 8)")
-    parser.add_argument("--limit", type=int, default=0, help="first so many utterances; 0 is all (default: 0)")
+    parser.add_argument(
+        "--limit", type=int, default=0, help="utterances to take, from the first on; 0 is all (default: 0)"
+    )
     parser.add_argument(
         "--hours", type=float, default=0.0, help="length of the long stream; 0 has each utterance once (default: 0)"
     )

@@ -1,6 +1,6 @@
 """Check that streaming equals the chunk-masked pass: ssm-asr check-streaming --checkpoint FILE --cuts FILE
 
-For each chunk size, encodes whole utterances twice from the same features: chunk after chunk with explicit state, and
+For each chunk size, encodes utterances twice, from one set of features: chunk after chunk with explicit state, and
 in one pass masked to chunks. Prints the worst absolute difference of the outputs, and fails if one is above 1e-4.
 """
 
@@ -35,9 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
         type=frames,
         metavar="TIME",
         default="1280ms",
-        help="left context, written likewise (default: %(default)s)",
+        help="left context, written in one of these ways (default: %(default)s)",
     )
-    parser.add_argument("--limit", type=int, default=20, help="first so many utterances; 0 is all (default: 20)")
+    parser.add_argument(
+        "--limit", type=int, default=20, help="utterances to take, from the first on; 0 is all (default: 20)"
+    )
     parser.add_argument("--device", default="cpu", help="auto, cpu or cuda (default: cpu)")
     options = parser.parse_args(arguments)
     try:

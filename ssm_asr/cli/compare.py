@@ -6,7 +6,7 @@ Recognises all cuts with every model, chunk by chunk as in use, at every chunk w
   state_bytes.png .svg  error rate against the state that a stream takes
   table.md              the tables
   results.json .csv     a row for each cell (model × chunk × left context × cuts); in .json the significance, too
-  cells/                what was recognised; run the same command again, and only what is missing is decoded
+  cells/                what was recognised; run the command again, and only what is missing is decoded
 """
 
 import argparse
@@ -18,7 +18,7 @@ from ssm_asr.evaluation.compare import cells
 from ssm_asr.evaluation.compare.report import write_report
 from ssm_asr.ops.devices import find_device
 
-LEAST_MS = 160  # so many frames would be a chunk of 3.2 s
+LEAST_MS = 160  # 160 frames would be a chunk of 3.2 s
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,11 +71,16 @@ def _parser() -> argparse.ArgumentParser:
         type=frames_list,
         metavar="TIME,…",
         default="1280ms,2560ms,5120ms",
-        help="left contexts, written likewise, for models trained with one (default: %(default)s)",
+        help="left contexts, for models trained with one (default: %(default)s)",
     )
-    parser.add_argument("--limit", type=int, default=0, help="first so many utterances of each manifest; 0 is all")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=0,
+        help="utterances to take of each manifest, from the first on; 0 is all (default: 0)",
+    )
     parser.add_argument("--unit", choices=["word", "char"], help="error rate of (default: char for char tokens)")
     parser.add_argument("--device", default="cpu", help="auto, cpu or cuda (default: cpu)")
-    parser.add_argument("--jobs", type=int, default=1, help="cells decoded at the same time (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="cells decoded at once (default: 1)")
     parser.add_argument("--note", default="", help="a line to put on top of the report, such as what the speech is")
     return parser

@@ -2,9 +2,9 @@
 
 Formats:
   sherpa          streaming transducer for sherpa-onnx: encoder, decoder and joiner in ONNX, tokens.txt
-  sherpa-offline  the same for whole utterances, without chunks
+  sherpa-offline  transducer for whole utterances, without chunks
   sherpa-ctc      streaming CTC head for sherpa-onnx: model.onnx, tokens.txt
-  torchscript     the same streaming step, predictor and joiner in TorchScript
+  torchscript     streaming step, predictor and joiner in TorchScript
   weights         safetensors under icefall's names, and the configuration
 
 Every file is compared with the model before the directory appears; its README.md has the commands that use it.
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         choices=list(CARRIERS),
         default="packed",
         help="how sherpa-onnx carries the states of --format sherpa: packed in one vector, for every encoder, or "
-        "as those of a zipformer2, for a Zipformer with left context (default: packed)",
+        "as a zipformer2 has them, for a Zipformer with left context (default: packed)",
     )
     options = parser.parse_args(arguments)
     try:

@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     last_dir, last = found[-1]
     print(f"\n{text}\n\nfrom {last['cuts']}, {last['mode']}:\n{pairs(last_dir, options.pairs)}")
     model = shlex.quote(str(Path(last["checkpoint"]).resolve()))  # a recipe runs elsewhere than where it is called
-    print(f"\ncheckpoint: {model}\ntry: {sys.executable} -m ssm_asr.stream --checkpoint {model} --wav FILE")
+    print(f"\ncheckpoint: {model}\ntry: {sys.executable} -m ssm_asr transcribe --checkpoint {model} FILE")
     worst = max(100 * summary["error_rate"] for _, summary in found)
     if options.at_most is not None and worst > options.at_most:
         print(f"error rate of {worst:.2f} %, above the {options.at_most:g} % allowed", file=sys.stderr)

@@ -65,7 +65,12 @@ def main(arguments: list[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--wav", nargs="+", type=Path, help="audio files (wav, flac, …)")
     what.add_argument("--cuts", nargs="+", type=Path, help="lhotse cuts with transcripts, to be scored")
-    parser.add_argument("--limit", type=int, default=0, help="first so many utterances of --cuts; 0 is all")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=0,
+        help="utterances to take of each --cuts, from the first on; 0 is all (default: 0)",
+    )
     parser.add_argument("--device", default="cpu", help="auto, cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, default=1, help="threads of the computation (default: 1)")
     options = parser.parse_args(arguments)

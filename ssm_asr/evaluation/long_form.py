@@ -22,7 +22,7 @@ SILENCE_RMS = 10 ** (-70 / 20)  # of full scale: a quiet room, not digital zeros
 
 
 def joined(cuts: CutSet, count: int, silence_s: float) -> Iterator[tuple[str, np.ndarray, str]]:
-    """Joins utterances end to end, `count` at a time, in a shuffled order that is always the same.
+    """Joins utterances end to end, `count` at a time, in a shuffled order that never changes.
 
     Args:
         silence_s: the pause in s at every second joint; 0 for none.

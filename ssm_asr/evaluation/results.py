@@ -57,7 +57,7 @@ def write_results(
     Raises:
         ValueError: if a hypothesis has no reference, or the references are empty.
     """
-    refs = dict(sorted(refs.items()))  # so that the bootstrap draws the same utterances whatever the order of decoding
+    refs = dict(sorted(refs.items()))  # so that what the bootstrap draws does not depend on the order of decoding
     result = score(refs, hyps, unit)
     summary = facts | {
         "unit": unit,

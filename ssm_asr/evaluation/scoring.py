@@ -179,7 +179,7 @@ def bootstrap_interval(
 def paired_bootstrap(
     errors_a_U: Counts, errors_b_U: Counts, totals_U: Counts, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, tuple[float, float], float]:
-    """Tests whether system b differs from system a on the same utterances.
+    """Tests whether two systems, a and b, differ on a set of utterances.
 
     Both systems are scored on each drawn set (Bisani and Ney, ICASSP 2004), so that what is hard for both cancels.
 

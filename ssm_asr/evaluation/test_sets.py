@@ -54,7 +54,7 @@ def read_test_cuts(path: Path, *, from_audio: bool = False, limit: int = 0) -> C
 
 
 def read_test_sets(paths: list[Path], *, from_audio: bool = False, limit: int = 0) -> dict[str, CutSet]:
-    """Reads the cuts of several manifests, by their short names. The options are those of `read_test_cuts`.
+    """Reads the cuts of several manifests, by their short names; `read_test_cuts` explains the options.
 
     Raises:
         ValueError: as `read_test_cuts` does, and if two manifests have one name.

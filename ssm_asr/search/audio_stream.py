@@ -21,7 +21,7 @@ class AudioStream:
 
     Attributes:
         state: the model's state; the recogniser replaces it after every chunk.
-        search_state: the search's state, likewise.
+        search_state: the search's state; the recogniser replaces it, too.
         frames_left: the output frames that are still to come after `finish`; None while more audio may come.
     """
 

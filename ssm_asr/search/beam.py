@@ -90,7 +90,7 @@ class BeamSearch:
         count = min(self._beam, scores_NV.size)
         flat = scores_NV.ravel()
         log_probs: dict[tuple[int, ...], float] = {}
-        paths: dict[tuple[int, ...], tuple[float, tuple[int, ...]]] = {}  # the most probable way to each, as yet
+        paths: dict[tuple[int, ...], tuple[float, tuple[int, ...]]] = {}  # the most probable way to each
         for index in np.argpartition(flat, -count)[-count:]:
             n, token = divmod(int(index), scores_NV.shape[1])
             tokens, frames, _ = state.hypotheses[n]

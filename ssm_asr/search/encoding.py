@@ -1,4 +1,4 @@
-"""Encoding of whole utterances, in such a way that every frame comes out as it would from streaming.
+"""Encoding of whole utterances, so that every frame comes out as it would from streaming.
 
 Shapes: B utterances, T feature frames, F mels, S output frames, D encoder width, C chunk in encoder frames (20 ms).
 """

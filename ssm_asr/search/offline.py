@@ -23,9 +23,9 @@ class OfflineRecognizer(Recognizer):
     the whole utterance.
 
     Args:
-        chunk, left_context: in frames of 20 ms, -1 for all there is. If None, they are those of the checkpoint's
-            configuration; a model that is not causal then sees whole utterances.
-        method, beam: the search and its number of hypotheses; those of the checkpoint's configuration if None.
+        chunk, left_context: in frames of 20 ms, -1 for all there is. If None, the checkpoint's configuration
+            gives them; a model that is not causal then sees whole utterances.
+        method, beam: the search and its number of hypotheses; the configuration gives them if None.
 
     Raises:
         ValueError: if the model cannot do this chunk or left context, or there is no such search.

@@ -23,7 +23,7 @@ class Recognizer:
     """A model with a search over its output.
 
     Attributes:
-        model, tokenizer: those of the checkpoint.
+        model, tokenizer: what the checkpoint holds.
         device: the device that the model computes on.
         chunk, left_context: in frames of 20 ms, -1 for all there is.
         method, beam: the search and its number of hypotheses.
@@ -50,8 +50,8 @@ class StreamingRecognizer(Recognizer):
     """Decodes any number of streams with one model.
 
     Args:
-        chunk, left_context: in frames of 20 ms; those of the checkpoint's configuration if None.
-        method, beam: the search and its number of hypotheses; those of the checkpoint's configuration if None.
+        chunk, left_context: in frames of 20 ms; the checkpoint's configuration gives them if None.
+        method, beam: the search and its number of hypotheses; the configuration gives them if None.
 
     Raises:
         ValueError: if the model cannot stream, or not with this chunk or left context, or there is no such search.

@@ -16,7 +16,7 @@ class Result:
         tokens: the tokens as in tokens.txt; a token that starts a word begins with "▁".
         times: for each token, the start in seconds of the output frame in which the search emitted it, counted from
             the first sample. Output frames are 40 ms long, so times are multiples of 0.04 s; sherpa-onnx computes its
-            timestamps in the same way. A transducer learns by itself in which frame to emit a token: the frame lies
+            timestamps so, too. A transducer learns by itself in which frame to emit a token: the frame lies
             within or near the spoken token, but marks neither its start nor its end.
     """
 

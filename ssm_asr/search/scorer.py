@@ -1,4 +1,4 @@
-"""What a search needs of a transducer, so that models in PyTorch and exported ones serve the same searches.
+"""What a search needs of a transducer, so that one search serves models in PyTorch and exported models.
 
 Shapes: N hypotheses, B streams, T output frames, D encoder width, J joiner dim, V vocabulary, C context size.
 """

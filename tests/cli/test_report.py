@@ -75,7 +75,7 @@ def test_report(tmp_path: Path, capsys: Captured) -> None:
     assert "Made speech.\n\n| cuts" in out and (tmp_path / "report.md").read_text().startswith("Made speech.\n\n| cuts")
     assert out.endswith(
         f"checkpoint: {tmp_path}/averaged.pt\n"
-        f"try: {sys.executable} -m ssm_asr.stream --checkpoint {tmp_path}/averaged.pt --wav FILE\n"
+        f"try: {sys.executable} -m ssm_asr transcribe --checkpoint {tmp_path}/averaged.pt FILE\n"
     )
     assert "\n  a\n    ref ONE TWO\n    hyp ONE\n" in out and "  b\n" not in out
 

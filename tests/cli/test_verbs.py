@@ -16,7 +16,7 @@ import toy
 from lhotse import CutSet
 from lhotse.utils import fastcopy
 
-from ssm_asr import checkpoint
+from ssm_asr import checkpoint, cli
 from ssm_asr.cli import VERBS, average, check_streaming, decode, describe, prepare, program, report, stream, train
 from ssm_asr.config import load_experiment, to_yaml
 from ssm_asr.evaluation import check_streaming as evaluation_of_streaming
@@ -69,6 +69,61 @@ def test_help(verb: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> N
     assert caught.value.code == 0
     out = capsys.readouterr().out
     assert f"ssm-asr {verb}" in out and out.count("--") > 2
+
+
+TIMED = {  # programs with chunks: what they need, and the options that take times
+    "decode": (["--checkpoint", "x", "--cuts", "x"], ["--chunk", "--left"]),
+    "stream": (["--checkpoint", "x", "--cuts", "x"], ["--chunk", "--left"]),
+    "transcribe": (["--checkpoint", "x", "x"], ["--chunk", "--left"]),
+    "export": (["--checkpoint", "x", "--format", "sherpa", "--out", "x"], ["--chunk", "--left"]),
+    "describe": (["--config", "x", "--vocab-size", "6"], ["--chunk", "--left"]),
+    "long-form": (["--checkpoint", "x", "--cuts", "x"], ["--chunk", "--left"]),
+    "check-streaming": (["--checkpoint", "x", "--cuts", "x"], ["--chunks", "--left"]),
+    "compare": (["--checkpoints", "x", "--cuts", "x", "--out", "x"], ["--chunks", "--left"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"), [(verb, option) for verb, (_, options) in TIMED.items() for option in options]
+)
+def test_times_are_written_alike(verb: str, option: str, capsys: Captured) -> None:
+    main = importlib.import_module(f"ssm_asr.cli.{verb.replace('-', '_')}").main
+    for written, message in (
+        ("330ms", "time '330ms': no whole number of frames of 20 ms; give 320ms or 340ms"),
+        ("1.5", "time '1.5': give it with its unit, such as 320ms or 1.28s, or as a number of frames of 20 ms"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([*TIMED[verb][0], option, written])
+        assert caught.value.code == 2
+        assert f"error: argument {option}: {message}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "frames of 20 ms" in " ".join(capsys.readouterr().out.split())
+    for written in ("320ms", "0.32s", "16"):  # and then it fails for want of a checkpoint or a configuration
+        assert main([*TIMED[verb][0], option, written]) == 2
+        assert capsys.readouterr().err.startswith("x: no ")
+
+
+def test_a_time_is_one_time(model: Path, capsys: Captured) -> None:
+    config = model.parent / "times.yaml"
+    config.write_text(json.dumps(checkpoint.load(model)["config"]), encoding="utf-8")
+    printed = set()
+    for chunk, left in (("320ms", "1.28s"), ("0.32s", "1280ms"), ("16", "64")):
+        assert describe.main(["--config", str(config), "--vocab-size", "6", "--chunk", chunk, "--left", left]) == 0
+        printed.add(capsys.readouterr().out)
+    assert len(printed) == 1 and "chunk 16 frames = 320 ms, left context 64 frames = 1280 ms" in printed.pop()
+
+
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    for name in ("ssm_asr.cli.check_export", "ssm_asr.evaluation.check_export"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "sherpa_onnx", None)
+    monkeypatch.setattr("sys.argv", ["ssm-asr"])
+    with pytest.raises(SystemExit) as caught:
+        cli.start("check-export")
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error == "ssm-asr check-export: needs the package sherpa_onnx; pip install 'ssm-asr[export]'\n"
 
 
 # --- decode and stream

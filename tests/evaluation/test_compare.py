@@ -259,6 +259,14 @@ def test_texts_are_escaped(setting: Setting, copy: Path) -> None:
 # --- mistakes
 
 
+def test_bare_milliseconds_are_refused(setting: Setting, tmp_path: Path, capsys: Captured) -> None:
+    """As chunk widths were once given here."""
+    with pytest.raises(SystemExit) as caught:
+        compare.main(setting.arguments(tmp_path / "out", "--chunks", "8,320"))
+    assert caught.value.code == 2
+    assert "--chunks: 320: a bare number is frames of 20 ms; write 320ms\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,7 +1,7 @@
 """The figures of a comparison: error rate against chunk width, and against state bytes.
 
-Colours tell models apart; they are those of Okabe and Ito that show on white and on black. Markers and dashes tell left
-contexts or chunks apart. SVGs are dark on light, or light on dark where the reader prefers that.
+Colours tell models apart, and show on white and on black (after Okabe and Ito). Markers and dashes tell left contexts
+or chunks apart. SVGs are dark on light, or light on dark where the reader prefers that.
 """
 
 import io
@@ -140,7 +140,7 @@ def state_bytes_figure(rows: list[Row]) -> Figure:
 
 
 def save(draw: Callable[[list[Row]], Figure], rows: list[Row], stem: Path) -> str:
-    """Writes STEM.png and STEM.svg, the same bytes whenever it is called, and returns the SVG element for a page."""
+    """Writes STEM.png and STEM.svg, with equal bytes for equal rows, and returns the SVG element for a page."""
     with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": stem.name}):
         figure = draw(rows)
         figure.savefig(stem.with_suffix(".png"), dpi=160)

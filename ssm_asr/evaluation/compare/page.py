@@ -31,7 +31,7 @@ class Utterance(NamedTuple):
 
 
 def aligned(ref: str, hyp: str, unit: str) -> list[tuple[str, str, str]]:
-    """Aligns the words or characters of a hypothesis with those of its reference.
+    """Aligns a hypothesis with its reference, by words or by characters.
 
     Returns:
         (kind, right, said) of every position. The kind is same, sub, del or ins; of a deletion `said` is empty, of an

@@ -13,8 +13,8 @@ from ssm_asr.evaluation.compare.significance import compare_models
 CAPTIONS = (
     "Error rate against chunk width. Bars are 95 % bootstrap intervals over utterances; what belongs to one chunk "
     "width stands side by side, so that the bars can be told apart.",
-    "Error rate against the state that is kept for each stream between chunks, as float32. Intervals are those of the "
-    "figure above.",
+    "Error rate against the state that is kept for each stream between chunks, as float32. The figure above shows "
+    "the intervals.",
 )
 
 

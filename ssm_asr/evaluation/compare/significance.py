@@ -17,7 +17,7 @@ RESAMPLES = 10_000
 
 
 def compare_models(rows: list[Row], cells_dir: Path) -> list[dict[str, Any]]:
-    """Compares every two models on the same utterances, at one chunk width and left context.
+    """Compares every two models, utterance by utterance, at one chunk width and left context.
 
     A model without left context is compared with every left context of the others.
 

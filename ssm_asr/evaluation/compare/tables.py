@@ -86,7 +86,7 @@ def significance_table(comparisons: list[dict[str, Any]], rate: str) -> Table:
     found = sum(c["p_holm"] is not None and c["p_holm"] < LEVEL for c in comparisons)
     return Table(
         "Differences between models",
-        f"Paired bootstrap over utterances, {rate} of B less that of A: below zero, B is better. {len(comparisons)} "
+        f"Paired bootstrap over utterances, {rate} of B minus {rate} of A: below zero, B is better. {len(comparisons)} "
         f"comparisons were made. Differences with p < {LEVEL:g} after Holm's correction for that number, "
         f"marked *: {found}. One training run a model: another seed may shift either.",
         ["cuts", "chunk ms", "A", "B", "B − A, % [95 %]", "p", "p, Holm"],
