@@ -25,7 +25,6 @@ from lhotse.features.kaldifeat import (
     KaldifeatFrameOptions,
     KaldifeatMelOptions,
 )
-from scipy.signal import resample_poly
 
 from ssm_asr.data.errors import AudioError, CutError, first_line
 from ssm_asr.units import FRAME_LENGTH_MS, FRAME_SHIFT_MS, NUM_MELS, SAMPLE_RATE_HZ
@@ -205,6 +204,9 @@ def read_audio(path: Path | str) -> np.ndarray:
     samples_S = samples_SC[:, 0]
     if rate_hz != SAMPLE_RATE_HZ:
         logging.warning("%s: resampled from %d to %d Hz", path, rate_hz, SAMPLE_RATE_HZ)
+        # This import would take a quarter of the time in which a program starts, and few files need it.
+        from scipy.signal import resample_poly
+
         common = gcd(rate_hz, SAMPLE_RATE_HZ)
         samples_S = resample_poly(samples_S, SAMPLE_RATE_HZ // common, rate_hz // common).astype(np.float32)
     if len(samples_S) * 1000 < FRAME_LENGTH_MS * SAMPLE_RATE_HZ:

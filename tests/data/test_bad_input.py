@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,19 +9,13 @@ import numpy as np
 import pytest
 import soundfile
 from lhotse import CutSet, Recording, SupervisionSegment
+from script import run
 from tones import tone
 
 from ssm_asr.cli import prepare
 from ssm_asr.data.checks import check_corpus
 
-ROOT = Path(__file__).parent.parent.parent
-
-
-def run(*command: object) -> subprocess.CompletedProcess[str]:
-    """Runs a program of the repository in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, *map(str, command)]
-    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+MANIFESTS = Path(__file__).parent.parent.parent / "egs" / "librispeech" / "local" / "manifests.py"
 
 
 def segment(name: str, recording: str = "", text: str = "ONE", start: float = 0.0) -> SupervisionSegment:
@@ -120,7 +112,7 @@ def broken_librispeech(root: Path) -> None:
 
 def test_broken_librispeech_goes_through(tmp_path: Path) -> None:
     broken_librispeech(tmp_path)
-    done = run("egs/librispeech/local/manifests.py", "--corpus", tmp_path, "--out", tmp_path / "manifests")
+    done = run(MANIFESTS, "--corpus", tmp_path, "--out", tmp_path / "manifests")
     assert done.returncode == 0, done.stderr
     assert "train (train-clean-5): kept 7, left out 5: " in done.stdout
     left_out = (tmp_path / "manifests" / "train.left_out.tsv").read_text()
@@ -129,7 +121,7 @@ def test_broken_librispeech_goes_through(tmp_path: Path) -> None:
     assert "7-1-0099\ttranscript with no audio" in left_out
     assert "7-1-0009.flac\taudio with no transcript" in left_out
 
-    check = ("-m", "ssm_asr.prepare", "check", "--manifests", tmp_path / "manifests", "--jobs", 1)
+    check = ("ssm_asr.prepare", "check", "--manifests", tmp_path / "manifests", "--jobs", 1)
     done = run(*check, "--out", tmp_path / "checked")
     assert done.returncode == 0, done.stderr
     assert "train: kept 5, left out 2: " in done.stdout
@@ -140,14 +132,14 @@ def test_broken_librispeech_goes_through(tmp_path: Path) -> None:
 
 def test_directory_without_the_expected_parts_is_refused(tmp_path: Path) -> None:
     (tmp_path / "LibriSpeech" / "train-clean-999").mkdir(parents=True)
-    done = run("egs/librispeech/local/manifests.py", "--corpus", tmp_path, "--out", tmp_path / "out")
+    done = run(MANIFESTS, "--corpus", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"{tmp_path}: no LibriSpeech here; expected" in done.stderr
     assert "train-clean-5" in done.stderr and "trans.txt" in done.stderr
     assert not (tmp_path / "out").exists()
 
     (tmp_path / "LibriSpeech" / "test-clean").mkdir()
-    done = run("egs/librispeech/local/manifests.py", "--corpus", tmp_path, "--out", tmp_path / "out")
+    done = run(MANIFESTS, "--corpus", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 1 and "no usable utterance" in done.stderr and "Traceback" not in done.stderr
 
 

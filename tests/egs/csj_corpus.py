@@ -1,15 +1,12 @@
 """A tiny corpus in the layout of CSJ, written word by word; its audio is noise."""
 
 import importlib
-import io
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import soundfile
+from script import Done, call
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "egs" / "csj" / "local"))
 
@@ -51,21 +48,6 @@ class Corpus:
             soundfile.write(self.wav(name), noise, 16000, subtype="PCM_16")
 
 
-class Done(NamedTuple):
-    """How a script ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 def run(script: str, *arguments: object) -> Done:
-    """Run a script of the recipe, in this process: its imports take seconds."""
-    out, err = io.StringIO(), io.StringIO()
-    with patch.object(sys, "argv", [script, *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
-        try:
-            importlib.import_module(script.removesuffix(".py")).main()
-        except SystemExit as error:
-            print(error.code, file=err)
-            return Done(1, out.getvalue(), err.getvalue())
-    return Done(0, out.getvalue(), err.getvalue())
+    """Runs a script of the recipe in this process."""
+    return call(importlib.import_module(script.removesuffix(".py")).main, *arguments)
