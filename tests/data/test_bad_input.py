@@ -78,9 +78,27 @@ def test_bad_audio_and_transcripts_in_manifests(tmp_path: Path, num_jobs: int) -
     assert len(report.left_out) == len(left_out)
     assert report.summary().startswith(f"kept 1, left out {len(left_out)}: 2 transcript times outside")
     details = {entry.reason: entry.detail for entry in report.left_out}
-    assert "8000 Hz, need 16000; convert with: sox" in details["wrong sample rate"]
+    assert "8000 Hz, need 16000; use recording.resample(16000) for the manifest, or sox" in details["wrong sample rate"]
     assert "2 channels; take the first with: sox" in details["not mono"]
     assert "1 transcripts lost" in details["no such file"]
+
+
+def test_audio_that_lhotse_resamples(tmp_path: Path) -> None:
+    """Its file is read at its own rate, so that it is checked in full, and its cuts load audio at 16 kHz."""
+    recordings = []
+    for name, rate_hz in (("cd", 44100), ("film", 48000), ("phone", 8000), ("short", 44100)):
+        soundfile.write(tmp_path / f"{name}.wav", np.resize(tone(1.0), int(1.001 * rate_hz)), rate_hz)
+        recordings.append(Recording.from_file(tmp_path / f"{name}.wav").resample(16000))
+    whole = (tmp_path / "short.wav").read_bytes()
+    (tmp_path / "short.wav").write_bytes(whole[:-9000])
+    soundfile.write(tmp_path / "odd.wav", tone(1.0), 48000)
+    recordings.append(Recording.from_file(tmp_path / "odd.wav").resample(22050))
+    cuts, report = check_corpus(recordings, [segment(recording.id) for recording in recordings])
+    assert [(cut.id, cut.load_audio().shape[1]) for cut in cuts] == [("cd", 16000), ("film", 16000), ("phone", 16000)]
+    assert [entry.reason for entry in report.left_out] == ["truncated audio", "wrong sample rate"]
+    soundfile.write(tmp_path / "film.wav", np.resize(tone(1.0), 30000), 48000)
+    _, report = check_corpus(recordings[:3], [])
+    assert "length differs from manifest\t10000 samples, not 16016" in list(report.lines())[1]
 
 
 def test_several_transcripts_of_one_recording(tmp_path: Path) -> None:
