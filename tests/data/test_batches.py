@@ -219,7 +219,7 @@ def test_filter_reports_every_cut_it_drops(stored: CutSet, tokenizer: Tokenizer)
     assert report.num_kept == len(kept)
     assert "kept 32, left out 8: 3 too long (e.g. utt37), 2 too short (e.g. utt00)" in report.summary()
     with pytest.raises(ValueError, match="no utterance left for training: kept 0, left out 40: 40 too short"):
-        filter_cuts(stored, tokenizer, replace(CONFIG, min_utterance_s=60.0))
+        filter_cuts(stored, tokenizer, replace(CONFIG, min_utterance_s=60.0, max_utterance_s=90.0))
 
 
 def test_features_resume_and_follow_their_inputs(
