@@ -176,7 +176,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return tree
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base is {base!r}; give the name of a configuration file")
-    return _overlay(_read(path.parent / base, (*seen, path.resolve())), tree)
+    under = path.parent / base
+    if not under.is_file():
+        raise ConfigError(f"{path}: its base {base} is no file here; give a path relative to {path.name}")
+    return _overlay(_read(under, (*seen, path.resolve())), tree)
 
 
 def _overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -290,7 +290,10 @@ def test_an_encoder_of_another_kind_replaces_that_of_the_base(tmp_path: Path) ->
     "text, message",
     [
         ("base: over.yaml", "is its own base"),
-        ("base: other.yaml", "other.yaml: no such configuration file"),
+        (
+            "base: conf/other.yaml",
+            "over.yaml: its base conf/other.yaml is no file here; give a path relative to over.yaml",
+        ),
         ("base: 3", "base is 3; give the name of a configuration file"),
         ("model: {encoder: {kind: lstm}}", "model.encoder.kind is 'lstm'; give one of zipformer, conformer"),
         ("model: {encoder: {kind: conformer, downsampling: [1]}}", "model.encoder.downsampling: no such field"),

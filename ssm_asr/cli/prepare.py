@@ -113,7 +113,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ssm-asr prepare", description=__doc__, formatter_class=plain)
     verbs = parser.add_subparsers(dest="verb", required=True)
 
-    verb = verbs.add_parser("check", help="find unusable audio and transcripts, write cuts of the rest")
+    verb = verbs.add_parser(
+        "check", help="find unusable audio and transcripts, write cuts of the rest", description=check.__doc__
+    )
     verb.set_defaults(run=check)
     verb.add_argument(
         "--manifests",
@@ -124,7 +126,9 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, required=True, help="gets cuts_NAME.jsonl.gz")
     verb.add_argument("--jobs", type=positive, default=2, help="processes (default: 2)")
 
-    verb = verbs.add_parser("features", help="compute and store features; resumes where it was stopped")
+    verb = verbs.add_parser(
+        "features", help="compute and store features; resumes where it was stopped", description=features.__doc__
+    )
     verb.set_defaults(run=features)
     verb.add_argument("--cuts", type=Path, required=True, help="cut manifest NAME.jsonl.gz")
     verb.add_argument("--out", type=Path, required=True, help="gets NAME.jsonl.gz and NAME.features/, or NAME.shar/")
@@ -148,7 +152,7 @@ def make_parser() -> argparse.ArgumentParser:
         "PyTorch and CUDA (https://csukuangfj.github.io/kaldifeat); both give the same features (default: torch)",
     )
 
-    verb = verbs.add_parser("tokens", help="make a tokenizer from training transcripts")
+    verb = verbs.add_parser("tokens", help="make a tokenizer from training transcripts", description=tokens.__doc__)
     verb.set_defaults(run=tokens)
     verb.add_argument("--cuts", type=Path, required=True, help="training cuts")
     verb.add_argument("--out", type=Path, required=True, help="gets tokens.txt and KIND.model")
@@ -159,7 +163,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--vocab-size", type=positive, help="of bpe and unigram tokens, in place of the configuration's (default: 500)"
     )
 
-    verb = verbs.add_parser("noise", help="MUSAN, or made noises, as cuts to mix into training speech")
+    verb = verbs.add_parser(
+        "noise", help="MUSAN, or made noises, as cuts to mix into training speech", description=noise.__doc__
+    )
     verb.set_defaults(run=noise)
     source = verb.add_mutually_exclusive_group(required=True)
     source.add_argument("--musan", type=Path, help="MUSAN directory with music/, speech/ and noise/")

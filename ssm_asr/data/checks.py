@@ -1,5 +1,6 @@
 """Checks a corpus: every recording is read in full, every transcript is checked, every fault is reported."""
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 from typing import TypeVar
@@ -48,7 +49,7 @@ def check_corpus(
         if fault:
             bad.add(recording.id)
             lost = num_transcripts[recording.id]
-            report.leave_out(path, fault[0], f"{fault[1]} [{lost} transcripts lost with it]")
+            report.leave_out(path, fault[0], f"{fault[1]} [{lost} transcript{'s' * (lost != 1)} lost with it]")
         elif recording.id not in num_transcripts:
             report.leave_out(path, "audio with no transcript")
     cuts = []
@@ -90,7 +91,8 @@ def _audio_fault(recording: Recording) -> tuple[str, str] | None:
         num_samples, rounding = round(num_samples * recording.sampling_rate / rate_hz), 1
         rate_hz = recording.sampling_rate
     if rate_hz != SAMPLE_RATE_HZ:
-        remedy = f"use recording.resample({SAMPLE_RATE_HZ}) for the manifest, or sox {path} -r {SAMPLE_RATE_HZ} OUT.wav"
+        sox = f"sox {shlex.quote(path)} -r {SAMPLE_RATE_HZ} OUT.wav"
+        remedy = f"use recording.resample({SAMPLE_RATE_HZ}) for the manifest, or {sox}"
         return "wrong sample rate", f"{rate_hz} Hz, need {SAMPLE_RATE_HZ}; {remedy}"
     if abs(num_samples - recording.num_samples) > rounding:
         return "length differs from manifest", f"{num_samples} samples, not {recording.num_samples}"

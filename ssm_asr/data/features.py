@@ -6,6 +6,7 @@ Shapes: S samples, C channels, T feature frames (10 ms), F mel bins.
 import importlib
 import logging
 import os
+import shlex
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -216,7 +217,7 @@ def read_audio(path: Path | str) -> np.ndarray:
 
 def not_mono(path: Path | str, num_channels: int) -> AudioError:
     """Returns the error that refuses a file with several channels."""
-    remedy = f"take the first with: sox {path} mono.wav remix 1"
+    remedy = f"take the first with: sox {shlex.quote(str(path))} mono.wav remix 1"
     return AudioError(path, "not mono", f"{num_channels} channels; {remedy}")
 
 

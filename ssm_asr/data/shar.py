@@ -78,7 +78,10 @@ def read_shards(directory: Path) -> CutSet:
     """
     files = sorted(directory.glob("cuts.*.jsonl.gz"))
     if not files:
-        raise ValueError(f"{directory}: no shards here, expected cuts.000000.jsonl.gz and features.000000.tar")
+        raise ValueError(
+            f"{directory}: no shards here, expected cuts.000000.jsonl.gz and features.000000.tar; "
+            "give a file cuts_NAME.jsonl.gz, or a directory NAME.shar"
+        )
     return CutSet.from_cuts(cut for file in files for cut in _read_shard(file))
 
 

@@ -67,6 +67,9 @@ def read_cuts(manifest: Path) -> CutSet:
         raise ValueError(f"{manifest}: no cut manifest ({type(error).__name__}: {error})") from error
     if not cuts:
         raise ValueError(f"{manifest}: no cuts in this manifest")
+    other = next((type(item).__name__ for item in cuts if not isinstance(item, Cut)), None)
+    if other:
+        raise ValueError(f"{manifest}: a manifest of {other}s, not of cuts, which ssm-asr prepare check makes of it")
     return CutSet.from_cuts(cuts)
 
 
@@ -178,7 +181,7 @@ def _with_features(cut: Cut, storage: FeaturesWriter, part: _Part) -> Cut:
     try:
         samples_1S = cut.load_audio()
     except Exception as error:  # lhotse raises many kinds, which depend on its backend
-        remedy = "leave it out with python -m ssm_asr.prepare check"
+        remedy = "leave it out with ssm-asr prepare check"
         raise ValueError(f"{cut.id}: audio cannot be read ({first_line(error)}); {remedy}") from error
     stored = _fbank(part.device, part.backend).extract_from_samples_and_store(
         samples_1S, storage, cut.sampling_rate, offset=cut.start, channel=cut.channel

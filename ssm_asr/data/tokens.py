@@ -140,7 +140,7 @@ class Tokenizer:
         if file is None:
             raise FileNotFoundError(
                 f"{path}: no tokens.txt and no {'/'.join(SENTENCEPIECE_KINDS)}.model; "
-                "make them with python -m ssm_asr.prepare tokens"
+                "make them with ssm-asr prepare tokens"
             )
         try:
             tokenizer = cls._from_file(file)

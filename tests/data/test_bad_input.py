@@ -80,7 +80,7 @@ def test_bad_audio_and_transcripts_in_manifests(tmp_path: Path, num_jobs: int) -
     details = {entry.reason: entry.detail for entry in report.left_out}
     assert "8000 Hz, need 16000; use recording.resample(16000) for the manifest, or sox" in details["wrong sample rate"]
     assert "2 channels; take the first with: sox" in details["not mono"]
-    assert "1 transcripts lost" in details["no such file"]
+    assert "[1 transcript lost with it]" in details["no such file"]
 
 
 def test_audio_that_lhotse_resamples(tmp_path: Path) -> None:
@@ -169,6 +169,7 @@ def test_directory_without_the_expected_parts_is_refused(tmp_path: Path) -> None
         (["features", "--cuts", "{}/none.jsonl.gz", "--out", "{}/out"], "no cuts in this manifest"),
         (["features", "--cuts", "{}/none.jsonl.gz", "--out", "{}"], "would be overwritten"),
         (["features", "--cuts", "{}/text.jsonl.gz", "--out", "{}/out"], "text.jsonl.gz: no cut manifest"),
+        (["features", "--cuts", "{}/recordings.jsonl.gz", "--out", "{}/out"], "a manifest of Recordings, not of cuts"),
         (["features", "--cuts", "{}/bad.jsonl.gz", "--out", "{}/out"], "x: audio cannot be read"),
         (
             ["features", "--cuts", "{}/half.jsonl.gz", "--out", "{}/out"],
@@ -205,6 +206,7 @@ def test_one_line_for_each_fault(
     supervision = {"id": "x", "recording_id": "x", "start": 0.0, "duration": 1.0, "channel": 0, "text": "ONE"}
     cut = {"id": "x", "start": 0.0, "duration": 1.0, "channel": 0, "type": "MonoCut"}
     cut |= {"supervisions": [supervision], "recording": {**recording, "channel_ids": [0]}}
+    (tmp_path / "recordings.jsonl.gz").write_bytes(gzip.compress(json.dumps(cut["recording"]).encode() + b"\n"))
     (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(json.dumps(cut).encode() + b"\n"))
     lines = b"".join(json.dumps(cut | {"id": str(n)}).encode() + b"\n" for n in range(5000))
     (tmp_path / "half.jsonl.gz").write_bytes(gzip.compress(lines)[:-100])

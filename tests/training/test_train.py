@@ -446,7 +446,7 @@ def test_more_epochs_go_on_and_another_model_begins_anew(
     ("option", "message"),
     [
         ("--config", "no such configuration file"),
-        ("--tokens", "no tokens.txt and no bpe/unigram/word.model; make them with python -m ssm_asr.prepare tokens"),
+        ("--tokens", "no tokens.txt and no bpe/unigram/word.model; make them with ssm-asr prepare tokens"),
         ("--train-cuts", "no cut manifest"),
         ("--valid-cuts", "no cut manifest"),
         ("--noise-cuts", "no cut manifest"),
