@@ -65,7 +65,7 @@ def ssd(inputs: SsdInputs) -> tuple[Tensor, Tensor]:
         from ssm_asr.ops.ssd_kernel import ssd_kernel  # only where Triton is installed
         from ssm_asr.ops.ssd_wide_kernel import ssd_wide
 
-        return (ssd_wide if inputs.B_BTGN.shape[3] >= WIDE_STATES else ssd_kernel)(inputs)
+        return (ssd_wide if inputs.B_BTGN.shape[3] >= WIDE_STATES else ssd_kernel)(inputs, LEAST_LOG_DECAY)
     return ssd_chunked(inputs)
 
 

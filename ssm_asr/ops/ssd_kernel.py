@@ -41,7 +41,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_asr.ops import products_kernel as mm
-from ssm_asr.ops.ssd import LEAST_LOG_DECAY, SsdInputs
 
 BLOCK_FRAMES = 16  # longer blocks cost more work per frame, but leave fewer states to write and read
 PASS_BLOCKS, PASS_NUMBERS = 8, 128  # in the second launch, the blocks and the numbers of a state that a program loads
@@ -435,7 +434,12 @@ class _Ssd(torch.autograd.Function):
         return None, dx_BTHP, ddt_BTH, dA_H, dB_BTGN, dC_BTGN, dD_H, dstate_BHPN
 
 
-def ssd_kernel(inputs: SsdInputs) -> tuple[Tensor, Tensor]:
-    """Computes `ssm_asr.ops.ssd.ssd` by kernels, for float32 inputs with any strides."""
-    y_BTHP, end_BHPN = _Ssd.apply(LEAST_LOG_DECAY, *inputs)
+def ssd_kernel(inputs: tuple[Tensor, ...], least_log_decay: float) -> tuple[Tensor, Tensor]:
+    """Computes `ssm_asr.ops.ssd.ssd` by kernels, for float32 inputs with any strides.
+
+    Args:
+        inputs: the fields of `ssm_asr.ops.ssd.SsdInputs`, in their order.
+        least_log_decay: a smaller dt·A counts as this.
+    """
+    y_BTHP, end_BHPN = _Ssd.apply(least_log_decay, *inputs)
     return y_BTHP, end_BHPN

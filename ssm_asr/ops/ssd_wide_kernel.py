@@ -38,7 +38,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_asr.ops import products_kernel as mm
-from ssm_asr.ops.ssd import LEAST_LOG_DECAY, SsdInputs
 from ssm_asr.ops.ssd_kernel import SIZES, _load, pass_on, sum_blocks
 from ssm_asr.ops.ssd_wide_heads_kernel import _gradient_kernel, _output_kernel, _scale_kernel
 
@@ -434,10 +433,11 @@ class _Ssd(torch.autograd.Function):
         return None, dx_BTHP, ddt_BTH, dA_H, dB_BTGN, dC_BTGN, dD_H, dstate_BHPN
 
 
-def ssd_wide(inputs: SsdInputs) -> tuple[Tensor, Tensor]:
+def ssd_wide(inputs: tuple[Tensor, ...], least_log_decay: float) -> tuple[Tensor, Tensor]:
     """Computes `ssm_asr.ops.ssd.ssd` by kernels, for float32 inputs with any strides.
 
-    It is faster than `ssm_asr.ops.ssd_kernel.ssd_kernel` where N is large and heads share B and C.
+    It is faster than `ssm_asr.ops.ssd_kernel.ssd_kernel` where N is large and heads share B and C,
+    and takes the same arguments.
     """
-    y_BTHP, end_BHPN = _Ssd.apply(LEAST_LOG_DECAY, *inputs)
+    y_BTHP, end_BHPN = _Ssd.apply(least_log_decay, *inputs)
     return y_BTHP, end_BHPN

@@ -8,7 +8,7 @@ import torch
 from kernel_device import DEVICE
 
 from ssm_asr.ops import ssd_kernel as kernels
-from ssm_asr.ops.ssd import SsdInputs, ssd_recurrent
+from ssm_asr.ops.ssd import LEAST_LOG_DECAY, SsdInputs, ssd_recurrent
 from ssm_asr.ops.ssd_kernel import BLOCK_FRAMES, PASS_BLOCKS, ssd_kernel
 
 NAMES = ("y", "end", "dx", "ddt", "dA", "dB", "dC", "dD", "dstate")
@@ -48,7 +48,7 @@ def assert_as_reference(inputs, tolerance=2e-5):
     """Values and gradients of the kernels in float32 against the recurrence in float64, each relative to its norm."""
     expected = with_gradients(ssd_recurrent(SsdInputs(*inputs)), inputs)
     inputs32 = [x.detach().float().requires_grad_() for x in inputs]
-    actual = with_gradients(ssd_kernel(SsdInputs(*inputs32)), inputs32)
+    actual = with_gradients(ssd_kernel(inputs32, LEAST_LOG_DECAY), inputs32)
     for name, a, e in zip(NAMES, actual, expected, strict=True):
         assert a.isfinite().all(), name
         assert (a - e).norm() <= tolerance * e.norm() + 1e-12, (name, float((a - e).norm() / e.norm()))
@@ -95,7 +95,7 @@ def test_frames_without_a_step_change_nothing():
     inputs = operands(T=45)
     with torch.no_grad():
         inputs[1][:, 20:] = 0.0
-    state = ssd_kernel(SsdInputs(*(x.detach().float() for x in inputs)))[1]
+    state = ssd_kernel([x.detach().float() for x in inputs], LEAST_LOG_DECAY)[1]
     start = [x.detach()[:, :20] if i in (0, 1, 3, 4) else x.detach() for i, x in enumerate(inputs)]
     torch.testing.assert_close(state, ssd_recurrent(SsdInputs(*start))[1].float(), atol=1e-5, rtol=1e-5)
     assert_as_reference(inputs)

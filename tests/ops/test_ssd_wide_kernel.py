@@ -30,8 +30,8 @@ def take_frames(monkeypatch, frames):
 @pytest.mark.parametrize("N, name", [(WIDE_STATES - 1, "narrow"), (WIDE_STATES, "wide")])
 def test_large_states_take_these_kernels(monkeypatch, N, name):
     monkeypatch.setattr("ssm_asr.ops.dispatch.use_kernels", lambda x: True)
-    monkeypatch.setattr("ssm_asr.ops.ssd_kernel.ssd_kernel", lambda inputs: "narrow")
-    monkeypatch.setattr(kernels, "ssd_wide", lambda inputs: "wide")
+    monkeypatch.setattr("ssm_asr.ops.ssd_kernel.ssd_kernel", lambda inputs, least: "narrow")
+    monkeypatch.setattr(kernels, "ssd_wide", lambda inputs, least: "wide")
     assert ssd(SsdInputs(*(x.float() for x in operands(N=N)))) == name
 
 
