@@ -52,12 +52,17 @@ def scoring_arguments(parser: argparse.ArgumentParser) -> None:
 def result_dir(options: argparse.Namespace, what: str, chunk: int, left: int, method: str, beam: int) -> Path:
     """Makes the directory for the results of one manifest: --out, divided if there are several manifests.
 
+    By default it lies beside the checkpoint, and its name tells the settings and the checkpoint, unless that is
+    averaged.pt, so that no result takes the place of another.
+
     Args:
         what: the program and the name of the manifest.
         chunk, left: in frames of 20 ms.
     """
     out: Path = options.out or options.checkpoint.parent
     if options.out is None or len(options.cuts) > 1:
+        weights = options.checkpoint.stem
+        what = what if weights == "averaged" else f"{what}-{weights}"
         out /= f"{what}-chunk{chunk}-left{left}-{method}{beam if method == 'beam' else ''}"
     out.mkdir(parents=True, exist_ok=True)
     return out

@@ -1,8 +1,9 @@
 """Recognise audio chunk by chunk: ssm-asr stream --checkpoint FILE --wav FILE … | --cuts FILE …
 
 As in production, audio goes in in blocks of 100 ms, features are computed as it comes, and text comes out after every
-chunk. With --wav, partial results are printed as they change, with the time that they took; `ssm-asr transcribe` prints
-text alone. With --cuts, all cuts are recognised and scored.
+chunk. With --wav, partial results are printed as they change, each with the seconds of audio heard so far, and a last
+line says what the computation took; `ssm-asr transcribe` prints text alone. With --cuts, all cuts are recognised and
+scored.
 """
 
 import argparse

@@ -28,12 +28,18 @@ def find_summaries(exp_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def table(summaries: list[dict[str, Any]]) -> str:
-    """Makes the Markdown table of summaries."""
+    """Makes the Markdown table of summaries. It has a column of checkpoints if there are several."""
     rates = {"word": "WER", "char": "CER"}
     units_used = {s["unit"] for s in summaries}
     names = " or ".join(rates[unit] for unit in rates if unit in units_used)
     fluent = any("fluent_error_rate" in s for s in summaries)
-    columns = [*COLUMNS, f"{names} % [95 % interval]", *([FLUENT] if fluent else [])]
+    several = len({s["checkpoint"] for s in summaries}) > 1
+    columns = [
+        *(["checkpoint"] if several else []),
+        *COLUMNS,
+        f"{names} % [95 % interval]",
+        *([FLUENT] if fluent else []),
+    ]
     columns += ["state bytes a stream", "real-time factor"]
     rows = [columns]
     for s in summaries:
@@ -41,7 +47,8 @@ def table(summaries: list[dict[str, Any]]) -> str:
         chunk, left = (
             str(units.chunk_ms(s[key])) if s[key] >= 0 else "all" for key in ("chunk_frames", "left_context_frames")
         )
-        row = [s["cuts"], s["mode"], s["method"], chunk, left, f"{rate} {interval_text(s)}"]
+        row = [Path(s["checkpoint"]).name] if several else []
+        row += [s["cuts"], s["mode"], s["method"], chunk, left, f"{rate} {interval_text(s)}"]
         if fluent:
             has_one = "fluent_error_rate" in s
             row.append(f"{100 * s['fluent_error_rate']:.2f} {interval_text(s, 'fluent_interval')}" if has_one else "–")

@@ -163,12 +163,12 @@ def describe_json(model: Path, chunk: int, capsys: Captured) -> str:
 
 def test_defaults_are_the_checkpoints(model: Path, cuts: Path) -> None:
     assert decode.main(["--checkpoint", str(model), "--cuts", str(cuts)]) == 0
-    summary = json.loads((model.parent / "decode-test-tones-chunk16-left64-greedy" / "summary.json").read_text())
+    summary = json.loads((model.parent / "decode-test-tones-model-chunk16-left64-greedy" / "summary.json").read_text())
     assert (summary["chunk_frames"], summary["left_context_frames"], summary["beam"]) == (16, 64, None)
     assert summary["checkpoint"] == str(model)
     options = ["--chunk", "-1", "--method", "beam", "--beam", "2"]
     assert decode.main(["--checkpoint", str(model), "--cuts", str(cuts), *options]) == 0
-    summary = json.loads((model.parent / "decode-test-tones-chunk-1-left-1-beam2" / "summary.json").read_text())
+    summary = json.loads((model.parent / "decode-test-tones-model-chunk-1-left-1-beam2" / "summary.json").read_text())
     assert (summary["mode"], summary["chunk_frames"], summary["beam"]) == ("whole utterance", -1, 2)
 
 
@@ -198,7 +198,7 @@ def test_several_manifests_do_not_overwrite_each_other(
     options = ["--checkpoint", str(model), "--cuts", str(cuts), str(other), "--out", str(tmp_path / "out")]
     assert verb.main(options) == 0
     name = verb.__name__.removeprefix("ssm_asr.cli.")
-    folders = {f"{name}-{part}-chunk16-left64-greedy": count for part, count in (("test-tones", 7), ("other", 2))}
+    folders = {f"{name}-{part}-model-chunk16-left64-greedy": count for part, count in (("test-tones", 7), ("other", 2))}
     assert {path.name for path in (tmp_path / "out").iterdir()} == folders.keys()
     for folder, count in folders.items():
         assert len(hypotheses(tmp_path / "out" / folder)) == count
@@ -483,8 +483,12 @@ def test_from_training_to_the_report(tmp_path: Path, capsys: Captured) -> None:
     assert report.main(["--exp-dir", str(exp_dir)]) == 0
     assert capsys.readouterr().out.count("| valid | ") == 2
     assert load_experiment(exp_dir / "config.yaml") == toy.experiment(train={"num_epochs": 1})
-    # epoch-N.pt and best.pt serve decoding, too.
+    # epoch-N.pt and best.pt serve decoding, too, and their results stand beside the others.
     assert decode.main([*averaged, "--checkpoint", str(exp_dir / "best.pt")]) == 0
+    assert report.main(["--exp-dir", str(exp_dir)]) == 0
+    rows = [line.split(" | ")[:3] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["| checkpoint", "cuts", "mode"]
+    assert sorted(row[0] for row in rows[1:]) == ["| averaged.pt", "| averaged.pt", "| best.pt"]
 
 
 # --- check-streaming
