@@ -52,16 +52,23 @@ def main() -> NoReturn:
     if verb in VERBS:
         del sys.argv[1]
         start(verb)
+    from ssm_asr.cli.program import run
+
+    sys.exit(run(lambda: _answer(verb)))
+
+
+def _answer(verb: str) -> int:
+    """Prints the version, the verbs, or that there is no such verb; returns the exit status."""
     if verb == "--version":
         from ssm_asr import __version__
 
         print(f"ssm-asr {__version__}")
-        sys.exit(0)
+        return 0
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {name:{width}}  {text}" for name, text in VERBS.items())
     usage = f"usage: ssm-asr VERB [options]\n\n{verbs}\n\n`ssm-asr VERB --help` lists the options of one."
     if verb in ("-h", "--help"):
         print(usage)
-        sys.exit(0)
+        return 0
     print(f"ssm-asr: no verb {verb!r}\n{usage}", file=sys.stderr)
-    sys.exit(2)
+    return 2

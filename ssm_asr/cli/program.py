@@ -1,6 +1,7 @@
 """What all programs share: counts as arguments, and how programs end, in one line after a fault or on Ctrl-C."""
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -29,7 +30,8 @@ def run(main: Callable[[], int | None]) -> int:
     """
     try:
         status = main() or 0
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is None if the caller closed it
+            sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -41,6 +43,10 @@ def run(main: Callable[[], int | None]) -> int:
         print(str(error).strip().splitlines()[-1].partition("CutError: ")[2] or error, file=sys.stderr)
         return 2
     except OSError as error:
+        if error.errno == errno.ENOSPC and error.filename is None and sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print("output cannot be written: no space left on device", file=sys.stderr)
+            return 2
         if error.filename is None:
             raise
         print(f"{error.filename}: {error.strerror}", file=sys.stderr)

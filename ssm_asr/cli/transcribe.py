@@ -40,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.stdin == bool(options.audio):
         parser.error("give audio files, or --stdin")
     try:
+        if options.stdin and sys.stdin is None:
+            raise ValueError("--stdin: standard input is closed; pipe audio into it, as --help shows")
         if options.stdin and sys.stdin.isatty():
             raise ValueError("--stdin: standard input is a terminal; pipe audio into it, as --help shows")
         model = api.load(options.checkpoint, options.device)
@@ -80,6 +82,10 @@ def _live(model: api.Model, options: argparse.Namespace) -> int:
             shown = _show_new(stream, shown, options.json)
     except KeyboardInterrupt:
         pass  # the usual end of a microphone: what was heard until then is still recognised
+    except AudioError:
+        if shown and not options.json:
+            print(flush=True)  # the text so far ends its line before the error
+        raise
     result = stream.finish()
     if options.json:
         _print_json("-", result)

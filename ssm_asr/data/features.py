@@ -171,7 +171,7 @@ def load_samples(path: Path | str) -> tuple[np.ndarray, int]:
     if path.stat().st_size == 0:
         raise AudioError(path, "empty audio", "0 bytes")
     try:
-        with soundfile.SoundFile(path) as audio:
+        with soundfile.SoundFile(os.fsencode(path)) as audio:  # soundfile cannot encode every file name itself
             sample_rate_hz, num_expected = audio.samplerate, audio.frames
             samples_SC = audio.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:

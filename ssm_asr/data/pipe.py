@@ -27,6 +27,7 @@ SAMPLE_TYPES = {
 }
 # Writers to a pipe leave 0 or nearly the largest signed or unsigned number as the size of the samples.
 LARGEST_SIZE = 0x7FFF0000
+LARGEST_RATE_HZ = 768_000  # no recorder has a higher one
 OTHER_FORMATS = {b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3\x03": "MP3", b"ID3\x04": "MP3", b"RIFX": "big-endian wav"}
 
 
@@ -63,6 +64,8 @@ def read_blocks(file: BinaryIO, rate_hz: int) -> Iterator[np.ndarray]:
     if head in (b"RIFF", b"RF64"):
         format, remaining = _wav_header(file)
         head = b""
+    if format.rate_hz > LARGEST_RATE_HZ:  # the filter of the resampler grows with the rate
+        raise AudioError(NAME, f"{format.rate_hz} Hz", f"give audio of at most {LARGEST_RATE_HZ} Hz")
     yield from _decode(_chunks(read, head, remaining), format)
 
 

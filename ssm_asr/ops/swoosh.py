@@ -44,7 +44,9 @@ def swoosh(x: Tensor, shift: float, offset: float, by: Balance | None = None, dr
         drop: the dropout; None drops nothing.
     """
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return nn.functional.softplus(x - shift) - 0.08 * x - offset
+        x = balance(x, by)
+        y = nn.functional.softplus(x - shift) - 0.08 * x - offset
+        return y if drop is None else drop.apply(y)
     if dispatch.use_kernels(x):
         fused = drop is None or (x.ndim == 3 and drop.uniform.shape == (x.shape[0], 1, x.shape[2]))
         y = _by_kernel(x, shift, offset, by, drop if fused else None)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ssm_asr import units
+from ssm_asr.encoder.contract import MOST_CHUNK_FRAMES
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP
 from ssm_asr.ops.attention import visible_left_context
 from ssm_asr.transducer.model import EncoderConfig, Transducer
@@ -33,6 +34,11 @@ def streaming_context(encoder: EncoderConfig, chunk: int, left_context: int) -> 
         raise ValueError(
             f"chunk of {chunk} frames ({units.chunk_ms(chunk)} ms): give a multiple of {factor} frames "
             f"({units.chunk_ms(factor)} ms)"
+        )
+    if chunk > MOST_CHUNK_FRAMES:
+        raise ValueError(
+            f"chunk of {chunk} frames ({units.chunk_ms(chunk)} ms): give at most {MOST_CHUNK_FRAMES} frames, or -1 for "
+            "whole utterances"
         )
     if left_context < 0:
         raise ValueError(f"left context of {left_context} frames: with chunks, give 0 or more (frames of 20 ms)")
