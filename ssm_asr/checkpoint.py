@@ -171,10 +171,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
         tokenizer = Tokenizer.from_dict(checkpoint["tokens"])
         model = Transducer(experiment.model, tokenizer.vocab_size)
         model.load_state_dict(checkpoint["model"])
+        progress = checkpoint["progress"]
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path}: does not fit this version: {reason}") from None
-    return Loaded(model.to(device).eval(), experiment, tokenizer, checkpoint["progress"])
+    return Loaded(model.to(device).eval(), experiment, tokenizer, progress)
 
 
 def warm_start(model: Transducer, path: str | Path) -> WarmStart:

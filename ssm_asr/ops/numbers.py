@@ -7,6 +7,8 @@ tensor: it reads the numbers anew whenever it is replayed.
 import torch
 from torch import Tensor
 
+from ssm_asr.ops.devices import to_device
+
 Number = float | Tensor  # the tensor is a scalar
 Numbers = tuple[float, ...] | Tensor  # the tensor has one dimension
 
@@ -17,5 +19,8 @@ def known_zero(number: Number) -> bool:
 
 
 def on_device(numbers: Number | Numbers, device: torch.device) -> Tensor:
-    """Returns the numbers as a float32 tensor on the device. A tensor is there already and is returned as it is."""
-    return numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.float32, device=device)
+    """Returns the numbers as a float32 tensor on the device, without waiting for what the device still has to do.
+
+    A tensor is there already and is returned as it is.
+    """
+    return numbers if isinstance(numbers, Tensor) else to_device(torch.tensor(numbers, dtype=torch.float32), device)

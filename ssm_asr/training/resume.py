@@ -176,7 +176,7 @@ def _obstacle(saved: dict[str, Any], experiment: Experiment, fingerprint: str) -
 def _changes(before: Experiment, now: Experiment) -> list[str]:
     """Lists the changes of settings that matter for the weights, model and tokens aside."""
     old, new = (
-        dict(_flatten({section: to_dict(experiment)[section] for section in ("data", "optim", "train")}))
+        dict(_flatten({section: to_dict(experiment)[section] for section in ("data", "optim", "train", "loss")}))
         for experiment in (before, now)
     )
     return [
