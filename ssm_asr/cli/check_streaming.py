@@ -11,7 +11,7 @@ from pathlib import Path
 from ssm_asr import units
 from ssm_asr.checkpoint import load_model
 from ssm_asr.cli.arguments import frames, frames_list
-from ssm_asr.data.batches import load_features
+from ssm_asr.data.loading import load_features
 from ssm_asr.data.store import read_cuts
 from ssm_asr.evaluation.check_streaming import TOLERANCE, worst_difference
 from ssm_asr.ops.devices import find_device

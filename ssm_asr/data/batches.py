@@ -1,9 +1,12 @@
-"""Makes batches of padded features and tokens from lhotse cuts.
+"""Makes batches of padded features and tokens from lhotse cuts, on the device that uses them.
 
 Shapes: B utterances, G groups of joined utterances, T feature frames (10 ms), F mel bins, U tokens.
 
+Workers read samples, or stored features, and draw what augmentation does to them; the device computes features and
+augments them, many utterances at once. Where the device is the CPU, workers do that, too.
+
 A batch is a function of (cuts, config, tokenizer, seed, epoch, rank, world size, index) alone: the sampler in the
-calling process decides which cuts it holds, and its augmentation draws from a generator that is seeded with these
+calling process decides which cuts it holds, and its augmentation is drawn from a generator that is seeded with these
 numbers. So neither the number of workers nor what was loaded before can change it, and training resumes with
 exactly the batches that an uninterrupted run would have seen.
 """
@@ -15,7 +18,7 @@ import os
 import signal
 import warnings
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
@@ -26,14 +29,10 @@ from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.dataset import DynamicBucketingSampler, DynamicCutSampler
 from lhotse.dataset.sampling.dynamic_bucketing import FixedBucketBatchSizeConstraint, estimate_duration_buckets
-from lhotse.features import FeatureExtractor
-from torch.nn.utils.rnn import pad_sequence
 
-import ssm_asr.data.shar  # noqa: F401  it registers the reader by which workers read features
-from ssm_asr.data.augment import add_noise, draw_groups, join_utterances, spec_augment
+from ssm_asr.data.augment import augment, within
 from ssm_asr.data.config import DataConfig
-from ssm_asr.data.features import make_fbank, reading
-from ssm_asr.data.filtering import text_of
+from ssm_asr.data.loading import Audio, Job, Loader, NoiseDraw, RawBatch, audio_features, map_parts
 from ssm_asr.data.tokens import Tokenizer
 from ssm_asr.units import ENCODER_FRAME_MS, FRAME_SHIFT_MS, LOG_MEL_SILENCE, feature_frames
 
@@ -42,6 +41,7 @@ CUTS_TO_ESTIMATE_BUCKETS = 10000
 # there are tokens), since GPUs multiply matrices of these sizes faster than others.
 SHAPE_FRAMES = 16
 SHAPE_OUTPUTS = 16
+CPU = torch.device("cpu")
 
 
 class Batch(NamedTuple):
@@ -49,9 +49,9 @@ class Batch(NamedTuple):
 
     Attributes:
         features_BTF: float32, padded with LOG_MEL_SILENCE.
-        feature_lens_B: int64, in frames.
+        feature_lens_B: int64, in frames; on the CPU, where the losses need it.
         tokens_BU: int64, padded with 0.
-        token_lens_B: int64.
+        token_lens_B: int64, on the CPU.
         ids, texts: the ids and the transcripts of the utterances.
     """
 
@@ -63,10 +63,7 @@ class Batch(NamedTuple):
     texts: list[str]
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Returns the batch with features and tokens on a device; pinned memory is copied in the background.
-
-        The lengths stay on the CPU, where the losses need them.
-        """
+        """Returns the batch with features and tokens on a device; pinned memory is copied in the background."""
         return self._replace(
             features_BTF=self.features_BTF.to(device, non_blocking=True),
             tokens_BU=self.tokens_BU.to(device, non_blocking=True),
@@ -83,46 +80,6 @@ def _batch_of(features_BTF: torch.Tensor, *others: Any) -> Batch:
     return Batch(features_BTF, *parts)
 
 
-class _Noise(NamedTuple):
-    """This noise is to be mixed into one utterance."""
-
-    cut: Cut
-    snr_db: float
-
-
-class _Job(NamedTuple):
-    """A job holds all that a worker needs to make one batch.
-
-    Attributes:
-        cuts: the utterances.
-        noises: one for each cut.
-        key: the seed of the augmentation.
-        least_frames: the batch is padded to at least this many feature frames.
-    """
-
-    cuts: list[Cut]
-    noises: list[_Noise | None]
-    key: tuple[int, ...]
-    least_frames: int = 0
-
-
-def load_features(cut: Cut) -> torch.Tensor:
-    """Returns features_TF of a cut: the stored ones if there are any, else they are computed from its audio.
-
-    Raises:
-        CutError: if they cannot be read.
-    """
-    with reading(cut):
-        if cut.has_features:
-            return torch.from_numpy(np.ascontiguousarray(cut.load_features(), dtype=np.float32))
-        return torch.from_numpy(cut.compute_features(extractor=_fbank()))
-
-
-@lru_cache(maxsize=1)
-def _fbank() -> FeatureExtractor:
-    return make_fbank()
-
-
 def shape_frames(seconds: float) -> int:
     """Returns the feature frames of the fixed shape that holds utterances of up to this many seconds."""
     encoder_frames = math.ceil(seconds * 1000 / ENCODER_FRAME_MS)
@@ -134,72 +91,78 @@ def shape_tokens(tokens: int) -> int:
     return math.ceil((tokens + 1) / SHAPE_OUTPUTS) * SHAPE_OUTPUTS - 1
 
 
-class _BatchMaker(torch.utils.data.Dataset):
-    """Turns jobs into batches; it runs in the workers. Without a configuration, it augments nothing."""
-
-    def __init__(self, tokenizer: Tokenizer, config: DataConfig | None) -> None:
-        self._tokenizer = tokenizer
-        self._config = config
-
-    def __getitem__(self, job: _Job) -> Batch:
-        rng = np.random.default_rng(job.key)
-        features = [self._features(*item, rng) for item in zip(job.cuts, job.noises, strict=True)]
-        texts, ids = [text_of(cut) for cut in job.cuts], [cut.id for cut in job.cuts]
-        if self._config is not None and rng.random() < self._config.join_probability:
-            groups = draw_groups(len(ids), self._config.join_most, rng)
-            pause = round(self._config.join_pause_s * 1000 / FRAME_SHIFT_MS)
-            features = [join_utterances([features[i] for i in group], pause, rng) for group in groups]
-            texts = [" ".join(texts[i] for i in group) for group in groups]
-            ids = ["+".join(ids[i] for i in group) for group in groups]
-        tokens = [torch.tensor(self._tokenizer.encode(text), dtype=torch.int64) for text in texts]
-        tokens_BU = pad_sequence(tokens, batch_first=True, padding_value=0)
-        extra = shape_tokens(tokens_BU.shape[1]) - tokens_BU.shape[1] if job.least_frames else 0
-        features_BTF = pad_sequence(features, batch_first=True, padding_value=LOG_MEL_SILENCE)
-        missing = max(0, max(job.least_frames, feature_frames(1)) - features_BTF.shape[1])
-        return Batch(
-            torch.nn.functional.pad(features_BTF, (0, 0, 0, missing), value=LOG_MEL_SILENCE),
-            torch.tensor([len(features_TF) for features_TF in features]),
-            torch.nn.functional.pad(tokens_BU, (0, extra)),
-            torch.tensor([len(tokens_U) for tokens_U in tokens]),
-            ids,
-            texts,
-        )
-
-    def _features(self, cut: Cut, noise: _Noise | None, rng: np.random.Generator) -> torch.Tensor:
-        features_TF = load_features(cut)
-        if noise is not None:
-            features_TF = add_noise(features_TF, load_features(noise.cut), noise.snr_db, rng)
-        if self._config is not None:
-            features_TF = spec_augment(features_TF, self._config.spec_augment, rng)
-        return features_TF
+@torch.no_grad()
+def finish(raw: RawBatch, device: torch.device) -> Batch:
+    """Computes the features of a batch and augments them, on the device; the host does not wait for it."""
+    on_device: RawBatch = map_parts(
+        raw, lambda value: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+    )
+    sound = on_device.sound
+    features_BTF = audio_features(sound) if isinstance(sound, Audio) else sound
+    lens_B, on_device_lens_B = raw.frames_B, on_device.frames_B
+    if raw.augmentation is not None and on_device.augmentation is not None:
+        features_BTF, on_device_lens_B = augment(features_BTF, on_device_lens_B, on_device.augmentation)
+        if raw.augmentation.joining is not None:
+            lens_B = raw.augmentation.joining.frames_G
+    longest = max(int(lens_B.max()), raw.least_frames, feature_frames(1))
+    features_BTF = torch.nn.functional.pad(features_BTF, (0, 0, 0, longest - features_BTF.shape[1]))
+    outside_BT1 = ~within(on_device_lens_B, longest)[:, :, None]
+    tokens_BU = on_device.tokens_BU
+    extra = shape_tokens(tokens_BU.shape[1]) - tokens_BU.shape[1] if raw.least_frames else 0
+    return Batch(
+        features_BTF.masked_fill(outside_BT1, LOG_MEL_SILENCE),
+        lens_B,
+        torch.nn.functional.pad(tokens_BU, (0, extra)),
+        raw.token_lens_B,
+        raw.ids,
+        raw.texts,
+    )
 
 
-class _TrainingJobs(torch.utils.data.Sampler):
-    """Gives the jobs of one epoch on one rank, from `start_batch` on; earlier ones are sampled but not made."""
+class TrainingJobs:
+    """Decides which utterances are in which training batch of one process.
+
+    Args:
+        cuts: training cuts, best after `filter_cuts`; equal and in equal order on every rank.
+        config: batch size, buckets, augmentation.
+        num_noises: number of noises to draw from.
+        seed: another value gives other batches.
+        rank, world_size: which process of how many this is; each gets an equal number of batches.
+    """
 
     def __init__(
-        self,
-        sampler: DynamicBucketingSampler,
-        config: DataConfig,
-        noise_cuts: CutSet | None,
-        key: tuple[int, ...],
-        start_batch: int,
-        bounds_s: list[float],
+        self, cuts: CutSet, config: DataConfig, num_noises: int, *, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        self._sampler = sampler
-        self._bounds_s = bounds_s
-        self._config = config
-        self._noises = list(noise_cuts) if noise_cuts is not None else []
-        self._key = key
-        self._start_batch = start_batch
+        self._cuts, self._config, self._num_noises = cuts, config, num_noises
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._bins_s = _duration_bins(cuts, config.num_buckets)
+        self._bounds_s: list[float] = []
+        self._limit: dict[str, Any] = {"max_duration": config.max_duration_s}
+        if config.fixed_shapes:
+            self._bounds_s = [*self._bins_s, max(cut.duration for cut in cuts)]
+            sizes = [max(1, int(config.max_duration_s / bound_s)) for bound_s in self._bounds_s]
+            self._limit = {"constraint": FixedBucketBatchSizeConstraint(self._bounds_s, sizes)}
 
-    def __iter__(self) -> Iterator[_Job]:
-        for index, cuts in enumerate(self._sampler):
-            if index < self._start_batch:
-                continue
-            rng = np.random.default_rng((*self._key, index, 0))
-            noises = [self._draw_noise(rng) for _ in cuts]
-            yield _Job(list(cuts), noises, (*self._key, index, 1), self._least_frames(list(cuts)))
+    def of_epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Job]:
+        """Yields the jobs of an epoch from `start_batch` on; earlier ones are sampled but not made."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You are using DynamicBucketingSampler with an eagerly")
+            sampler = DynamicBucketingSampler(
+                self._cuts,
+                **self._limit,
+                duration_bins=self._bins_s,
+                shuffle=True,
+                seed=self._seed,
+                rank=self._rank,
+                world_size=self._world_size,
+            )
+        sampler.set_epoch(epoch)
+        for index, batch in enumerate(sampler):
+            if index >= start_batch:
+                cuts, key = list(batch), (self._seed, epoch, self._rank, index)
+                rng = np.random.default_rng((*key, 0))
+                noises = [self._draw_noise(rng) for _ in cuts]
+                yield Job(cuts, noises, (*key, 1), True, self._least_frames(cuts))
 
     def _least_frames(self, cuts: list[Cut]) -> int:
         if not self._config.fixed_shapes:
@@ -207,10 +170,19 @@ class _TrainingJobs(torch.utils.data.Sampler):
         longest_s = self._bounds_s[bisect_left(self._bounds_s, max(cut.duration for cut in cuts))]
         return shape_frames(longest_s)
 
-    def _draw_noise(self, rng: np.random.Generator) -> _Noise | None:
-        if not self._noises or rng.random() >= self._config.noise_probability:
+    def _draw_noise(self, rng: np.random.Generator) -> NoiseDraw | None:
+        if not self._num_noises or rng.random() >= self._config.noise_probability:
             return None
-        return _Noise(self._noises[rng.integers(len(self._noises))], rng.uniform(*self._config.noise_snr_db))
+        return NoiseDraw(int(rng.integers(self._num_noises)), rng.uniform(*self._config.noise_snr_db))
+
+
+def eval_jobs(cuts: CutSet, max_duration_s: float) -> list[Job]:
+    """Returns jobs that hold every cut once, long ones first, with at most `max_duration_s` seconds of audio each."""
+    ordered = cuts.to_eager().sort_by_duration(ascending=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You are using DynamicCutSampler with an eagerly")
+        sampler = DynamicCutSampler(ordered, max_duration=max_duration_s, shuffle=False, rank=0, world_size=1)
+    return [Job(list(batch), [None] * len(batch), (0,), augmented=False) for batch in sampler]
 
 
 def train_batches(
@@ -224,55 +196,37 @@ def train_batches(
     rank: int = 0,
     world_size: int = 1,
     noise_cuts: CutSet | None = None,
+    device: torch.device = CPU,
 ) -> Iterator[Batch]:
     """Yields the batches of one epoch, shuffled, bucketed by duration and augmented.
 
     The global random generators are not used.
 
     Args:
-        cuts: training cuts, best after `filter_cuts`; equal and in equal order on every rank.
+        cuts, rank, world_size: as for `TrainingJobs`.
         config: batch size, buckets, augmentation and workers.
         tokenizer: makes the tokens.
         epoch, seed: another value of either gives other augmentation; the order of the cuts depends on their sum.
         start_batch: number of this rank's batches that were used before; they are skipped without being loaded.
-        rank, world_size: which process of how many this is; each gets an equal number of batches.
         noise_cuts: noises to mix in; without them, no noise is mixed in.
+        device: where features are computed and augmented, and the batches are.
     """
-    bins_s = _duration_bins(cuts, config.num_buckets)
-    bounds_s: list[float] = []
-    limit: dict[str, Any] = {"max_duration": config.max_duration_s}
-    if config.fixed_shapes:
-        bounds_s = [*bins_s, max(cut.duration for cut in cuts)]
-        sizes = [max(1, int(config.max_duration_s / bound_s)) for bound_s in bounds_s]
-        limit = {"constraint": FixedBucketBatchSizeConstraint(bounds_s, sizes)}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="You are using DynamicBucketingSampler with an eagerly")
-        sampler = DynamicBucketingSampler(
-            cuts,
-            **limit,
-            duration_bins=bins_s,
-            shuffle=True,
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
-        )
-    sampler.set_epoch(epoch)
-    jobs = _TrainingJobs(sampler, config, noise_cuts, (seed, epoch, rank), start_batch, bounds_s)
-    return iter(_loader(jobs, _BatchMaker(tokenizer, config), config.num_workers))
+    noises = list(noise_cuts or ())
+    jobs = TrainingJobs(cuts, config, len(noises), seed=seed, rank=rank, world_size=world_size)
+    loader = Loader(tokenizer, config, noises)
+    return load_batches(lambda: jobs.of_epoch(epoch, start_batch), loader, config.num_workers, device)
 
 
-def eval_batches(cuts: CutSet, tokenizer: Tokenizer, *, max_duration_s: float, num_workers: int = 0) -> Iterator[Batch]:
+def eval_batches(
+    cuts: CutSet, tokenizer: Tokenizer, *, max_duration_s: float, num_workers: int = 0, device: torch.device = CPU
+) -> Iterator[Batch]:
     """Yields every cut once, long ones first, in batches of at most `max_duration_s` seconds of audio.
 
     Nothing is random and nothing is left out: what the vocabulary lacks is encoded as `<unk>`, and an empty
     transcript has no tokens.
     """
-    ordered = cuts.to_eager().sort_by_duration(ascending=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="You are using DynamicCutSampler with an eagerly")
-        sampler = DynamicCutSampler(ordered, max_duration=max_duration_s, shuffle=False, rank=0, world_size=1)
-    jobs = [_Job(list(batch), [None] * len(batch), (0,)) for batch in sampler]
-    return iter(_loader(jobs, _BatchMaker(tokenizer, None), num_workers))
+    jobs = eval_jobs(cuts, max_duration_s)
+    return load_batches(lambda: jobs, Loader(tokenizer, DataConfig(), []), num_workers, device)
 
 
 def largest_joined(batch: Batch, config: DataConfig) -> Batch:
@@ -305,6 +259,54 @@ def _duration_bins(cuts: CutSet, num_buckets: int) -> list[float]:
     return bins or [sample[0].duration]
 
 
+class _Jobs(torch.utils.data.Sampler):
+    """Gives jobs in the order in which a function yields them."""
+
+    def __init__(self, make: Callable[[], Iterable[Job]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(self._make())
+
+
+class _BatchMaker(torch.utils.data.Dataset):
+    """Turns jobs into raw batches, or into finished ones if these are to be on the CPU; it runs in the workers."""
+
+    def __init__(self, loader: Loader, finished: bool) -> None:
+        self._loader, self._finished = loader, finished
+
+    def __getitem__(self, job: Job) -> RawBatch | Batch:
+        raw = self._loader.load(job)
+        return finish(raw, CPU) if self._finished else raw
+
+
+def load_batches(
+    jobs: Callable[[], Iterable[Job]], loader: Loader, num_workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """Yields the batches of jobs, in order; workers start at once, and load ahead.
+
+    Args:
+        jobs: is called once.
+        loader: is copied to each worker.
+        num_workers: number of processes that load; with 0, the calling one does.
+        device: where the batches are.
+    """
+    if num_workers:
+        _end_workers_at_exit()
+    loaded = torch.utils.data.DataLoader(
+        _BatchMaker(loader, finished=device.type == "cpu"),
+        sampler=_Jobs(jobs),
+        batch_size=None,
+        num_workers=num_workers,
+        multiprocessing_context="spawn" if num_workers else None,
+        worker_init_fn=_start_worker,
+        pin_memory=device.type == "cuda",
+        # Without it the loader draws from the global generator, and training would not resume exactly.
+        generator=torch.Generator(),
+    )
+    return (batch if isinstance(batch, Batch) else finish(batch, device) for batch in iter(loaded))
+
+
 def _start_worker(worker: int) -> None:
     """Lets a worker ignore signals: Ctrl-C reaches it too, while the training process, which stops it, needs it."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -323,19 +325,3 @@ def _end_workers_at_exit() -> None:
             process.kill()
 
     atexit.register(end)
-
-
-def _loader(jobs: _TrainingJobs | list[_Job], maker: _BatchMaker, num_workers: int) -> torch.utils.data.DataLoader:
-    if num_workers:
-        _end_workers_at_exit()
-    return torch.utils.data.DataLoader(
-        maker,
-        sampler=jobs,
-        batch_size=None,
-        num_workers=num_workers,
-        multiprocessing_context="spawn" if num_workers else None,
-        worker_init_fn=_start_worker,
-        pin_memory=torch.cuda.is_available(),
-        # Without it the loader draws from the global generator, and training would not resume exactly.
-        generator=torch.Generator(),
-    )

@@ -14,21 +14,20 @@ from lhotse.augmentation.resample import Resample
 from lhotse.features.kaldi.layers import create_frame_window, get_mel_banks
 from torch import Tensor
 
-from ssm_asr.units import FRAME_LENGTH_MS, FRAME_SHIFT_MS, NUM_MELS, SAMPLE_RATE_HZ
+from ssm_asr.units import FRAME_LENGTH_MS, FRAME_SHIFT_SAMPLES, NUM_MELS, SAMPLE_RATE_HZ
 
 FRAME_SAMPLES = FRAME_LENGTH_MS * SAMPLE_RATE_HZ // 1000
-SHIFT_SAMPLES = FRAME_SHIFT_MS * SAMPLE_RATE_HZ // 1000
 FFT_SAMPLES = 512
 PREEMPHASIS = 0.97
 LOW_HZ, HIGH_HZ = 20.0, -400.0  # the second counts from half the sample rate
-BEFORE_SAMPLES = (FRAME_SAMPLES - SHIFT_SAMPLES) // 2  # the first frame begins so long before the audio does
+BEFORE_SAMPLES = (FRAME_SAMPLES - FRAME_SHIFT_SAMPLES) // 2  # the first frame begins so long before the audio does
 AFTER_SAMPLES = FRAME_SAMPLES  # no frame ends later than this after the audio does
 FRAMES_AT_A_TIME = 512  # on a CPU; 1 MB of frames stays in its cache
 
 
 def num_frames(num_samples: int) -> int:
     """Returns the number of frames of so many samples."""
-    return (num_samples + SHIFT_SAMPLES // 2) // SHIFT_SAMPLES
+    return (num_samples + FRAME_SHIFT_SAMPLES // 2) // FRAME_SHIFT_SAMPLES
 
 
 class _Tables:
@@ -93,13 +92,13 @@ def _mirror(samples_BS: Tensor, num_samples_B: Tensor) -> Tensor:
 def _log_mels(samples_BS: Tensor, start: int, stop: int) -> Tensor:
     """Returns features_BTF of the frames from start to stop; one begins at each multiple of the shift."""
     tables = _tables(samples_BS.device)
-    samples_BS = samples_BS[:, start * SHIFT_SAMPLES : (stop - 1) * SHIFT_SAMPLES + FRAME_SAMPLES]
-    mean_BT1 = samples_BS.unfold(1, FRAME_SAMPLES, SHIFT_SAMPLES).mean(dim=2, keepdim=True)
+    samples_BS = samples_BS[:, start * FRAME_SHIFT_SAMPLES : (stop - 1) * FRAME_SHIFT_SAMPLES + FRAME_SAMPLES]
+    mean_BT1 = samples_BS.unfold(1, FRAME_SAMPLES, FRAME_SHIFT_SAMPLES).mean(dim=2, keepdim=True)
     # Taking the mean m away before the pre-emphasis x[n] - c x[n - 1] takes (1 - c) m away after it. A frame's first
     # sample has no predecessor in the frame, but its weight in the window is 0.
     raised_BS = samples_BS.clone()
     raised_BS[:, 1:] -= PREEMPHASIS * samples_BS[:, :-1]
-    frames_BTW = raised_BS.unfold(1, FRAME_SAMPLES, SHIFT_SAMPLES) - (1 - PREEMPHASIS) * mean_BT1
+    frames_BTW = raised_BS.unfold(1, FRAME_SAMPLES, FRAME_SHIFT_SAMPLES) - (1 - PREEMPHASIS) * mean_BT1
     spectrum_BTK = torch.fft.rfft(frames_BTW.mul_(tables.window_W), n=FFT_SAMPLES)
     power_BTK = torch.view_as_real(spectrum_BTK).square_().sum(dim=-1)
     return (power_BTK @ tables.mel_KF).clamp_(min=tables.least).log_()

@@ -18,7 +18,9 @@ import numpy as np
 import soundfile
 import torch
 from lhotse import Fbank, FbankConfig
-from lhotse.cut import Cut
+from lhotse.audio.utils import get_audio_duration_mismatch_tolerance
+from lhotse.augmentation import AudioTransform, Speed
+from lhotse.cut import Cut, MonoCut
 from lhotse.features import FeatureExtractor
 from lhotse.features.kaldifeat import (
     KaldifeatFbank,
@@ -56,6 +58,38 @@ def cut_samples(cut: Cut) -> np.ndarray:
     with reading(cut):
         samples_1S: np.ndarray = cut.load_audio()
     return samples_1S[0]
+
+
+def cut_source(cut: Cut) -> tuple[np.ndarray, float]:
+    """Returns the samples (S,) of a cut's first channel before its change of speed, and the factor of that.
+
+    So `fbank.change_speed` can change the speeds of a whole batch at once. A cut with other lazy transforms than one
+    change of speed, or with none, gives its samples and 1.0.
+
+    Raises:
+        CutError: if they cannot be read, or have another rate than SAMPLE_RATE_HZ.
+    """
+    with reading(cut):
+        if cut.sampling_rate != SAMPLE_RATE_HZ:
+            raise ValueError(f"audio at {cut.sampling_rate} Hz, where {SAMPLE_RATE_HZ} Hz is needed")
+        recording = cut.recording if isinstance(cut, MonoCut) else None
+        transforms = [
+            transform if isinstance(transform, AudioTransform) else AudioTransform.from_dict(transform)
+            for transform in (recording and recording.transforms) or []
+        ]
+        if recording is None or len(transforms) != 1 or not isinstance(transforms[0], Speed):
+            return cut_samples(cut), 1.0
+        (speed,) = transforms
+        # lhotse computes lengths from one another, with rounding; a whole recording is read to its end.
+        whole = abs(cut.duration - recording.duration) < 1e-3
+        offset_s, duration_s = speed.reverse_timestamps(cut.start, None if whole else cut.duration, SAMPLE_RATE_HZ)
+        (source,) = (source for source in recording.sources if cut.channel in source.channels)
+        samples_CS = source.load_audio(offset=offset_s, duration=duration_s, force_opus_sampling_rate=SAMPLE_RATE_HZ)
+        samples_S: np.ndarray = np.atleast_2d(samples_CS)[source.channels.index(cut.channel)]
+        missing_s = cut.duration - len(samples_S) / speed.factor / SAMPLE_RATE_HZ
+        if missing_s > get_audio_duration_mismatch_tolerance():
+            raise ValueError(f"{missing_s:.3f} s of the audio are missing")
+        return samples_S, speed.factor
 
 
 def require_backend(backend: str) -> None:

@@ -8,9 +8,10 @@ import torch
 from lhotse import CutSet
 from tones import NUM_UTTERANCES, WORDS
 
-from ssm_asr.data.batches import Batch, load_features, train_batches
+from ssm_asr.data.batches import Batch, train_batches
 from ssm_asr.data.config import DataConfig
 from ssm_asr.data.filtering import filter_cuts
+from ssm_asr.data.loading import load_features
 from ssm_asr.data.store import prepare_cuts, read_cuts
 from ssm_asr.data.tokens import train_tokenizer
 
