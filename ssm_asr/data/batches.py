@@ -18,7 +18,7 @@ import os
 import signal
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
@@ -282,7 +282,7 @@ class _BatchMaker(torch.utils.data.Dataset):
 
 def load_batches(
     jobs: Callable[[], Iterable[Job]], loader: Loader, num_workers: int, device: torch.device
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yields the batches of jobs, in order; workers start at once, and load ahead.
 
     Args:

@@ -7,9 +7,11 @@ change on the way. If they concern which utterances are in which batch, the pres
 import hashlib
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from lhotse import CutSet
 
 from ssm_asr import checkpoint
@@ -28,6 +30,8 @@ IRRELEVANT_TO_WEIGHTS = {
     *("train.num_epochs", "train.fast", "train.log_every", "train.validate_every"),
     *("train.checkpoint_every", "train.keep_checkpoints"),
 }
+
+MOST_UNWRITTEN = 3  # checkpoints in the memory of the host; the end of an epoch saves so many
 
 
 class Checkpoints:
@@ -48,24 +52,48 @@ class Checkpoints:
     ) -> None:
         self._exp_dir, self._experiment, self._tokenizer = exp_dir, experiment, tokenizer
         self._fingerprint, self._place = fingerprint, place
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._unwritten: list[Future[None]] = []
 
     def save(self, state: TrainingState, name: str, **entries: Any) -> None:
-        """Writes the weights, their running mean and the progress, and more entries if given.
+        """Saves the weights, their running mean and the progress, and more entries if given.
+
+        They are copied to the host, and written while training goes on.
 
         Raises:
-            CheckpointError: if the file cannot be written.
+            CheckpointError: if an earlier file could not be written.
         """
         if self._place.rank == 0:
             weights, average = state.model.state_dict(), state.average.state_dict()
             progress = state.progress.to_dict()
             packed = checkpoint.pack(self._experiment, self._tokenizer, weights, progress, average=average, **entries)
-            checkpoint.save(packed, self._exp_dir / name)
+            self._wait_for_all_but(MOST_UNWRITTEN - 1)
+            self._unwritten.append(self._writer.submit(self._write, _copied(packed), name))
 
-    def save_to_resume(self, state: TrainingState) -> None:
-        """Writes the whole state to checkpoint-N.pt, and removes the oldest ones beyond the number to keep.
+    def finish(self) -> None:
+        """Waits until all files are written.
 
         Raises:
-            CheckpointError: if the file cannot be written.
+            CheckpointError: if one could not be written.
+        """
+        self._wait_for_all_but(0)
+
+    def _wait_for_all_but(self, count: int) -> None:
+        while len(self._unwritten) > count:
+            self._unwritten.pop(0).result()
+
+    def _write(self, packed: dict[str, Any], name: str) -> None:
+        """Writes one file; after one to resume from, removes the oldest ones beyond the number to keep."""
+        checkpoint.save(packed, self._exp_dir / name)
+        if "training" in packed:
+            for path in list(resumable(self._exp_dir).values())[: -self._experiment.train.keep_checkpoints]:
+                path.unlink()
+
+    def save_to_resume(self, state: TrainingState) -> None:
+        """Saves the whole state to checkpoint-N.pt, and removes the oldest ones beyond the number to keep.
+
+        Raises:
+            CheckpointError: as `save` does.
         """
         training = {
             "optimizer": state.optimizer.state_dict(),
@@ -76,9 +104,6 @@ class Checkpoints:
             "data": self._fingerprint,
         }
         self.save(state, f"checkpoint-{state.progress.batch}.pt", training=training)
-        if self._place.rank == 0:
-            for path in list(resumable(self._exp_dir).values())[: -self._experiment.train.keep_checkpoints]:
-                path.unlink()
 
     def load_newest_into(self, state: TrainingState) -> bool:
         """Loads the newest checkpoint-N.pt into the state; returns whether there is one.
@@ -122,6 +147,15 @@ class Checkpoints:
     def _tell(self, text: str) -> None:
         if self._place.rank == 0:
             print(text)
+
+
+def _copied(part: Any) -> Any:
+    """Returns a copy of a checkpoint, or of a part of it, in the memory of the host."""
+    if isinstance(part, torch.Tensor):
+        return part.detach().to("cpu", copy=True)
+    if isinstance(part, dict):
+        return {name: _copied(value) for name, value in part.items()}
+    return [_copied(value) for value in part] if isinstance(part, list) else part
 
 
 def make_ready(exp_dir: Path, experiment: Experiment, fingerprint: str) -> None:

@@ -3,7 +3,8 @@
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,9 @@ from lhotse import CutSet
 
 from ssm_asr import units
 from ssm_asr.config import Experiment
-from ssm_asr.data.batches import Batch, train_batches
+from ssm_asr.data.batches import Batch, TrainingJobs
+from ssm_asr.data.feed import Event, Feed, Position
+from ssm_asr.data.loading import Loader
 from ssm_asr.data.tokens import Tokenizer
 from ssm_asr.encoder.schedule import set_batch_count
 from ssm_asr.ops.devices import to_host
@@ -106,57 +109,63 @@ class Trainer:
             TrainingError: if training cannot go on.
             CheckpointError: if a checkpoint cannot be read or written.
         """
-        if not self.checkpoints.load_newest_into(self.state):
-            self._try_largest_batch()
-        num_epochs = self.experiment.train.num_epochs
-        audio_s = num_epochs * sum(cut.duration for cut in self.train_cuts)
-        progress = self.state.progress
-        with TrainingLog(self.exp_dir, progress, audio_s, enabled=self.place.rank == 0) as log, self.stop:
-            while progress.epoch <= num_epochs:
-                if self._train_epoch(log):
-                    self.checkpoints.save_to_resume(self.state)
-                    return False
-                self._end_epoch(log)
-        return True
+        resumed = self.checkpoints.load_newest_into(self.state)
+        with closing(self._make_feed()) as feed:  # its workers load the first batches while the largest one is tried
+            if not resumed:
+                self._try_largest_batch()
+            audio_s = self.experiment.train.num_epochs * sum(cut.duration for cut in self.train_cuts)
+            with (
+                TrainingLog(self.exp_dir, self.state.progress, audio_s, enabled=self.place.rank == 0) as log,
+                self.stop,
+            ):
+                finished = self._follow(feed, log)
+        self.checkpoints.finish()
+        return finished
 
     def _try_largest_batch(self) -> None:
         self._prepare_step()
         try_largest_batch(self.objective, self.train_cuts, self.tokenizer, self.experiment.data, self.place)
         self.state.optimizer.zero_grad(set_to_none=True)
 
-    def _train_epoch(self, log: TrainingLog) -> bool:
-        """Trains on the batches of the present epoch that are left; returns whether it was asked to stop."""
-        batches = _FetchedAhead(self._batches())
-        for batch in batches:
-            stop_asked = self._train_batch(batch, batches.fetch_next, log)
-            if stop_asked:
-                return True
-        return False
-
-    def _batches(self) -> Iterator[Batch]:
-        return train_batches(
-            self.train_cuts,
-            self.experiment.data,
-            self.tokenizer,
-            epoch=self.state.progress.epoch,
-            seed=self.experiment.train.seed,
-            start_batch=self.state.progress.batch_in_epoch,
-            rank=self.place.rank,
-            world_size=self.place.world_size,
-            noise_cuts=self.noise_cuts,
+    def _make_feed(self) -> Feed:
+        settings, data, progress = self.experiment.train, self.experiment.data, self.state.progress
+        noises = list(self.noise_cuts or ())
+        place = self.place
+        return Feed(
+            TrainingJobs(
+                self.train_cuts, data, len(noises), seed=settings.seed, rank=place.rank, world_size=place.world_size
+            ),
+            self.valid_cuts,
+            Loader(self.tokenizer, data, noises),
+            data,
+            start=Position(progress.batch, progress.epoch, progress.batch_in_epoch),
+            num_epochs=settings.num_epochs,
+            validate_every=settings.validate_every,
+            device=place.device,
         )
 
+    def _follow(self, feed: Feed, log: TrainingLog) -> bool:
+        """Does what the feed says to its end; returns False if asked to stop before."""
+        progress, checkpoint_every = self.state.progress, self.experiment.train.checkpoint_every
+        for event, batch in feed:
+            if batch is not None:
+                stop_asked = self._train_batch(batch, feed.fetch_next, log)
+                if stop_asked or progress.batch % checkpoint_every == 0:
+                    self.checkpoints.save_to_resume(self.state)
+                if stop_asked:
+                    return False
+            elif event is Event.VALIDATE:
+                self._validate(feed.validation(), log)
+            else:
+                self._end_epoch()
+        return True
+
     def _train_batch(self, batch: Batch, fetch_next: Callable[[], None], log: TrainingLog) -> bool:
-        """Makes one step, and logs, validates and saves when it is time; returns whether it was asked to stop."""
-        settings, progress = self.experiment.train, self.state.progress
+        """Makes one step, and logs it when it is time; returns whether it was asked to stop."""
         result = self.step(batch, fetch_next)
         log.advance(result.audio_s)
-        if progress.batch % settings.log_every == 0:
+        if self.state.progress.batch % self.experiment.train.log_every == 0:
             self._log_step(result.losses, batch, log)
-        if progress.batch % settings.validate_every == 0:
-            self._validate(log)
-        if progress.batch % settings.checkpoint_every == 0:
-            self.checkpoints.save_to_resume(self.state)
         return result.stop_asked
 
     def step(self, batch: Batch, fetch_next: Callable[[], None] = lambda: None) -> StepResult:
@@ -236,10 +245,10 @@ class Trainer:
         log.show(f"epoch {progress.epoch}, loss {values['train/loss']:.3f}")
         log.write(values, progress.batch)
 
-    def _validate(self, log: TrainingLog) -> None:
+    def _validate(self, batches: Iterable[Batch], log: TrainingLog) -> None:
         """Computes the loss on the validation cuts; saves the model if it is the best so far."""
-        progress, max_duration_s = self.state.progress, self.experiment.data.max_duration_s
-        loss = validation_loss(self.objective, self.valid_cuts, self.tokenizer, max_duration_s, self.place)
+        progress = self.state.progress
+        loss = validation_loss(self.objective, batches, self.place)
         log.write({"valid/loss": loss}, progress.batch)
         progress.valid_loss = loss
         if not math.isfinite(loss) and self.place.rank == 0:
@@ -248,30 +257,9 @@ class Trainer:
             progress.best_valid_loss = loss
             self.checkpoints.save(self.state, "best.pt")
 
-    def _end_epoch(self, log: TrainingLog) -> None:
+    def _end_epoch(self) -> None:
         progress = self.state.progress
-        self._validate(log)
         self.checkpoints.save(self.state, f"epoch-{progress.epoch}.pt")
         progress.epoch += 1
         progress.batch_in_epoch = 0
         self.checkpoints.save_to_resume(self.state)
-
-
-class _FetchedAhead(Iterator[Batch]):
-    """Iterates over batches, each of which may be fetched before its turn, while the device is busy."""
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self._batches = batches
-        self._fetched: list[Batch | None] = []
-
-    def fetch_next(self) -> None:
-        """Fetches the batch that comes next, unless it has been fetched."""
-        if not self._fetched:
-            self._fetched.append(next(self._batches, None))
-
-    def __next__(self) -> Batch:
-        self.fetch_next()
-        batch = self._fetched.pop()
-        if batch is None:
-            raise StopIteration
-        return batch
