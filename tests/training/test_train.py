@@ -107,6 +107,26 @@ def test_a_crashed_run_resumes_exactly(corpus: toy.Corpus, straight: Path, tmp_p
         assert toy.differing(checkpoint.load(tmp_path / "exp" / name), checkpoint.load(straight / name)) == []
 
 
+def test_training_from_audio_is_training_from_stored_features(
+    corpus: toy.Corpus, straight: Path, tmp_path: Path
+) -> None:
+    """Features that are computed for a batch differ from stored ones by rounding, and so do the trained weights."""
+    arguments = corpus.arguments(tmp_path / "exp")
+    for option in ("--train-cuts", "--valid-cuts"):
+        place = arguments.index(option) + 1
+        stored = Path(arguments[place])
+        arguments[place] = str(stored.parent / "audio" / stored.name)
+        assert not any(cut.has_features for cut in CutSet.from_file(arguments[place]))
+    assert train.main(arguments) == 0
+    audio, expected = (checkpoint.load(path / "checkpoint-14.pt") for path in (tmp_path / "exp", straight))
+    assert audio["progress"]["valid_loss"] == pytest.approx(expected["progress"]["valid_loss"], rel=1e-3)
+    start = checkpoint.load(straight / "epoch-1.pt")["model"]
+    for name, weight in expected["model"].items():
+        if weight.is_floating_point() and weight.numel() > 100:
+            difference, change = audio["model"][name] - weight, weight - start[name]
+            assert difference.norm() < 0.01 * change.norm(), name
+
+
 def test_weight_noise_begins_when_told_and_resumes_exactly(corpus: toy.Corpus, straight: Path, tmp_path: Path) -> None:
     noise = {"deviation": 0.05, "from_batch": 4, "parts": ["encoder", "joiner"]}
     for name, stopped in (("noisy", False), ("resumed", True)):
