@@ -3,11 +3,12 @@
     python benchmarks/bench_data.py                                       on noise, in a temporary directory
     python benchmarks/bench_data.py --cuts DATA/cuts_train.jsonl.gz --tokens DATA/tokens --config FILE
 
-Without --cuts, utterances of noise, 5 - 15 s long in FLAC, are prepared in three ways: with features on the fly, stored
-in a file for each cut, and stored in shards. Files are read repeatedly, so they come from memory: the speed of the disk
-is not measured. The report says for each source of cuts:
+Without --cuts, utterances of noise, 5 - 15 s long in FLAC, at three speeds, are prepared in three ways: with features on
+the fly, stored in a file for each cut, and stored in shards. Files are read repeatedly, so they come from memory: the
+speed of the disk is not measured. The report says for each source of cuts:
   processor time   what one process that does everything spends on 1000 s of audio, in ms, and on what. Other programs
-                   disturb it little. From it follows how many workers keep up with --needed seconds of audio a second
+                   disturb it little. From it follows how many workers keep up with --needed seconds of audio a second.
+                   Features are computed and augmented on the --device, by the workers if that is the CPU
   delivered        how many seconds of audio N workers deliver in a second, and how many the training process itself can
                    take, since it draws what is in a batch and receives it, which more workers do not make faster
   once             what reading and filtering the cuts takes
@@ -41,6 +42,7 @@ from ssm_asr.data.config import DataConfig
 from ssm_asr.data.filtering import filter_cuts
 from ssm_asr.data.store import prepare_cuts, read_cuts
 from ssm_asr.data.tokens import Tokenizer, train_tokenizer
+from ssm_asr.ops.devices import find_device
 from ssm_asr.units import FRAME_SHIFT_MS, SAMPLE_RATE_HZ
 
 CUTS_TO_WEIGH = 1000
@@ -53,13 +55,12 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 # The parts of the work, each with the end of a file's path and a function in that file.
 PARTS = {
-    "read audio": ("cut/mono.py", "load_audio"),
-    "fbank": ("kaldi/extractors.py", "extract"),
+    "read audio": ("data/features.py", "cut_source"),
     "read features": ("features/base.py", "load"),
-    "SpecAugment": ("data/augment.py", "spec_augment"),
-    "noise": ("data/augment.py", "add_noise"),
+    "draw augmentation": ("data/augment.py", "utterance"),
     "sampler": ("sampling/base.py", "__next__"),
     "padding": ("utils/rnn.py", "pad_sequence"),
+    "features and augmentation": ("data/batches.py", "finish"),
 }
 
 
@@ -81,8 +82,15 @@ def made_corpus(directory: Path, num_utterances: int) -> Path:
 class Source:
     """A source is one form of the training data."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, config: DataConfig, noise_cuts: CutSet | None) -> None:
-        self.tokenizer, self.config, self.noise_cuts = tokenizer, config, noise_cuts
+    def __init__(
+        self,
+        path: Path,
+        tokenizer: Tokenizer,
+        config: DataConfig,
+        noise_cuts: CutSet | None,
+        device: torch.device,
+    ) -> None:
+        self.tokenizer, self.config, self.noise_cuts, self.device = tokenizer, config, noise_cuts, device
         start = time.process_time()
         self.cuts = read_cuts(path).to_eager()
         self.read_us = (time.process_time() - start) * 1e6 / len(self.cuts)
@@ -106,6 +114,7 @@ class Source:
             seed=1,
             start_batch=start_batch,
             noise_cuts=self.noise_cuts,
+            device=self.device,
         )
 
 
@@ -183,18 +192,19 @@ def measure(options: argparse.Namespace) -> None:
     """
     config = load_experiment(options.config).data if options.config else DataConfig(max_duration_s=100.0)
     noise_cuts = read_cuts(options.noise_cuts).to_eager() if options.noise_cuts else None
-    print(f"torch {torch.__version__}, batches of {config.max_duration_s:g} s")
+    device = find_device(options.device)
+    print(f"torch {torch.__version__}, {device}, batches of {config.max_duration_s:g} s")
     if options.cuts:
         tokenizer = Tokenizer.load(options.tokens)
         for path in options.cuts:
-            report(str(path), Source(path, tokenizer, config, noise_cuts), options)
+            report(str(path), Source(path, tokenizer, config, noise_cuts, device), options)
         return
     with tempfile.TemporaryDirectory() as directory:
         corpus, tokenizer = made_corpus(Path(directory), options.utterances), train_tokenizer(WORDS, "word")
         for name, form in FORMS.items():
             out = Path(directory, name)
-            path = prepare_cuts(corpus, out, speed_perturb=False, shuffle=True, num_jobs=1, **form)
-            report(name, Source(path, tokenizer, config, noise_cuts), options)
+            path = prepare_cuts(corpus, out, speed_perturb=True, shuffle=True, num_jobs=1, **form)
+            report(name, Source(path, tokenizer, config, noise_cuts, device), options)
 
 
 def main() -> int:
@@ -204,6 +214,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=Path, help="directory that 'prepare tokens' wrote, for --cuts")
     parser.add_argument("--noise-cuts", type=Path, help="cuts of noise to mix in (default: none)")
     parser.add_argument("--config", type=Path, help="YAML file of the experiment (default: batches of 100 s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--workers", nargs="*", type=positive, default=[1, 2], help="how many to try (default: 1 2)")
     parser.add_argument("--batches", type=positive, default=20, help="batches to time (default: 20)")
     parser.add_argument("--utterances", type=positive, default=200, help="to make (default: 200)")
