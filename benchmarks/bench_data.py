@@ -3,7 +3,7 @@
     python benchmarks/bench_data.py                                       on noise, in a temporary directory
     python benchmarks/bench_data.py --cuts DATA/cuts_train.jsonl.gz --tokens DATA/tokens --config FILE
 
-Without --cuts, utterances of noise, 5 - 15 s long in FLAC, at three speeds, are prepared in three ways: with features on
+Without --cuts, utterances of noise, 5 - 15 s long in FLAC, at three speeds, are prepared in three ways: features on
 the fly, stored in a file for each cut, and stored in shards. Files are read repeatedly, so they come from memory: the
 speed of the disk is not measured. The report says for each source of cuts:
   processor time   what one process that does everything spends on 1000 s of audio, in ms, and on what. Other programs
