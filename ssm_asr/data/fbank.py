@@ -100,7 +100,7 @@ def _log_mels(samples_BS: Tensor, start: int, stop: int) -> Tensor:
     raised_BS[:, 1:] -= PREEMPHASIS * samples_BS[:, :-1]
     frames_BTW = raised_BS.unfold(1, FRAME_SAMPLES, FRAME_SHIFT_SAMPLES) - (1 - PREEMPHASIS) * mean_BT1
     spectrum_BTK = torch.fft.rfft(frames_BTW.mul_(tables.window_W), n=FFT_SAMPLES)
-    power_BTK = torch.view_as_real(spectrum_BTK).square_().sum(dim=-1)
+    power_BTK = spectrum_BTK.real.square() + spectrum_BTK.imag.square()
     return (power_BTK @ tables.mel_KF).clamp_(min=tables.least).log_()
 
 
