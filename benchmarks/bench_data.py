@@ -60,7 +60,7 @@ PARTS = {
     "draw augmentation": ("data/augment.py", "utterance"),
     "sampler": ("sampling/base.py", "__next__"),
     "padding": ("utils/rnn.py", "pad_sequence"),
-    "features and augmentation": ("data/batches.py", "finish"),
+    "make features": ("data/batches.py", "finish"),
 }
 
 

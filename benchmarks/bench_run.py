@@ -13,6 +13,7 @@ both since the process was started.
 
 import argparse
 import os
+import runpy
 import shutil
 import signal
 import statistics
@@ -27,7 +28,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `ssm_asr` is found when this file is run by its path
 
-from ssm_asr.cli import train
 from ssm_asr.cli.program import positive, run
 from ssm_asr.training.trainer import StepResult, Trainer
 
@@ -156,10 +156,13 @@ def main() -> None:
         if "--exp-dir" not in train_options:
             train_options += ["--exp-dir", directory]
         recorder.start(options.seconds)
-        status = train.main(train_options)
+        sys.argv = ["ssm-asr train", *train_options]
+        try:
+            runpy.run_module("ssm_asr.train", run_name="__main__")
+        except SystemExit as end:
+            if end.code in (1, 2):
+                raise
         recorder.stop()
-    if status in (1, 2):
-        raise SystemExit(status)
     report(recorder, options.every, options.of)
 
 

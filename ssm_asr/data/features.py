@@ -45,6 +45,8 @@ def reading(cut: Cut) -> Iterator[None]:
     """
     try:
         yield
+    except CutError:
+        raise
     except Exception as error:
         raise CutError(f"cut {cut.id}: {first_line(error)}; if files were moved, prepare the corpus anew") from None
 

@@ -46,9 +46,9 @@ def test_data(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
         for name, parts in re.findall(r"\n([\w ]+)\n  processor time: .* of audio (\(.*\))", printed)
     }
     assert set(costs) == {"on the fly", "stored", "shards"}
-    assert costs["on the fly"].keys() >= {"read audio", "fbank"}
+    assert costs["on the fly"].keys() >= {"read audio", "make features"}
     for stored in ("stored", "shards"):
-        assert "read features" in costs[stored] and "fbank" not in costs[stored]
+        assert "read features" in costs[stored] and "read audio" not in costs[stored]
 
 
 def test_chunk_beside_the_peer(plain_peer: None, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:

@@ -15,6 +15,7 @@ def on_gpu(dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def look_anew() -> None:
+    dispatch.set_kernels(True)  # a benchmark or a run in this process may have turned them off
     dispatch.missing.cache_clear()
     yield
     dispatch.missing.cache_clear()
