@@ -30,9 +30,10 @@ from lhotse.features.kaldifeat import (
 )
 
 from ssm_asr.data.errors import AudioError, CutError, first_line
+from ssm_asr.data.fbank import batch_fbank
 from ssm_asr.units import FRAME_LENGTH_MS, FRAME_SHIFT_MS, NUM_MELS, SAMPLE_RATE_HZ
 
-# What can compute stored features: PyTorch, by lhotse's Fbank, or the package kaldifeat.
+# What can compute stored features: PyTorch, or the package kaldifeat.
 BACKENDS = ("torch", "kaldifeat")
 
 
@@ -112,6 +113,18 @@ def require_backend(backend: str) -> None:
             ) from None
 
 
+class BatchFbank(Fbank):
+    """lhotse's extractor, which computes the features of one utterance as `ssm_asr.data.fbank` those of a batch."""
+
+    def extract(self, samples: np.ndarray | torch.Tensor, sampling_rate: int) -> np.ndarray | torch.Tensor:
+        """Returns features_TF of samples (S,) or (1, S), as an array of the kind that was given."""
+        if sampling_rate != SAMPLE_RATE_HZ:
+            raise ValueError(f"audio at {sampling_rate} Hz, where {SAMPLE_RATE_HZ} Hz is needed")
+        samples_1S = torch.as_tensor(samples, dtype=torch.float32).reshape(1, -1).to(self.device)
+        features_TF = batch_fbank(samples_1S, torch.tensor([samples_1S.shape[1]]))[0]
+        return features_TF if isinstance(samples, torch.Tensor) else features_TF.cpu().numpy()
+
+
 def make_fbank(device: str = "cpu", backend: str = "torch") -> FeatureExtractor:
     """Returns the feature extractor of every recipe: `NUM_MELS` log-mel bins every 10 ms, with lhotse's defaults.
 
@@ -125,7 +138,7 @@ def make_fbank(device: str = "cpu", backend: str = "torch") -> FeatureExtractor:
     require_backend(backend)
     frame_s = {"frame_length": FRAME_LENGTH_MS / 1000, "frame_shift": FRAME_SHIFT_MS / 1000}
     if backend == "torch":
-        return Fbank(FbankConfig(sampling_rate=SAMPLE_RATE_HZ, num_filters=NUM_MELS, device=device, **frame_s))
+        return BatchFbank(FbankConfig(sampling_rate=SAMPLE_RATE_HZ, num_filters=NUM_MELS, device=device, **frame_s))
     return KaldifeatFbank(
         KaldifeatFbankConfig(
             frame_opts=KaldifeatFrameOptions(sampling_rate=SAMPLE_RATE_HZ, **frame_s),
