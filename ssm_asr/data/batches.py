@@ -33,6 +33,7 @@ from lhotse.dataset.sampling.dynamic_bucketing import FixedBucketBatchSizeConstr
 from ssm_asr.data.augment import augment, within
 from ssm_asr.data.config import DataConfig
 from ssm_asr.data.loading import Audio, Job, Loader, NoiseDraw, RawBatch, audio_features, map_parts
+from ssm_asr.data.parallel import forking
 from ssm_asr.data.tokens import Tokenizer
 from ssm_asr.units import ENCODER_FRAME_MS, FRAME_SHIFT_MS, LOG_MEL_SILENCE, feature_frames
 
@@ -298,7 +299,7 @@ def load_batches(
         sampler=_Jobs(jobs),
         batch_size=None,
         num_workers=num_workers,
-        multiprocessing_context="spawn" if num_workers else None,
+        multiprocessing_context=forking(__name__) if num_workers else None,
         worker_init_fn=_start_worker,
         pin_memory=device.type == "cuda",
         # Without it the loader draws from the global generator, and training would not resume exactly.

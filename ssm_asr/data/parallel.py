@@ -6,12 +6,22 @@ Processes are forked from a server, which has imported what they need once and h
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def forking(module: str) -> Any:
+    """Returns the multiprocessing context in which processes are forked from a server that has imported a module.
+
+    The first module that is named counts, since the server runs then until this process ends.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    return context
 
 
 def ignore_interrupt() -> None:
@@ -37,9 +47,7 @@ def parallel_map(
                 bar.update()
             return
         chunk = max(1, min(32, len(items) // (8 * num_jobs)))
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([function.__module__])  # of no effect once the server runs
-        with context.Pool(min(num_jobs, len(items)), initializer=ignore_interrupt) as pool:
+        with forking(function.__module__).Pool(min(num_jobs, len(items)), initializer=ignore_interrupt) as pool:
             for result in pool.imap(function, items, chunk):
                 yield result
                 bar.update()
