@@ -33,7 +33,7 @@ Stages: 1 data, 2 manifests, 3 features, 4 tokens, 5 noise, 6 train, 7 average, 
     option exp_dir "" DIR "experiment directory (default: exp/CORPUS-CONFIG)"
     option compare_with "" FILE "train this configuration too, and compare both over chunk widths"
     option musan "" DIR "MUSAN; without it, noises are made from the training speech"
-    flag on_the_fly "compute features while training instead of storing them"
+    flag store_features "store features (115 MB an hour of audio), which are otherwise computed from audio while training"
     option gpus 1 N "train on N GPUs of this machine through torchrun"
     option env "${SSM_ASR_ENV:-venv}" KIND \
         "venv (.venv, where packages are installed) or current (that of the caller, only checked)"
@@ -112,6 +112,7 @@ asr_set_up() {
     overrides=("${set[@]/#/--set=}")
     if [ -z "$corpus" ]; then
         note="The speech is made (synthetic): these figures say that the recipe works, not how good a model is."
+        store_features=true # they are few, and a CPU trains on each many times
         if "$ci"; then
             report_options=(--at-most 50)
         fi
@@ -151,27 +152,31 @@ asr_anew() {
     "${@:2}"
 }
 
-# _prepare_cuts: makes cuts and their features, and sets $tests, the names of the test sets.
+# _prepare_cuts: makes cuts, and their features if they are to be stored, and sets $tests, the names of the test sets.
 _prepare_cuts() {
-    local features options cuts part
+    local features cuts part train="$data/cuts/cuts_train.jsonl.gz" others=() made=()
     run_stage 2 check --inputs "$data/manifests" --outputs "$data/cuts" -- \
         asr_anew "$data/cuts" \
         python -m ssm_asr.prepare check --manifests "$data/manifests" --out "$data/cuts" --jobs "$jobs"
     features=(python -m ssm_asr.prepare features --out "$data/features" --jobs "$jobs")
-    if "$on_the_fly"; then
+    if [ "$store_features" = false ]; then
         features+=(--on-the-fly)
     fi
     tests=()
     for cuts in "$data"/cuts/cuts_*.jsonl.gz; do
         part="$(basename "$cuts" .jsonl.gz)"
-        case "$part" in
-            cuts_train) options=(--shuffle "${perturb[@]}") ;;
-            cuts_test*) options=() tests+=("${part#cuts_}") ;;
-            *) options=() ;;
-        esac
-        run_stage 3 "features ${part#cuts_}" --inputs "$cuts" --outputs "$data/features/$part.jsonl.gz" -- \
-            "${features[@]}" --cuts "$cuts" "${options[@]}"
+        if [ "$cuts" != "$train" ]; then
+            others+=("$cuts")
+            made+=("$data/features/$part.jsonl.gz")
+        fi
+        if [[ "$part" = cuts_test* ]]; then
+            tests+=("${part#cuts_}")
+        fi
     done
+    run_stage 3 "features dev, test" --inputs "${others[@]}" --outputs "${made[@]}" -- \
+        "${features[@]}" --cuts "${others[@]}"
+    run_stage 3 "features train" --inputs "$train" --outputs "$data/features/cuts_train.jsonl.gz" -- \
+        "${features[@]}" --cuts "$train" --shuffle "${perturb[@]}"
 }
 
 # _make_tokens STAGE CONFIG: makes the tokens of a configuration.
@@ -189,7 +194,7 @@ _make_noise() {
         source_of_noise=(--musan "$musan")
     fi
     run_stage 5 noise --inputs "${source_of_noise[1]}" --outputs "$data/noise/cuts_noise.jsonl.gz" -- \
-        python -m ssm_asr.prepare noise "${source_of_noise[@]}" --out "$data/noise"
+        python -m ssm_asr.prepare noise "${source_of_noise[@]}" --out "$data/noise" --jobs "$jobs"
 }
 
 # _train_and_average TRAIN_STAGE AVERAGE_STAGE CONFIG EXP_DIR: trains a model and averages its weights.

@@ -41,16 +41,16 @@ def musan_noises(corpus: Path) -> CutSet:
     return CutSet.from_cuts(cut for cut in cuts.cut_into_windows(NOISE_S) if cut.duration >= MIN_NOISE_S)
 
 
-def made_noises(out: Path, cuts: CutSet, *, count: int, seed: int) -> CutSet:
-    """Makes noises of 10 s, alternately coloured noise and babble, as flac files in OUT/noise/, and returns their cuts.
+def made_noises(directory: Path, cuts: CutSet, *, count: int, seed: int) -> CutSet:
+    """Makes noises of 10 s, alternately coloured noise and babble, as flac files, and returns their cuts.
 
     Args:
-        out: directory.
+        directory: gets the files.
         cuts: speech for the babble; it must be of training cuts alone, or models would be trained on the test set.
         count: number of noises.
         seed: decides what the noises are; an equal seed makes equal noises.
     """
-    directory = out / "noise"
+    directory = directory.resolve()  # the manifest names the files by absolute path
     directory.mkdir(parents=True, exist_ok=True)
     speech = list(cuts)
     recordings = []

@@ -109,11 +109,12 @@ case "$*" in
     *ssm_asr.describe*) cat "$4"; echo "# $*"; exit ;;
 esac
 echo "$*" >>"$STUB_LOG"
-for (( i = 1; i < $#; i++ )); do
+for (( i = 1; i <= $#; i++ )); do
     next=$((i + 1))
     case "${!i}" in
         --out | --exp-dir) out="${!next}" ;;
-        --cuts) cuts="${!next}" ;;
+        --cuts) cuts=() ;;
+        */cuts_*.jsonl.gz) cuts+=("$(basename "${!i}")") ;;
     esac
 done
 case "$*" in
@@ -123,7 +124,7 @@ case "$*" in
     *) mkdir -p "$out"; cd "$out"; touch tokens.txt trained.json summary.json results.json ;;&
     *"prepare noise"*) touch cuts_noise.jsonl.gz ;;
     *"prepare check"*) touch cuts_{train,dev,test-a,test-b}.jsonl.gz ;;
-    *"prepare features"*) touch "$(basename "$cuts")" ;;
+    *"prepare features"*) touch "${cuts[@]}" ;;
 esac
 """
 
@@ -161,7 +162,7 @@ def programs(commands: list[str]) -> list[str]:
 
 
 DATA = ["local/make_corpus.py", "local/manifests.py", "ssm_asr.prepare check"]
-FEATURES = ["ssm_asr.prepare features"] * 4
+FEATURES = ["ssm_asr.prepare features"] * 2
 TOKENS_AND_NOISE = ["ssm_asr.prepare tokens", "ssm_asr.prepare noise"]
 MODEL = ["ssm_asr.train", "ssm_asr.average"]
 TESTS = ["ssm_asr.decode", "ssm_asr.stream"] * 2
@@ -237,13 +238,16 @@ def test_comparisons_that_would_share_a_place(stubbed: Path) -> None:
 
 def test_real_corpus(stubbed: Path, tmp_path: Path) -> None:
     (tmp_path / "Real").mkdir()
-    commands = stages(stubbed, "--corpus", str(tmp_path / "Real"), "--on-the-fly")
+    commands = stages(stubbed, "--corpus", str(tmp_path / "Real"))
     assert programs(commands) == [*DATA[1:], *FEATURES, *TOKENS_AND_NOISE, *MODEL, *TESTS, *EXPORT, "ssm_asr.report"]
     config = {"librispeech": "zipformer_m", "csj": "sammo_m"}[stubbed.parent.name]
     assert f"/configs/{config}.yaml " in next(line for line in commands if "ssm_asr.train" in line)
     perturbed = [line for line in commands if "--speed-perturb" in line]
     assert len(perturbed) == 1 and "cuts_train" in perturbed[0] and "--on-the-fly" in perturbed[0]
+    assert all("--on-the-fly" in line for line in commands if "prepare features" in line)
     assert "made" not in commands[-1] and "--at-most" not in commands[-1]
+    stored = stages(stubbed, "--corpus", str(tmp_path / "Real"), "--store-features", "--stop-stage", "3")
+    assert programs(stored) == FEATURES and not any("--on-the-fly" in line for line in stored)
 
 
 def test_long_form(stubbed: Path) -> None:
