@@ -37,7 +37,8 @@ SAMPLES_A_SECOND = 100
 # What the main thread does while a function of this name, in a file whose path ends so, is running. The first that is
 # found counts; a thread that is in none of them does "other" things.
 ACTIVITIES = {
-    "compiles": [("compiler.py", "compile")],
+    "imports": [("<frozen importlib._bootstrap>", "_find_and_load")],
+    "compiles": [("training/compile_ahead.py", "compile_ahead"), ("compiler.py", "compile")],
     "captures": [("training/graphs.py", "__init__")],
     "waits for a batch": [("dataloader.py", "__next__")],
     "makes features": [("data/batches.py", "finish")],

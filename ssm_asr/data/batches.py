@@ -138,11 +138,24 @@ class TrainingJobs:
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._bins_s = _duration_bins(cuts, config.num_buckets)
         self._bounds_s: list[float] = []
+        self._sizes: list[int] = []
         self._limit: dict[str, Any] = {"max_duration": config.max_duration_s}
         if config.fixed_shapes:
             self._bounds_s = [*self._bins_s, max(cut.duration for cut in cuts)]
-            sizes = [max(1, int(config.max_duration_s / bound_s)) for bound_s in self._bounds_s]
-            self._limit = {"constraint": FixedBucketBatchSizeConstraint(self._bounds_s, sizes)}
+            self._sizes = [max(1, int(config.max_duration_s / bound_s)) for bound_s in self._bounds_s]
+            self._limit = {"constraint": FixedBucketBatchSizeConstraint(self._bounds_s, self._sizes)}
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """Returns the fixed shapes, short utterances first: numbers of utterances, and of feature frames."""
+        return [(size, shape_frames(bound_s)) for size, bound_s in zip(self._sizes, self._bounds_s, strict=True)]
+
+    def largest(self) -> Job:
+        """Returns a job without augmentation that hardly any other job exceeds."""
+        count = self._sizes[-1] if self._sizes else math.ceil(self._config.max_duration_s)  # of at least 1 s
+        longest = CutSet.from_cuts(sorted(self._cuts, key=lambda cut: cut.duration)[-count:])
+        if not self._sizes:
+            return eval_jobs(longest, self._config.max_duration_s)[0]
+        return Job(list(longest), [None] * len(longest), (0,), False, self.shapes()[-1][1])
 
     def of_epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Job]:
         """Yields the jobs of an epoch from `start_batch` on; earlier ones are sampled but not made."""

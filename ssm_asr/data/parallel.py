@@ -30,7 +30,12 @@ def ignore_interrupt() -> None:
 
 
 def parallel_map(
-    function: Callable[[Item], Result], items: Sequence[Item], num_jobs: int, title: str, unit: str
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    num_jobs: int,
+    title: str,
+    unit: str,
+    chunk: int | None = None,
 ) -> Iterator[Result]:
     """Yields function(item) for each item, in the order of the items.
 
@@ -39,14 +44,17 @@ def parallel_map(
         items: picklable items.
         num_jobs: number of processes; with 1, this process does the work.
         title, unit: what the progress bar says.
+        chunk: so many items are sent to a process at once; by default up to 32.
     """
+    if not items:
+        return
     with tqdm(total=len(items), desc=title, unit=unit, mininterval=1.0) as bar:
         if num_jobs == 1 or len(items) == 1:
             for item in items:
                 yield function(item)
                 bar.update()
             return
-        chunk = max(1, min(32, len(items) // (8 * num_jobs)))
+        chunk = chunk or max(1, min(32, len(items) // (8 * num_jobs)))
         with forking(function.__module__).Pool(min(num_jobs, len(items)), initializer=ignore_interrupt) as pool:
             for result in pool.imap(function, items, chunk):
                 yield result

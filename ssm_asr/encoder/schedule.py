@@ -106,6 +106,7 @@ class Draws:
     def __init__(self, device: torch.device, capacity: int = 8192) -> None:
         self.all = torch.zeros(capacity, device=device)
         self._found: dict[tuple[Scheduled, tuple[Request, ...]], Tensor] = {}
+        self._undrawn: list[tuple[Scheduled, tuple[Request, ...]]] = []
         self._count = 0
 
     @contextmanager
@@ -128,13 +129,23 @@ class Draws:
             place = self.all[self._count : self._count + len(requests)]
             if len(place) < len(requests):
                 raise ValueError(f"{len(self.all)} places are too few for the numbers of this model")
-            place.copy_(torch.tensor(_drawn(*key)))
             self._found[key] = place
             self._count += len(requests)
+            if place.is_cuda and torch.cuda.is_current_stream_capturing():
+                self._undrawn.append(key)  # nothing can be copied now, and nothing is computed from it now
+            else:
+                place.copy_(torch.tensor(_drawn(*key)))
         return self._found[key]
+
+    def draw_new(self) -> None:
+        """Draws the numbers that were first asked for while a graph was captured, before it is replayed."""
+        for key in self._undrawn:
+            self._found[key].copy_(torch.tensor(_drawn(*key)))
+        self._undrawn.clear()
 
     def renew(self) -> None:
         """Draws all numbers anew, for the next batch."""
+        self._undrawn.clear()
         drawn = torch.tensor([number for key in self._found for number in _drawn(*key)])
         self.all[: self._count] = to_device(drawn, self.all.device)
 

@@ -23,8 +23,7 @@ Outputs = tuple[Tensor, ...]
 class Graphs:
     """A function that is called in place of a function of a model, and replays captured graphs in training on a GPU.
 
-    Calls in evaluation or on a CPU go to the function itself. The first call with arguments of given shapes does too,
-    because shapes that come only once are not worth a capture.
+    Calls in evaluation or on a CPU go to the function itself.
 
     The gradients of parameters lie in memory that the next backward pass overwrites. Set them to None between two
     passes, as `optimizer.zero_grad(set_to_none=True)` does.
@@ -46,7 +45,8 @@ class Graphs:
         self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.draws = Draws(self.device)
-        self.graphs: dict[Any, _Graph | None] = {}
+        self.graphs: dict[Any, _Graph] = {}
+        self.rehearsing = False
         self.pool: Any = None
         self.weights: dict[torch.dtype | None, _Weights] = {}
 
@@ -58,16 +58,30 @@ class Graphs:
         with self.draws.in_use():
             return self._by_graph(arguments) if self.device.type == "cuda" else self.function(*arguments)
 
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Returns a context in which graphs are captured, and neither replayed nor kept.
+
+        So everything that a call launches is asked for and nothing is computed; outputs and gradients have no meaning.
+        """
+        self.rehearsing = True
+        try:
+            yield
+        finally:
+            self.rehearsing = False
+
     def _by_graph(self, arguments: tuple[Any, ...]) -> Outputs:
         """Replays the graph for these shapes, captures it first if needed, or calls the function."""
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key = (*map(_signature, arguments), dtype)
-        if key not in self.graphs:
-            if len(self.graphs) < self.most_graphs:
-                self.graphs[key] = None
+        graph = self.graphs.get(key)
+        if graph is None and len(self.graphs) >= self.most_graphs:
             return self.function(*arguments)
-        graph = self.graphs[key] or _Graph(self, arguments, dtype)
-        self.graphs[key] = graph
+        if graph is None:
+            graph = _Graph(self, arguments, dtype)
+            self.draws.draw_new()
+        if not self.rehearsing:
+            self.graphs[key] = graph
         tensors = [x for x in arguments if isinstance(x, Tensor)]
         outputs: Outputs = _Replay.apply(graph, *tensors, *self.parameters)
         return outputs
@@ -158,7 +172,7 @@ class _Graph:
     """
 
     def __init__(self, owner: Graphs, arguments: tuple[Any, ...], dtype: torch.dtype | None) -> None:
-        self.owner = owner
+        self.owner, self.is_rehearsal = owner, owner.rehearsing
         static = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in arguments]
         self.inputs = [x for x in static if isinstance(x, Tensor)]
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -175,8 +189,10 @@ class _Graph:
             with autocast, self.weights.in_use():
                 return owner.function(*static)
 
-        self._warm_up(run)
-        mode = {"pool": owner.pool, "capture_error_mode": "thread_local"}  # data loaders pin memory in other threads
+        if not owner.graphs and not self.is_rehearsal:
+            self._warm_up(run)
+        # A kernel that no shape before needed is loaded during the capture, which the stricter modes refuse.
+        mode = {"pool": owner.pool, "capture_error_mode": "relaxed"}
         with torch.cuda.graph(self.forward, **mode):
             outputs = run()
         self._make_gradients(outputs)
@@ -202,7 +218,7 @@ class _Graph:
         self.weights.store_gradients(dict(zip(tensors, of_weights, strict=True)))
 
     def _warm_up(self, run: Callable[[], Outputs]) -> None:
-        """Runs both passes without a graph once, so that kernels are compiled and libraries choose their algorithms.
+        """Runs both passes without a graph once, so that libraries are initialised and common kernels are loaded.
 
         Afterwards the state of the random numbers and the buffers, of whitening and batch norm, are as before.
         """
@@ -229,7 +245,8 @@ class _Replay(torch.autograd.Function):
         with torch.no_grad():
             for place, x in zip(graph.inputs, tensors, strict=False):  # the tensors after the inputs are parameters
                 place.copy_(x)
-        graph.forward.replay()
+        if not graph.is_rehearsal:
+            graph.forward.replay()
         return tuple(x.detach() for x in graph.outputs)
 
     @staticmethod
@@ -238,7 +255,8 @@ class _Replay(torch.autograd.Function):
         for place, gradient in zip(graph.output_gradients, grads, strict=True):
             if place is not None:
                 place.copy_(gradient)
-        graph.backward.replay()
+        if not graph.is_rehearsal:
+            graph.backward.replay()
         pairs = zip(graph.weights.gradients.values(), graph.used, strict=True)
         of_weights = (gradient.detach() if used else None for gradient, used in pairs)
         return None, *(None if x is None else x.detach() for x in graph.input_gradients), *of_weights

@@ -1,13 +1,10 @@
 """A trial of the largest batch, so that a run that needs too much memory fails at its start, not hours later."""
 
-import math
-
 import torch
-from lhotse import CutSet
 
-from ssm_asr.data.batches import Batch, eval_batches, largest_joined
+from ssm_asr.data.batches import TrainingJobs, finish, largest_joined
 from ssm_asr.data.config import DataConfig
-from ssm_asr.data.tokens import Tokenizer
+from ssm_asr.data.loading import Loader
 from ssm_asr.encoder.regularize import load_whitening_flags, whitening_flags
 from ssm_asr.training import TrainingError
 from ssm_asr.training.distributed import Place
@@ -15,7 +12,7 @@ from ssm_asr.training.objective import Objective
 
 
 def try_largest_batch(
-    objective: Objective, cuts: CutSet, tokenizer: Tokenizer, config: DataConfig, place: Place
+    objective: Objective, jobs: TrainingJobs, loader: Loader, config: DataConfig, place: Place
 ) -> None:
     """Runs one forward and backward pass on a batch that hardly any batch of training exceeds.
 
@@ -25,9 +22,9 @@ def try_largest_batch(
         TrainingError: if the batch does not fit into the memory of the device.
     """
     on_gpu = place.device.type == "cuda"
-    batch = _largest_batch(cuts, tokenizer, config)
-    if on_gpu and place.rank == 0:
-        print("trying the largest batch; kernels not used before are compiled, which may take a minute", flush=True)
+    batch = finish(loader.load(jobs.largest()), place.device)
+    if config.join_probability:
+        batch = largest_joined(batch, config)
     try:
         objective.weighted(objective.losses(batch)).nan_to_num(posinf=0.0).sum().backward()
     except torch.OutOfMemoryError:
@@ -41,11 +38,3 @@ def try_largest_batch(
     if on_gpu:
         peak_gib = torch.cuda.max_memory_allocated(place.device) / 2**30
         print(f"the largest batch takes {peak_gib:.1f} GiB on {place.device}")
-
-
-def _largest_batch(cuts: CutSet, tokenizer: Tokenizer, config: DataConfig) -> Batch:
-    """Fills a batch with the longest cuts, and joins them if training joins utterances."""
-    most_cuts = math.ceil(config.max_duration_s)  # Cuts shorter than 1 s do not make the largest batch.
-    longest = sorted(cuts, key=lambda cut: cut.duration)[-most_cuts:]
-    batch = next(eval_batches(CutSet.from_cuts(longest), tokenizer, max_duration_s=config.max_duration_s))
-    return largest_joined(batch, config) if config.join_probability else batch

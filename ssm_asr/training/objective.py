@@ -12,6 +12,7 @@ from torch import Tensor
 from ssm_asr.config import Experiment
 from ssm_asr.data.batches import Batch
 from ssm_asr.training.fast import plain_passes
+from ssm_asr.training.graphs import Graphs
 from ssm_asr.transducer.model import Losses, Passes, Transducer
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,13 +37,21 @@ class Objective:
         self._plain_passes = plain_passes(model, experiment.loss.backend)
         self._passes = passes or self._plain_passes
 
-    def losses(self, batch: Batch) -> Losses:
+    def graphs(self) -> list[Graphs]:
+        """Returns the passes that are captured as graphs."""
+        return [graphs for graphs in (self._passes.encode, self._passes.losses) if isinstance(graphs, Graphs)]
+
+    def losses(self, batch: Batch, context: tuple[int, int] | None = None) -> Losses:
         """Returns the losses of a batch in nats; an utterance whose transcript no alignment fits has infinite ones.
 
-        A model in training mode sees a chunk width and left context drawn from Python's random numbers; a model in
-        evaluation mode sees the ones of decoding.
+        Args:
+            batch: on any device.
+            context: chunk width and left context, in frames of 20 ms. By default a model in training mode draws them
+                from Python's random numbers, and a model in evaluation mode has those of decoding.
         """
-        if self.model.training:
+        if context is not None:
+            chunk_frames, left_context_frames = context
+        elif self.model.training:
             chunk_frames, left_context_frames = self._experiment.model.encoder.draw_context()
         else:
             decode = self._experiment.decode

@@ -209,14 +209,14 @@ class ScaledAdam(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "lr_scale": 1.0, "betas": betas, "eps": eps})
         self._clipping_scale = clipping_scale
         self._scalar_lr_scale = scalar_lr_scale
-        self._size_update_period = size_update_period
+        self.size_update_period = size_update_period
         self._step = 0
         self._groups: list[_FlatGroup] = []  # They are made at the first step, when the parameters are on their device.
         self._clipping: dict[str, Tensor] = {}
 
     def _make_groups(self) -> None:
         self._groups = [
-            _FlatGroup(group["params"], self._size_update_period, self._scalar_lr_scale) for group in self.param_groups
+            _FlatGroup(group["params"], self.size_update_period, self._scalar_lr_scale) for group in self.param_groups
         ]
         device = self._groups[0].device
         self._clipping = {
@@ -262,7 +262,7 @@ class ScaledAdam(torch.optim.Optimizer):
 
     def _growth(self, flat: _FlatGroup, factor: Tensor, lr: float, beta2: float, eps: float) -> Tensor | None:
         """Returns the growth of each tensor as a whole; None between the updates of the sizes."""
-        step, period = self._step + 1, self._size_update_period
+        step, period = self._step + 1, self.size_update_period
         flat.store_size_grads(self._step % period, factor)
         if step % period:
             return None

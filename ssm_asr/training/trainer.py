@@ -22,6 +22,7 @@ from ssm_asr.ops.devices import to_host
 from ssm_asr.ssm.parameters import parameter_groups
 from ssm_asr.training import distributed
 from ssm_asr.training.averaging import RunningAverage
+from ssm_asr.training.compile_ahead import compile_ahead
 from ssm_asr.training.fast import make_passes, resolve_fast
 from ssm_asr.training.guard import Guard
 from ssm_asr.training.largest_batch import try_largest_batch
@@ -110,9 +111,25 @@ class Trainer:
             CheckpointError: if a checkpoint cannot be read or written.
         """
         resumed = self.checkpoints.load_newest_into(self.state)
-        with closing(self._make_feed()) as feed:  # its workers load the first batches while the largest one is tried
+        noises = list(self.noise_cuts or ())
+        place, data = self.place, self.experiment.data
+        jobs = TrainingJobs(
+            self.train_cuts,
+            data,
+            len(noises),
+            seed=self.experiment.train.seed,
+            rank=place.rank,
+            world_size=place.world_size,
+        )
+        loader = Loader(self.tokenizer, data, noises)
+        with closing(self._make_feed(jobs, loader)) as feed:  # workers load the first batches meanwhile
+            self._prepare_step()
+            if not self.fast.encoder_graphs and place.rank == 0:
+                print(compile_ahead(self.objective, self.state.optimizer, jobs, place.device), flush=True)
+            distributed.wait(place)
             if not resumed:
-                self._try_largest_batch()
+                try_largest_batch(self.objective, jobs, loader, data, place)
+                self.state.optimizer.zero_grad(set_to_none=True)
             audio_s = self.experiment.train.num_epochs * sum(cut.duration for cut in self.train_cuts)
             with (
                 TrainingLog(self.exp_dir, self.state.progress, audio_s, enabled=self.place.rank == 0) as log,
@@ -122,26 +139,17 @@ class Trainer:
         self.checkpoints.finish()
         return finished
 
-    def _try_largest_batch(self) -> None:
-        self._prepare_step()
-        try_largest_batch(self.objective, self.train_cuts, self.tokenizer, self.experiment.data, self.place)
-        self.state.optimizer.zero_grad(set_to_none=True)
-
-    def _make_feed(self) -> Feed:
-        settings, data, progress = self.experiment.train, self.experiment.data, self.state.progress
-        noises = list(self.noise_cuts or ())
-        place = self.place
+    def _make_feed(self, jobs: TrainingJobs, loader: Loader) -> Feed:
+        settings, progress = self.experiment.train, self.state.progress
         return Feed(
-            TrainingJobs(
-                self.train_cuts, data, len(noises), seed=settings.seed, rank=place.rank, world_size=place.world_size
-            ),
+            jobs,
             self.valid_cuts,
-            Loader(self.tokenizer, data, noises),
-            data,
+            loader,
+            self.experiment.data,
             start=Position(progress.batch, progress.epoch, progress.batch_in_epoch),
             num_epochs=settings.num_epochs,
             validate_every=settings.validate_every,
-            device=place.device,
+            device=self.place.device,
         )
 
     def _follow(self, feed: Feed, log: TrainingLog) -> bool:

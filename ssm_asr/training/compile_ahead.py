@@ -1,0 +1,105 @@
+"""Compiles the GPU kernels of a training step before its first batch, many at a time.
+
+A rehearsal goes through the step without computing anything and notes which kernels it would launch. They are the same
+for all shapes of batches but for a few, which are compiled when they come.
+"""
+
+import os
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+
+from ssm_asr.data.batches import Batch, TrainingJobs, shape_tokens
+from ssm_asr.data.parallel import parallel_map
+from ssm_asr.ops import ahead
+from ssm_asr.training.graphs import Graphs
+from ssm_asr.training.objective import Objective
+from ssm_asr.training.optim import ScaledAdam
+from ssm_asr.units import NUM_MELS
+
+TOKENS_A_SECOND = 4  # of the rehearsal; another number of tokens needs no other kernels
+MOST_JOBS = 16  # more than this share the work no better
+
+
+def compile_ahead(objective: Objective, optimizer: ScaledAdam, jobs: TrainingJobs, device: torch.device) -> str:
+    """Compiles what is not in Triton's cache on disk.
+
+    Args:
+        objective: with graphs of the encoder's passes.
+        optimizer: of the model; it is not changed.
+        jobs: the training batches, of fixed shapes.
+        device: a GPU.
+
+    Returns:
+        A line for the user: how many kernels there are, how many were compiled in how long, and where they are kept.
+    """
+    start = time.perf_counter()
+    try:
+        kernels = sorted(_rehearse(objective, optimizer, jobs, device))
+    except torch.OutOfMemoryError:  # the trial of the largest batch, which follows, says what to do
+        return "kernels: compiled when they are first used, since a rehearsal does not fit into the memory"
+    missing = [kernel for kernel in kernels if not ahead.is_compiled(kernel)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Neighbours in the list are alike, and some of them take long, so that no process should get many at once.
+    for _ in parallel_map(ahead.compile_kernel, missing, min(cores, MOST_JOBS), "compiling kernels", "kernel", chunk=1):
+        pass
+    took = f", {len(missing)} of them compiled in {time.perf_counter() - start:.0f} s" if missing else ""
+    return f"kernels: {len(kernels)}{took}; kept in {ahead.cache_directory()}"
+
+
+def _rehearse(
+    objective: Objective, optimizer: ScaledAdam, jobs: TrainingJobs, device: torch.device
+) -> set[ahead.Kernel]:
+    """Returns the kernels that a training step would have to compile or load."""
+    _initialise_libraries(device)
+    model = objective.model.train()
+    batches = [_silence(*shape, device) for shape in (jobs.shapes()[-1], jobs.shapes()[0])]
+    encoder = objective.model.config.encoder
+    with ahead.recording() as kernels, _rehearsals(objective.graphs()):
+        for batch in batches:
+            for chunk in encoder.chunk_frames if batch is batches[0] else encoder.chunk_frames[:1]:
+                losses = objective.losses(batch, (chunk, encoder.left_context_frames[0]))
+                objective.weighted(losses).nan_to_num(posinf=0.0).sum().backward()
+        _rehearse_optimizer(optimizer)
+    model.zero_grad(set_to_none=True)
+    return kernels
+
+
+def _rehearsals(graphs: Iterable[Graphs]) -> ExitStack:
+    stack = ExitStack()
+    for passes in graphs:
+        stack.enter_context(passes.rehearsal())
+    return stack
+
+
+def _rehearse_optimizer(optimizer: ScaledAdam) -> None:
+    """Makes steps with copies of the parameters, as many as take all of the optimiser's ways."""
+    groups = [
+        {**group, "params": [nn.Parameter(torch.zeros_like(p)) for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    copy = ScaledAdam(groups)
+    for group in groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    for _ in range(copy.size_update_period):
+        copy.step()
+
+
+def _silence(count: int, frames: int, device: torch.device) -> Batch:
+    """Returns a batch of so many utterances of so many feature frames."""
+    tokens = TOKENS_A_SECOND * frames // 100
+    tokens_BU = torch.ones(count, shape_tokens(tokens), dtype=torch.int64, device=device)
+    features_BTF = torch.zeros(count, frames, NUM_MELS, device=device)
+    return Batch(features_BTF, torch.full((count,), frames), tokens_BU, torch.full((count,), tokens), [], [])
+
+
+def _initialise_libraries(device: torch.device) -> None:
+    """Lets cuBLAS and cuDNN make what they cannot make while a graph is captured, in both threads of autograd."""
+    layers = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Linear(62, 64)).to(device)
+    for enabled in (False, True):
+        with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
+            layers(torch.zeros(1, 1, 64, 64, device=device)).sum().backward()
