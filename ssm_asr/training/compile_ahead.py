@@ -1,7 +1,7 @@
 """Compiles the GPU kernels of a training step before its first batch, many at a time.
 
-A rehearsal goes through the step without computing anything and notes which kernels it would launch. They are the same
-for all shapes of batches but for a few, which are compiled when they come.
+A rehearsal goes through the step without launching our kernels and notes which it would launch. They are the same for
+all shapes of batches but for a few, which are compiled when they come.
 """
 
 import os
@@ -54,7 +54,6 @@ def _rehearse(
     objective: Objective, optimizer: ScaledAdam, jobs: TrainingJobs, device: torch.device
 ) -> set[ahead.Kernel]:
     """Returns the kernels that a training step would have to compile or load."""
-    _initialise_libraries(device)
     model = objective.model.train()
     batches = [_silence(*shape, device) for shape in (jobs.shapes()[-1], jobs.shapes()[0])]
     encoder = objective.model.config.encoder
@@ -95,11 +94,3 @@ def _silence(count: int, frames: int, device: torch.device) -> Batch:
     tokens_BU = torch.ones(count, shape_tokens(tokens), dtype=torch.int64, device=device)
     features_BTF = torch.zeros(count, frames, NUM_MELS, device=device)
     return Batch(features_BTF, torch.full((count,), frames), tokens_BU, torch.full((count,), tokens), [], [])
-
-
-def _initialise_libraries(device: torch.device) -> None:
-    """Lets cuBLAS and cuDNN make what they cannot make while a graph is captured, in both threads of autograd."""
-    layers = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Linear(62, 64)).to(device)
-    for enabled in (False, True):
-        with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
-            layers(torch.zeros(1, 1, 64, 64, device=device)).sum().backward()

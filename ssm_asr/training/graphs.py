@@ -47,6 +47,7 @@ class Graphs:
         self.draws = Draws(self.device)
         self.graphs: dict[Any, _Graph] = {}
         self.rehearsing = False
+        self.warmed_up: set[Any] = set()
         self.pool: Any = None
         self.weights: dict[torch.dtype | None, _Weights] = {}
 
@@ -60,9 +61,9 @@ class Graphs:
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
-        """Returns a context in which graphs are captured, and neither replayed nor kept.
+        """Returns a context in which calls run both passes at once, without a graph, as before a capture.
 
-        So everything that a call launches is asked for and nothing is computed; outputs and gradients have no meaning.
+        So a call asks for every kernel that its graph would launch; gradients at its outputs have no influence.
         """
         self.rehearsing = True
         try:
@@ -189,9 +190,16 @@ class _Graph:
             with autocast, self.weights.in_use():
                 return owner.function(*static)
 
-        if not owner.graphs and not self.is_rehearsal:
+        if self.is_rehearsal:
+            self.outputs = [x.detach() for x in self._warm_up(run)]
+            return
+        # Libraries choose their algorithms by the shapes, and kernels may depend on the constants.
+        shapes = tuple(_signature(x) for x in self.inputs)
+        needs = {(dtype, shapes), (dtype, *(x for x in arguments if not isinstance(x, Tensor)))}
+        if not needs <= owner.warmed_up:
             self._warm_up(run)
-        # A kernel that no shape before needed is loaded during the capture, which the stricter modes refuse.
+            owner.warmed_up |= needs
+        # In the stricter modes nothing can be loaded during a capture.
         mode = {"pool": owner.pool, "capture_error_mode": "relaxed"}
         with torch.cuda.graph(self.forward, **mode):
             outputs = run()
@@ -217,8 +225,8 @@ class _Graph:
         self.used = [gradient is not None for gradient in of_weights]
         self.weights.store_gradients(dict(zip(tensors, of_weights, strict=True)))
 
-    def _warm_up(self, run: Callable[[], Outputs]) -> None:
-        """Runs both passes without a graph once, so that libraries are initialised and common kernels are loaded.
+    def _warm_up(self, run: Callable[[], Outputs]) -> Outputs:
+        """Runs both passes without a graph once, so that kernels are loaded and libraries choose their algorithms.
 
         Afterwards the state of the random numbers and the buffers, of whitening and batch norm, are as before.
         """
@@ -234,6 +242,7 @@ class _Graph:
         for buffer, value in buffers:
             buffer.copy_(value)
         torch.cuda.set_rng_state(random_state)
+        return outputs
 
 
 class _Replay(torch.autograd.Function):

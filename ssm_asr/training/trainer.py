@@ -128,6 +128,7 @@ class Trainer:
                 print(compile_ahead(self.objective, self.state.optimizer, jobs, place.device), flush=True)
             distributed.wait(place)
             if not resumed:
+                self._prepare_step()
                 try_largest_batch(self.objective, jobs, loader, data, place)
                 self.state.optimizer.zero_grad(set_to_none=True)
             audio_s = self.experiment.train.num_epochs * sum(cut.duration for cut in self.train_cuts)
