@@ -1,17 +1,20 @@
 """Compiles the GPU kernels of a training step before its first batch, many at a time.
 
-A rehearsal goes through the step without launching our kernels and notes which it would launch. They are the same for
-all shapes of batches but for a few, which are compiled when they come.
+A rehearsal goes through the step without launching our kernels, and notes which it would launch. A few that depend on
+the texts are left, which are compiled when they are first used.
 """
 
+import hashlib
 import os
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from ssm_asr import ops
 from ssm_asr.data.batches import Batch, TrainingJobs, shape_tokens
 from ssm_asr.data.parallel import parallel_map
 from ssm_asr.ops import ahead
@@ -22,6 +25,7 @@ from ssm_asr.units import NUM_MELS
 
 TOKENS_A_SECOND = 4  # of the rehearsal; another number of tokens needs no other kernels
 MOST_JOBS = 16  # more than this share the work no better
+SLOW = ("_sum",)  # the sums over the lattice take ten times as long as others to compile, so they begin first
 
 
 def compile_ahead(objective: Objective, optimizer: ScaledAdam, jobs: TrainingJobs, device: torch.device) -> str:
@@ -37,17 +41,34 @@ def compile_ahead(objective: Objective, optimizer: ScaledAdam, jobs: TrainingJob
         A line for the user: how many kernels there are, how many were compiled in how long, and where they are kept.
     """
     start = time.perf_counter()
+    done = _marker(objective, jobs, device)
+    if done.exists():
+        return f"kernels: compiled before; kept in {done.parent}"
     try:
         kernels = sorted(_rehearse(objective, optimizer, jobs, device))
     except torch.OutOfMemoryError:  # the trial of the largest batch, which follows, says what to do
         return "kernels: compiled when they are first used, since a rehearsal does not fit into the memory"
     missing = [kernel for kernel in kernels if not ahead.is_compiled(kernel)]
+    missing.sort(key=lambda kernel: kernel.name not in SLOW)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Neighbours in the list are alike, and some of them take long, so that no process should get many at once.
     for _ in parallel_map(ahead.compile_kernel, missing, min(cores, MOST_JOBS), "compiling kernels", "kernel", chunk=1):
         pass
-    took = f", {len(missing)} of them compiled in {time.perf_counter() - start:.0f} s" if missing else ""
-    return f"kernels: {len(kernels)}{took}; kept in {ahead.cache_directory()}"
+    done.parent.mkdir(parents=True, exist_ok=True)
+    done.touch()
+    took_s = time.perf_counter() - start
+    return f"kernels: {len(kernels)}, {len(missing)} of them compiled, in {took_s:.0f} s; kept in {done.parent}"
+
+
+def _marker(objective: Objective, jobs: TrainingJobs, device: torch.device) -> Path:
+    """Returns a file that is there if all that these batches and this model need has been compiled."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(ops.__path__[0]).glob("*.py")):
+        digest.update(source.read_bytes())
+    model = objective.model
+    versions = torch.__version__, torch.cuda.get_device_capability(device), objective.precision
+    digest.update(repr((versions, model.config, model.vocab_size, jobs.shapes())).encode())
+    return Path(ahead.cache_directory()) / f"ssm-asr-{digest.hexdigest()[:32]}"
 
 
 def _rehearse(
@@ -55,13 +76,14 @@ def _rehearse(
 ) -> set[ahead.Kernel]:
     """Returns the kernels that a training step would have to compile or load."""
     model = objective.model.train()
-    batches = [_silence(*shape, device) for shape in (jobs.shapes()[-1], jobs.shapes()[0])]
-    encoder = objective.model.config.encoder
+    encoder, shapes = objective.model.config.encoder, jobs.shapes()
+    # Most kernels are for all shapes, but those of the losses depend on the number of tokens.
+    calls = [(shape, encoder.chunk_frames[0]) for shape in shapes]
+    calls += [(shapes[-1], chunk) for chunk in encoder.chunk_frames[1:]]
     with ahead.recording() as kernels, _rehearsals(objective.graphs()):
-        for batch in batches:
-            for chunk in encoder.chunk_frames if batch is batches[0] else encoder.chunk_frames[:1]:
-                losses = objective.losses(batch, (chunk, encoder.left_context_frames[0]))
-                objective.weighted(losses).nan_to_num(posinf=0.0).sum().backward()
+        for shape, chunk in calls:
+            losses = objective.losses(_silence(*shape, device), (chunk, encoder.left_context_frames[0]))
+            objective.weighted(losses).nan_to_num(posinf=0.0).sum().backward()
         _rehearse_optimizer(optimizer)
     model.zero_grad(set_to_none=True)
     return kernels

@@ -34,6 +34,7 @@ class Objective:
         self.model = model
         self._experiment = experiment
         self._device = device
+        self.precision = experiment.train.precision
         self._plain_passes = plain_passes(model, experiment.loss.backend)
         self._passes = passes or self._plain_passes
 
@@ -57,7 +58,7 @@ class Objective:
             decode = self._experiment.decode
             chunk_frames, left_context_frames = decode.chunk_frames, decode.left_context_frames
         batch = batch.to(self._device)
-        precision = PRECISIONS[self._experiment.train.precision]
+        precision = PRECISIONS[self.precision]
         lower = precision != torch.float32
         with torch.autocast(self._device.type, precision) if lower else nullcontext():
             return self.model(
