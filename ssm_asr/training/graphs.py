@@ -8,6 +8,7 @@ Under autocast a graph may cast the weights of all linear layers by one kernel w
 one kernel when it ends, instead of each by a kernel of its own.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -166,6 +167,30 @@ class _Weights:
             torch._foreach_copy_(places, gradients)
 
 
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    """Returns the stream of all captures and warm-ups; memory that was used on one stream is not used on another."""
+    return torch.cuda.Stream()
+
+
+@contextmanager
+def _capture(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    """Returns a context whose launches become a graph.
+
+    Unlike in `torch.cuda.graph`, Python's collector does not run and no memory is given back before each capture.
+    """
+    stream = _side_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # In the stricter modes nothing can be loaded during a capture.
+        graph.capture_begin(pool=pool, capture_error_mode="relaxed")
+        try:
+            yield
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 class _Graph:
     """The captured forward and backward graphs for one set of shapes.
 
@@ -199,12 +224,11 @@ class _Graph:
         if not needs <= owner.warmed_up:
             self._warm_up(run)
             owner.warmed_up |= needs
-        # In the stricter modes nothing can be loaded during a capture.
-        mode = {"pool": owner.pool, "capture_error_mode": "relaxed"}
-        with torch.cuda.graph(self.forward, **mode):
+            torch.cuda.empty_cache()  # what the warm-up has used is of no use to the graph, which has its own memory
+        with _capture(self.forward, owner.pool):
             outputs = run()
         self._make_gradients(outputs)
-        with torch.cuda.graph(self.backward, **mode):
+        with _capture(self.backward, owner.pool):
             self._differentiate(outputs)
         # Without their history, so that the next graph can use the memory of the backward pass.
         self.outputs = [x.detach() for x in outputs]
@@ -232,7 +256,7 @@ class _Graph:
         """
         random_state = torch.cuda.get_rng_state()
         buffers = [(buffer, buffer.clone()) for buffer in self.owner.modules.buffers()]
-        stream = torch.cuda.Stream()
+        stream = _side_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             outputs = run()

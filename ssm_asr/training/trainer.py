@@ -1,5 +1,6 @@
 """The training loop: one run, from its first batch or its newest checkpoint to the end of its last epoch."""
 
+import gc
 import math
 import random
 import sys
@@ -122,6 +123,7 @@ class Trainer:
             world_size=place.world_size,
         )
         loader = Loader(self.tokenizer, data, noises)
+        gc.freeze()  # the cuts stay to the end, so Python's collector need not look at them again and again
         with closing(self._make_feed(jobs, loader)) as feed:  # workers load the first batches meanwhile
             self._prepare_step()
             if not self.fast.encoder_graphs and place.rank == 0:
