@@ -16,6 +16,7 @@ from torch import nn
 
 from ssm_asr import ops
 from ssm_asr.data.batches import Batch, TrainingJobs, shape_tokens
+from ssm_asr.data.errors import first_line
 from ssm_asr.data.parallel import parallel_map
 from ssm_asr.ops import ahead
 from ssm_asr.training.graphs import Graphs
@@ -46,8 +47,10 @@ def compile_ahead(objective: Objective, optimizer: ScaledAdam, jobs: TrainingJob
         return f"kernels: compiled before; kept in {done.parent}"
     try:
         kernels = sorted(_rehearse(objective, optimizer, jobs, device))
-    except torch.OutOfMemoryError:  # the trial of the largest batch, which follows, says what to do
-        return "kernels: compiled when they are first used, since a rehearsal does not fit into the memory"
+    except Exception as error:  # training does not depend on it; of memory, the trial of the largest batch tells
+        return f"kernels: compiled when they are first used, since the rehearsal failed ({first_line(error)})"
+    finally:
+        objective.model.zero_grad(set_to_none=True)
     missing = [kernel for kernel in kernels if not ahead.is_compiled(kernel)]
     missing.sort(key=lambda kernel: kernel.name not in SLOW)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -75,7 +78,7 @@ def _rehearse(
     objective: Objective, optimizer: ScaledAdam, jobs: TrainingJobs, device: torch.device
 ) -> set[ahead.Kernel]:
     """Returns the kernels that a training step would have to compile or load."""
-    model = objective.model.train()
+    objective.model.train()
     encoder, shapes = objective.model.config.encoder, jobs.shapes()
     # Most kernels are for all shapes, but those of the losses depend on the number of tokens.
     calls = [(shape, encoder.chunk_frames[0]) for shape in shapes]
@@ -85,7 +88,6 @@ def _rehearse(
             losses = objective.losses(_silence(*shape, device), (chunk, encoder.left_context_frames[0]))
             objective.weighted(losses).nan_to_num(posinf=0.0).sum().backward()
         _rehearse_optimizer(optimizer)
-    model.zero_grad(set_to_none=True)
     return kernels
 
 
