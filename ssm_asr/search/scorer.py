@@ -31,12 +31,13 @@ class Scorer(Protocol):
 
 
 class TransducerScorer:
-    """The scorer of a model in PyTorch."""
+    """The scorer of a model in PyTorch, whose predictor's weights must not change any more."""
 
     def __init__(self, model: Transducer, unk_id: int, blank_id: int = 0) -> None:
         self._model = model
         self.context_size = model.config.context_size
         self.unk_id, self.blank_id = unk_id, blank_id
+        self._table_CVD = model.decoder.table()
 
     def project(self, encoder_out_BTD: Tensor) -> Tensor:
         """Projects encoder output to (B, T, J), as `join` takes it."""
@@ -44,8 +45,9 @@ class TransducerScorer:
 
     def predict(self, tokens_NC: Tensor) -> Tensor:
         """Returns the predictor's output (N, J) after the last C tokens of each hypothesis, given by `context_of`."""
-        tokens_NC = tokens_NC.to(self._model.joiner.decoder_proj.weight.device)
-        return self._model.joiner.decoder_proj(self._model.decoder(tokens_NC, pad=False)[:, 0])
+        places_C = torch.arange(self.context_size, device=self._table_CVD.device)
+        terms_NCD = self._table_CVD[places_C, tokens_NC.to(places_C.device) + 1]
+        return self._model.joiner.decoder_proj(terms_NCD.sum(dim=1).relu())
 
     def join(self, encoder_NJ: Tensor, decoder_NJ: Tensor) -> Tensor:
         """Returns the logits (N, V) of the next symbol, in float32."""

@@ -1,6 +1,6 @@
 """The stateless predictor and the joiner of the transducer.
 
-Shapes: N sequences, U tokens, D channels, J joiner channels.
+Shapes: N sequences, U tokens, C context size, V vocabulary, D channels, G channels of a group, J joiner channels.
 """
 
 import torch
@@ -47,6 +47,20 @@ class Predictor(nn.Module):
         if pad:
             x_NDU = nn.functional.pad(x_NDU, (self.context_size - 1, 0))
         return self.balance_out(grouped_conv(self.conv, x_NDU).relu().transpose(1, 2))
+
+    @torch.no_grad()
+    def table(self) -> Tensor:
+        """Returns what each token adds to the output before the ReLU, (C, 1 + V, D), by its place c in the context.
+
+        The first row of each place is zero and stands for the id -1. Searches look up terms, since a convolution of
+        C tokens at a time is slow.
+        """
+        embedded_DV = nn.functional.pad(self.embedding.weight.T, (1, 0))
+        terms = (
+            nn.functional.conv1d(embedded_DV[None], weight_DG[..., None], groups=self.conv.groups)[0].T
+            for weight_DG in self.conv.weight.unbind(dim=2)
+        )
+        return torch.stack(list(terms))
 
 
 class Joiner(nn.Module):
