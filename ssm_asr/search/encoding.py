@@ -10,6 +10,7 @@ from ssm_asr import units
 from ssm_asr.encoder.contract import MOST_CHUNK_FRAMES
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP
 from ssm_asr.ops.attention import visible_left_context
+from ssm_asr.ops.devices import to_device
 from ssm_asr.transducer.model import EncoderConfig, Transducer
 
 
@@ -45,11 +46,23 @@ def streaming_context(encoder: EncoderConfig, chunk: int, left_context: int) -> 
     return visible_left_context(chunk, left_context)
 
 
+def padded_frames(frames: int, chunk: int) -> int:
+    """Returns the 2·C·n + 13 feature frames that n whole chunks take, for an utterance of this many frames."""
+    chunks = -(-max(1, units.embed_frames(frames)) // chunk)
+    return 2 * chunk * chunks + CHUNK_OVERLAP
+
+
 def pad_to_chunks(features_TF: Tensor, chunk: int) -> Tensor:
-    """Pads the features of a whole utterance with silence to the 2·C·n + 13 frames that n whole chunks take."""
-    chunks = -(-max(1, units.embed_frames(features_TF.shape[0])) // chunk)
-    missing = 2 * chunk * chunks + CHUNK_OVERLAP - features_TF.shape[0]
+    """Pads the features of a whole utterance with silence to whole chunks."""
+    missing = padded_frames(features_TF.shape[0], chunk) - features_TF.shape[0]
     return torch.nn.functional.pad(features_TF, (0, 0, 0, missing), value=units.LOG_MEL_SILENCE)
+
+
+def _pad_batch(features_BTF: Tensor, lens_B: Tensor, frames: int) -> Tensor:
+    """Pads or cuts a batch to this many frames. Silence replaces all that is beyond the lengths."""
+    features_BTF = torch.nn.functional.pad(features_BTF, (0, 0, 0, frames - features_BTF.shape[1]))
+    beyond_BT = torch.arange(frames, device=lens_B.device) >= lens_B[:, None]
+    return features_BTF.masked_fill(beyond_BT[..., None], units.LOG_MEL_SILENCE)
 
 
 def encode_as_streamed(
@@ -69,14 +82,13 @@ def encode_as_streamed(
     """
     lens = lens_B.tolist()
     unit = chunk if chunk > 0 else model.config.encoder.chunk_multiple
-    rows = [pad_to_chunks(row[:length].cpu(), unit) for row, length in zip(features_BTF, lens, strict=True)]
+    padded = [padded_frames(length, unit) for length in lens]
     # Without chunks, what is beyond the last of these frames counts as padding, as it would in a longer batch.
     beyond = 0 if chunk > 0 else CHUNK_OVERLAP - units.feature_frames(0)
-    lens_B = torch.tensor([len(row) - beyond for row in rows])
-    features_BTF = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=units.LOG_MEL_SILENCE).to(
-        features_BTF.device
-    )
-    encoder_out, _ = model.encode(features_BTF, lens_B.to(features_BTF.device), chunk, left_context)
+    counts = torch.tensor([lens, [frames - beyond for frames in padded]])
+    valid_B, counted_B = to_device(counts, features_BTF.device)
+    features_BTF = _pad_batch(features_BTF, valid_B, max(padded))
+    encoder_out, _ = model.encode(features_BTF, counted_B, chunk, left_context)
     return encoder_out, [units.output_frames(length) for length in lens]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ssm_asr.search.scorer import Scorer, context_of, context_tensor
 
 BLOCK_FRAMES = 8  # a token comes every 6 to 8 frames
+CPU_ROWS = 64  # on a CPU, frames that are scored in vain cost time, so blocks of many streams are shorter
 STEPS_BETWEEN_QUESTIONS = {"cuda": 16, "cpu": 1}  # the host asks a GPU rarely whether a stream has frames left
 
 
@@ -86,7 +87,7 @@ class GreedySearch:
             of these symbols, and whether a stream has frames left.
         """
         scorer, (B, T, J) = self._scorer, encoder_BTJ.shape
-        block = min(BLOCK_FRAMES, T)
+        block = min(BLOCK_FRAMES if encoder_BTJ.is_cuda else min(BLOCK_FRAMES, max(2, CPU_ROWS // B)), T)
         offset_K = torch.arange(block, device=encoder_BTJ.device)
         row_B1 = torch.arange(B, device=encoder_BTJ.device)[:, None]
         symbols, frames = [], []

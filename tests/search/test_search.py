@@ -12,10 +12,11 @@ import toy
 from torch import Tensor
 
 from ssm_asr.config import ConfigError, from_dict
-from ssm_asr.search import SEARCHES, make_search
+from ssm_asr.search import SEARCHES, greedy, make_search
 from ssm_asr.search.scorer import TransducerScorer, context_of
 from ssm_asr.transducer.model import Transducer
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB, JOINER_DIM = 6, 5
 BLANK, UNK = 0, 2
 
@@ -25,12 +26,27 @@ class RandomScorer:
 
     blank_id, unk_id = BLANK, UNK
 
-    def __init__(self, context_size: int = 2, seed: int = 0, sharpness: float = 3.0) -> None:
+    def __init__(
+        self,
+        context_size: int = 2,
+        seed: int = 0,
+        sharpness: float = 3.0,
+        blank_bias: float = 0.0,
+        unk_bias: float = 0.0,
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.context_size = context_size
         self.embedding_CVJ = torch.randn(context_size, VOCAB + 1, JOINER_DIM, generator=generator)
         self.output_JV = sharpness * torch.randn(JOINER_DIM, VOCAB, generator=generator)
+        self.bias_V = torch.zeros(VOCAB)
+        self.bias_V[BLANK], self.bias_V[UNK] = blank_bias, unk_bias
         self.asked: list[list[int]] = []
+
+    def to(self, device: str) -> "RandomScorer":
+        """Moves the tensors to a device."""
+        self.embedding_CVJ, self.output_JV = self.embedding_CVJ.to(device), self.output_JV.to(device)
+        self.bias_V = self.bias_V.to(device)
+        return self
 
     def predict(self, tokens_NC: Tensor) -> Tensor:
         self.asked += tokens_NC.tolist()
@@ -38,13 +54,13 @@ class RandomScorer:
         return torch.stack(rows).sum(dim=0)
 
     def join(self, encoder_NJ: Tensor, decoder_NJ: Tensor) -> Tensor:
-        return torch.tanh(encoder_NJ + decoder_NJ) @ self.output_JV
+        return torch.tanh(encoder_NJ + decoder_NJ) @ self.output_JV + self.bias_V
 
     def log_probs_V(self, encoder_J: Tensor, tokens: tuple[int, ...]) -> list[float]:
         """Computes the log-probabilities of the next symbol after these tokens, independently of the searches."""
         context = ([-1] * (self.context_size - 1) + [BLANK] + list(tokens))[-self.context_size :]
         decoder_J = sum(self.embedding_CVJ[c, token + 1] for c, token in enumerate(context))
-        return (torch.tanh(encoder_J + decoder_J) @ self.output_JV).double().log_softmax(-1).tolist()
+        return (torch.tanh(encoder_J + decoder_J) @ self.output_JV + self.bias_V).double().log_softmax(-1).tolist()
 
 
 def encoder_out(*shape: int, seed: int = 1) -> Tensor:
@@ -91,6 +107,36 @@ def test_greedy_is_the_best_symbol_of_each_frame(context_size: int) -> None:
         assert (search.tokens(state), state.emitted_frames) == brute_force_greedy(scorer, encoder_BTJ[0])
         emitted += len(state.tokens)
     assert 50 < emitted < 250  # of 300 frames, so that blanks and symbols are tested
+
+
+@pytest.mark.parametrize("steps", [1, 16])
+@pytest.mark.parametrize(("blank_bias", "least", "most"), [(-100, 1, 1), (0, 0.5, 0.99), (10, 0.05, 0.5), (100, 0, 0)])
+def test_greedy_steps_over_blanks_of_any_number(
+    monkeypatch: pytest.MonkeyPatch, blank_bias: float, least: float, most: float, steps: int
+) -> None:
+    """From no blank to nothing but blanks, for lengths around those of blocks and for streams that end early."""
+    monkeypatch.setitem(greedy.STEPS_BETWEEN_QUESTIONS, DEVICE, steps)
+    lens = [0, 1, 7, 8, 9, 16, 17, 61, 0, 40]
+    count = 0
+    for seed in range(3):
+        scorer = RandomScorer(seed=seed, blank_bias=blank_bias, unk_bias=-100.0)
+        search = make_search("greedy", scorer.to(DEVICE))
+        encoder_BTJ = encoder_out(len(lens), 61, seed=seed)
+        states = search.step(encoder_BTJ.to(DEVICE), lens, [search.start() for _ in lens])
+        scorer.to("cpu")
+        expected = [brute_force_greedy(scorer, row[:length]) for row, length in zip(encoder_BTJ, lens, strict=True)]
+        assert [(search.tokens(state), search.emitted_frames(state)) for state in states] == expected
+        assert [state.frames for state in states] == lens
+        count += sum(len(tokens) for tokens, _ in expected)
+    assert least <= count / (3 * sum(lens)) <= most
+
+
+def test_greedy_looks_at_few_blocks() -> None:
+    """The number of steps goes with the tokens, not with the frames."""
+    scorer = RandomScorer(blank_bias=100.0)
+    search = make_search("greedy", scorer)
+    search.step(encoder_out(1, 800), [800], [search.start()])
+    assert len(scorer.asked) == 800 // greedy.BLOCK_FRAMES
 
 
 @pytest.mark.parametrize("seed", range(3))
