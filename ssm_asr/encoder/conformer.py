@@ -22,6 +22,7 @@ from ssm_asr.encoder.contract import MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOS
 from ssm_asr.encoder.mixer import MIXERS
 from ssm_asr.fields import setting
 from ssm_asr.ops.attention import Context, context_of_chunk, context_of_sequences, hidden, shift_relative
+from ssm_asr.ops.numbers import Count
 from ssm_asr.ops.precision import at_least_float32
 from ssm_asr.ssm.s4d import PARAMETERISATIONS
 
@@ -240,14 +241,14 @@ class Conformer(Encoder):
         """Returns the state of every layer at the start of `batch_size` streams; left_context is in frames at 50 Hz."""
         return tuple(layer.init_state(batch_size, left_context // SUBSAMPLING, device) for layer in self._layers())
 
-    def forward(self, x_BTE: Tensor, lens_B: Tensor, chunk: int, left_context: int | Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BTE: Tensor, lens_B: Tensor, chunk: Count, left_context: Count) -> tuple[Tensor, Tensor]:
         """Encodes whole sequences, masked to what streaming sees.
 
         Args:
             x_BTE: T frames at 50 Hz.
             lens_B: how many frames of each sequence are not padding.
             chunk: in frames at 50 Hz; -1 is the whole sequence.
-            left_context: in frames at 50 Hz, -1 for all; or a tensor, as `context_of_sequences` takes it.
+            left_context: in frames at 50 Hz, -1 for all. Both may be tensors, as `context_of_sequences` takes them.
 
         Returns:
             The output (B, (T+1)//2, D), and the lengths (B,) in frames at 25 Hz.

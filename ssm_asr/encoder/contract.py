@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ssm_asr import units
 from ssm_asr.fields import Section, setting
+from ssm_asr.ops.numbers import Count
 
 # The largest sizes that a configuration may ask for: far above any model, and far below what hangs a machine.
 MOST_LAYERS = 1000
@@ -97,15 +98,15 @@ class Encoder(nn.Module, ABC):
     out_channels: int
 
     @abstractmethod
-    def forward(self, x_BTD: Tensor, lens_B: Tensor, chunk: int, left_context: int | Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, lens_B: Tensor, chunk: Count, left_context: Count) -> tuple[Tensor, Tensor]:
         """Encodes whole utterances, each frame of which sees as much as it would in streaming.
 
         Args:
             x_BTD: The front end's frames at 50 Hz, (B, T, E).
             lens_B: How many frames of each utterance are not padding, int64.
             chunk: Frames at 50 Hz of a chunk; -1 makes one chunk of the whole utterance.
-            left_context: Frames at 50 Hz before a chunk that it sees; -1 stands for all of them. A tensor is a number
-                on the device that already counts whole chunks, as `attention.visible_left_context` does.
+            left_context: Frames at 50 Hz before a chunk that it sees; -1 stands for all of them. Either both
+                are integers, or both are numbers on the device, from `attention.context_on_device`.
 
         Returns:
             The output (B, S, D), and how many of its frames are not padding, (lens_B + 1) // 2.

@@ -12,6 +12,7 @@ from ssm_asr.encoder.modules import Linear, SwooshR, scaled_linear
 from ssm_asr.encoder.regularize import Balancer, Schedule, Whiten
 from ssm_asr.ops.depthwise import ChunkCausalWeights, chunk_causal_conv, chunk_causal_step
 from ssm_asr.ops.gates import gated
+from ssm_asr.ops.numbers import Count
 
 
 class ChunkCausalConv(nn.Module):
@@ -37,9 +38,9 @@ class ChunkCausalConv(nn.Module):
         self.chunkwise_conv = nn.Conv1d(channels, channels, kernel, padding=self.cached, groups=channels)
         self.chunkwise_conv_scale = nn.Parameter(torch.zeros(2, channels, kernel))
 
-    def forward(self, x_BDT: Tensor, chunk: int) -> Tensor:
+    def forward(self, x_BDT: Tensor, chunk: Count) -> Tensor:
         """Convolves whole sequences (B, D, T) -> (B, D, T); `chunk` is in frames, and -1 is the whole sequence."""
-        return chunk_causal_conv(x_BDT, x_BDT.shape[2] if chunk < 0 else chunk, self._weights())
+        return chunk_causal_conv(x_BDT, chunk, self._weights())
 
     def stream(self, x_BDC: Tensor, cache_BDM: Tensor) -> tuple[Tensor, Tensor]:
         """Convolves one chunk; returns the output (B, D, C) and the new cache.
@@ -84,7 +85,7 @@ class ConvolutionModule(nn.Module):
         self.activation = SwooshR()
         self.out_proj = scaled_linear(channels, channels, 0.05)
 
-    def forward(self, x_BTD: Tensor, padding_mask_BT: Tensor | None, chunk: int = -1) -> Tensor:
+    def forward(self, x_BTD: Tensor, padding_mask_BT: Tensor | None, chunk: Count = -1) -> Tensor:
         """Maps whole sequences (B, T, D) -> (B, T, D).
 
         Args:

@@ -24,6 +24,7 @@ from ssm_asr.encoder.modules import BiasNorm, Bypass, Downsample, FeedForward, s
 from ssm_asr.encoder.regularize import Balancer, Schedule, Scheduled, Whiten, sequence_masks
 from ssm_asr.fields import setting
 from ssm_asr.ops.attention import Context, context_of_chunk, context_of_sequences
+from ssm_asr.ops.numbers import Count
 from ssm_asr.ops.residual import add_masked, fork
 
 DROPOUT = Schedule((0, 0.3), (20000, 0.1))
@@ -153,7 +154,7 @@ class ZipformerLayer(Scheduled):
             conv2_BDM=zeros(dim, self.conv_module2.cached),
         )
 
-    def forward(self, x_BTD: Tensor, pos_PE: Tensor, context: Context, chunk: int) -> Tensor:
+    def forward(self, x_BTD: Tensor, pos_PE: Tensor, context: Context, chunk: Count) -> Tensor:
         """Maps whole sequences (B, T, D) -> (B, T, D).
 
         Args:
@@ -171,7 +172,7 @@ class ZipformerLayer(Scheduled):
         return y_BTD, new_state
 
     def _run(
-        self, x: Tensor, pos_PE: Tensor, context: Context, chunk: int, state: LayerState | None
+        self, x: Tensor, pos_PE: Tensor, context: Context, chunk: Count, state: LayerState | None
     ) -> tuple[Tensor, LayerState | None]:
         """Maps whole sequences if there is no state, else one chunk; returns the output and the new state."""
         left_context = 0 if state is None else state.key_BLQ.shape[1]
@@ -226,7 +227,7 @@ class ZipformerLayer(Scheduled):
         return cast(LongRange | None, self._modules.get(self.long_range))
 
     def _convolve(
-        self, module: ConvolutionModule, x: Tensor, context: Context, chunk: int, cache: Tensor | None
+        self, module: ConvolutionModule, x: Tensor, context: Context, chunk: Count, cache: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Runs a convolution module on one chunk if there is a cache, else on whole sequences."""
         if cache is not None:
@@ -261,7 +262,7 @@ class Stack(nn.Module):
         """Returns the states of all layers at the start of streams; left_context is in frames of this stack."""
         return tuple(layer.init_state(batch_size, left_context, device) for layer in self._layers())
 
-    def forward(self, x_BTD: Tensor, context: Context, chunk: int, channel_mask: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: Context, chunk: Count, channel_mask: Tensor | None) -> Tensor:
         """Maps whole sequences (B, T, D) -> (B, T, D).
 
         Args:
@@ -318,10 +319,10 @@ class DownsampledStack(nn.Module):
         """See `Stack.init_state`; left_context is in frames at 50 Hz."""
         return self.encoder.init_state(batch_size, left_context // self.factor, device)
 
-    def forward(self, x_BTD: Tensor, context: Context, chunk: int, channel_mask: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: Context, chunk: Count, channel_mask: Tensor | None) -> Tensor:
         """See `Stack.forward`; x, context and chunk are in frames at 50 Hz."""
-        chunk = chunk if chunk < 0 else chunk // self.factor
-        y_BTD = self.encoder(self.downsample(x_BTD), context.every(self.factor), chunk, channel_mask)
+        few = context.every(self.factor)
+        y_BTD = self.encoder(self.downsample(x_BTD), few, chunk // self.factor, channel_mask)  # -1 stays -1
         return self.out_combiner(x_BTD, y_BTD)
 
     def stream(
@@ -358,14 +359,14 @@ class Zipformer(Scheduled, Encoder):
         """Returns the state of every layer at the start of `batch_size` streams; left_context is in frames at 50 Hz."""
         return tuple(stack.init_state(batch_size, left_context, device) for stack in self._stacks())
 
-    def forward(self, x_BTD: Tensor, lens_B: Tensor, chunk: int, left_context: int | Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, lens_B: Tensor, chunk: Count, left_context: Count) -> tuple[Tensor, Tensor]:
         """Encodes whole sequences, masked to what streaming sees.
 
         Args:
             x_BTD: T frames at 50 Hz.
             lens_B: how many frames of each sequence are not padding.
             chunk: in frames at 50 Hz, -1 for the whole sequence; an encoder that is not causal ignores it.
-            left_context: in frames at 50 Hz, -1 for all; or a tensor, as `context_of_sequences` takes it.
+            left_context: in frames at 50 Hz, -1 for all. Both may be tensors, as `context_of_sequences` takes them.
 
         Returns:
             The output (B, (T+1)//2, max(dim)), and the lengths (B,) in frames at 25 Hz.

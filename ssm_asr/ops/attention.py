@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ssm_asr.ops import dispatch
-from ssm_asr.ops.numbers import Number, known_zero, on_device
+from ssm_asr.ops.devices import to_device
+from ssm_asr.ops.numbers import Count, Number, known_zero, on_device
 from ssm_asr.ops.penalty import penalize_large
 from ssm_asr.ops.precision import at_least_float32
 
@@ -64,8 +65,18 @@ def visible_left_context(chunk: int, left_context: int) -> int:
     return chunk * (max(1, left_context // chunk) if left_context > 0 else MOST_FRAMES // chunk)
 
 
+def context_on_device(chunk: int, left_context: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns a chunk and the left context that it sees as numbers on the device, without waiting for it.
+
+    Operations that get these numbers do the same for all chunks, so that one captured graph serves all of them.
+    """
+    numbers = torch.tensor([chunk, visible_left_context(chunk, left_context)], dtype=torch.int32)
+    chunk_number, left_number = to_device(numbers, device)
+    return chunk_number, left_number
+
+
 def context_of_sequences(
-    x_BTD: Tensor, lens_B: Tensor, chunk: int, left_context: int | Tensor, *, spans: bool = True
+    x_BTD: Tensor, lens_B: Tensor, chunk: Count, left_context: Count, *, spans: bool = True
 ) -> Context:
     """Returns the context of whole sequences, in which each chunk sees itself and its left context.
 
@@ -73,7 +84,7 @@ def context_of_sequences(
         x_BTD: the sequences; their number of frames, their type and their device are used.
         lens_B: how many frames of each sequence are not padding.
         chunk: in frames; -1 for all.
-        left_context: in frames; -1 for all. A tensor holds what `visible_left_context` returned, on the device.
+        left_context: in frames; -1 for all. Either both are integers, or both are from `context_on_device`.
         spans: whether the context is for `attention_weights` and `weighted_sums`, which take spans where they run by
             kernels. False always makes masks.
     """
@@ -100,30 +111,40 @@ def context_of_chunk(frames: int, left_context: int, processed_B: Tensor | None)
     return Context(None, age_K > processed_B[:, None])
 
 
-def chunk_mask(frames: int, chunk: int, left_context: int | Tensor, device: torch.device) -> Tensor | None:
-    """Returns `Context.chunk_mask_TK` for whole sequences, or None if the chunk holds all frames.
+def chunk_mask(frames: int, chunk: Count, left_context: Count, device: torch.device) -> Tensor | None:
+    """Returns `Context.chunk_mask_TK` for whole sequences, or None if the host knows that the chunk holds all frames.
 
     `context_of_sequences` explains the arguments.
     """
-    if chunk < 0:
+    if not isinstance(chunk, Tensor) and chunk < 0:
         return None
+    chunk = _frames_of(chunk, frames)
     chunk_T = torch.arange(frames, device=device) // chunk
     age_TK = chunk_T[:, None] - chunk_T
     return (age_TK < 0) | (age_TK > _visible(chunk, left_context) // chunk)
 
 
-def visible_span(lens_B: Tensor, frames: int, chunk: int, left_context: int | Tensor) -> Tensor:
+def visible_span(lens_B: Tensor, frames: int, chunk: Count, left_context: Count) -> Tensor:
     """Returns `Context.span_2BT` for whole sequences; `context_of_sequences` explains the arguments."""
     left = _visible(chunk, left_context)
-    chunk = chunk if chunk > 0 else frames
+    chunk = _frames_of(chunk, frames)
     frame_T = torch.arange(frames, device=lens_B.device, dtype=torch.int32)
     start_T = frame_T - frame_T % chunk
     end_BT = torch.minimum((start_T + chunk).clamp(max=frames), lens_B[:, None].to(torch.int32))
     return torch.stack([(start_T - left).clamp(min=0).expand_as(end_BT), end_BT])
 
 
-def _visible(chunk: int, left_context: int | Tensor) -> int | Tensor:
-    return left_context if isinstance(left_context, Tensor) else visible_left_context(chunk, left_context)
+def _visible(chunk: Count, left_context: Count) -> Count:
+    if isinstance(chunk, Tensor) or isinstance(left_context, Tensor):
+        return left_context
+    return visible_left_context(chunk, left_context)
+
+
+def _frames_of(chunk: Count, frames: int) -> Count:
+    """Returns the frames of a chunk, which are all frames for a chunk of -1."""
+    if isinstance(chunk, Tensor):
+        return torch.where(chunk < 0, frames, chunk)
+    return frames if chunk < 0 else chunk
 
 
 def attention_weights(

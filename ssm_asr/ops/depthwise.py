@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssm_asr.ops import dispatch
+from ssm_asr.ops.numbers import Count
 from ssm_asr.ops.precision import autocast_dtype
 
 # For up to FEW_PRODUCTS multiplications, matrix products on a CPU take 0.3 to 0.9 times as long as conv1d, which then
@@ -50,14 +51,14 @@ class ChunkCausalWeights(NamedTuple):
     inside: nn.Conv1d
 
 
-def chunk_causal_conv(x_BDT: Tensor, chunk: int, weights: ChunkCausalWeights) -> Tensor:
+def chunk_causal_conv(x_BDT: Tensor, chunk: Count, weights: ChunkCausalWeights) -> Tensor:
     """Convolves whole sequences, with zeros before the first frame and after the last.
 
     The result is the sum of the causal convolution and of the scaled convolution inside each chunk.
 
     Args:
         x_BDT: the sequences.
-        chunk: C, in frames.
+        chunk: C, in frames; -1 for all. A tensor lies on the device, and only kernels take it without a wait.
         weights: the weights.
 
     Returns:
@@ -70,7 +71,10 @@ def chunk_causal_conv(x_BDT: Tensor, chunk: int, weights: ChunkCausalWeights) ->
 
         assert causal.bias is not None and inside.bias is not None
         given = (scale_2DK, causal.weight, causal.bias, inside.weight, inside.bias)
-        return depthwise_kernel.chunk_causal_conv(x_BDT.transpose(1, 2), chunk, *given).transpose(1, 2)
+        number = chunk if isinstance(chunk, Tensor) else torch.full((), chunk, dtype=torch.int32, device=x_BDT.device)
+        return depthwise_kernel.chunk_causal_conv(x_BDT.transpose(1, 2), number, *given).transpose(1, 2)
+    chunk = int(chunk)
+    chunk = T if chunk < 0 else chunk
     causal_BDT = causal(functional.pad(x_BDT, (scale_2DK.shape[2] // 2, 0)))
     n = -(-T // chunk)
     chunks = functional.pad(x_BDT, (0, n * chunk - T)).reshape(B, D, n, chunk)

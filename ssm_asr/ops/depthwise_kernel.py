@@ -1,14 +1,18 @@
 """These kernels compute the chunk-causal depthwise convolution. Their programs go from chunk to chunk.
 
-    y_t = Σ_k causal_k·x_{t+k-M} + causal_bias + edge_p·(Σ_k inside_k·x_{t+k-M}·[same chunk] + inside_bias)
+    y_t = Σ_k causal_k·x_{t+k-M} + causal_bias + edge_q·(Σ_k inside_k·x_{t+k-M}·[same chunk] + inside_bias)
 
-Here k runs to M in the causal sum and to K-1 = 2·M in the other. The place p of a frame t is its position in its chunk.
-[same chunk] is 1 if both frames are in one chunk, else 0, and edge_p is 1 + left_p + right_{K-C+p}, in which left_p
-counts for p < K and right_{K-C+p} for p >= C-K. So the frames at a place are filtered by K taps that do not depend on
+Here k runs to M in the causal sum and to K-1 = 2·M in the other. The place q of a frame t is its position in its chunk.
+[same chunk] is 1 if both frames are in one chunk, else 0, and edge_q is 1 + left_q + right_{K-C+q}, in which left_q
+counts for q < K and right_{K-C+q} for q >= C-K. So the frames at a place are filtered by K taps that do not depend on
 the chunk, and the gradients of all weights follow from a few sums over the frames at each place.
 
-Shapes: B batch, T frames, D channels, K taps, M = K // 2, L = M + 1, C frames of a chunk, S slabs of chunks,
-W = L + 1 + K + 1 rows of taps and biases.
+The size of a chunk is a number on the device, so that one captured graph serves chunks of all sizes. Chunks shorter
+than a tile form groups of G chunks. The programs share the work by themselves: an item of work is a tile of the places
+of a group, in a slab of groups.
+
+Shapes: B batch, T frames, D channels, K taps, M = K // 2, L = M + 1, C frames of a chunk, S frames of a group, of which
+P <= S can exist, N programs for each tile of channels, W = L + 1 + K + 1 + 2·K rows of taps, biases and edges.
 """
 
 # Triton unrolls loops over constants, so that tuples may grow in them.
@@ -23,8 +27,8 @@ from torch import Tensor
 
 from ssm_asr.ops.dispatch import ANY_COUNT
 
-# PLACES and CHANNELS are the largest sizes of a program's tile. A warp has one place and two channels per thread, so
-# no two warps add to one sum. WARPS warps fill a GPU; more slabs would only mean more sums to add up in the end.
+# PLACES and CHANNELS are the sizes of a program's tile. A warp has one place and two channels per thread, so no two
+# warps add to one sum. WARPS warps fill a GPU; more programs would only mean more sums to add up in the end.
 PLACES, CHANNELS, WARPS = 8, 64, 2112
 MAX_REGISTERS = 128  # per thread, so that WARPS warps fit; registers that spill do so before the loops
 SUM_ROWS, SUM_CHANNELS = 128, 32  # sizes of a tile in the kernel that adds up the slabs
@@ -32,46 +36,60 @@ SUM_ROWS, SUM_CHANNELS = 128, 32  # sizes of a tile in the kernel that adds up t
 
 @triton.jit(do_not_specialize=ANY_COUNT)
 def _arrange_kernel(  # type: ignore[no-untyped-def]
-    scale_ptr, causal_ptr, causal_bias_ptr, inside_ptr, inside_bias_ptr, weights_ptr, edge_ptr,
-    D, C, K: tl.constexpr, CHANNELS: tl.constexpr,
+    scale_ptr, causal_ptr, causal_bias_ptr, inside_ptr, inside_bias_ptr, weights_ptr,
+    D, K: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the edge at each place (C, D), and (W, D): causal taps, causal bias, inside taps, inside bias."""
+    """Writes (W, D): causal taps, causal bias, inside taps, inside bias, left edge, right edge."""
     L: tl.constexpr = K // 2 + 1
     d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     there = d < D
-    if tl.program_id(0) < C:
-        p = tl.program_id(0)
-        left = tl.load(scale_ptr + d * K + p, mask=there & (p < K), other=0.0)
-        right = tl.load(scale_ptr + (D + d) * K + K - C + p, mask=there & (K - C + p >= 0), other=0.0)
-        tl.store(edge_ptr + p * D + d, 1.0 + (left + right), mask=there)
-    else:
-        k = tl.program_id(0) - C
-        causal = tl.load(causal_ptr + d * L + k, mask=there & (k < L), other=0.0)
-        causal += tl.load(causal_bias_ptr + d, mask=there & (k == L), other=0.0)
-        inside = tl.load(inside_ptr + d * K + k, mask=there & (k < K), other=0.0)
-        inside += tl.load(inside_bias_ptr + d, mask=there & (k == K), other=0.0)
-        tl.store(weights_ptr + k * D + d, causal, mask=there & (k <= L))
-        tl.store(weights_ptr + (L + 1 + k) * D + d, inside, mask=there)
+    row = tl.program_id(0)
+    inside, edge = row - (L + 1), row - (L + K + 2)
+    x = tl.load(causal_ptr + d * L + row, mask=there & (row < L), other=0.0)
+    x += tl.load(causal_bias_ptr + d, mask=there & (row == L), other=0.0)
+    x += tl.load(inside_ptr + d * K + inside, mask=there & (inside >= 0) & (inside < K), other=0.0)
+    x += tl.load(inside_bias_ptr + d, mask=there & (inside == K), other=0.0)
+    x += tl.load(scale_ptr + (edge // K * D + d) * K + edge % K, mask=there & (edge >= 0), other=0.0)
+    tl.store(weights_ptr + row * D + d, x, mask=there)
 
 
 @triton.jit
-def _tile(C, D, PLACES: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Returns the program's places and channels, a mask of those that exist, and their offsets inside a chunk."""
-    p = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
+def _sizes(chunk_ptr, T, programs, PLACES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns C, S, P, the number of tiles of a group's places, and the number of slabs."""
+    C = tl.load(chunk_ptr)
+    C = tl.where(C < 0, T, C)
+    S = C * tl.maximum(PLACES // C, 1)
+    P = tl.minimum(S, T)
+    tiles = tl.cdiv(P, PLACES)
+    return C, S, P, tiles, tl.maximum(programs // tiles, 1)
+
+
+@triton.jit
+def _edge(weights_ptr, q, d, C, mask, D: tl.constexpr, K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns edge_q for places q and channels d, which broadcast."""
+    left_ptr = weights_ptr + (K // 2 + K + 3) * D + d
+    left = tl.load(left_ptr + q * D, mask=mask & (q < K), other=0.0)
+    return 1.0 + (left + tl.load(left_ptr + (2 * K - C + q) * D, mask=mask & (q >= C - K), other=0.0))
+
+
+@triton.jit
+def _tile(tile, P, D, PLACES: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns a tile's places in a group and the program's channels, and a mask of those that exist."""
+    p = tile * PLACES + tl.arange(0, PLACES)
     d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    return p, d, (p < C)[:, None] & (d < D)[None, :], p[:, None] * D + d[None, :]
+    return p, d, (p < P)[:, None] & (d < D)[None, :]
 
 
 @triton.jit
-def _chunk(pair, T, C, chunks, D: tl.constexpr, K: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Returns for a pair of a sequence and a chunk its first frame, its first element, and whether no masks are needed.
+def _group(pair, tile, T, S, P, groups, D: tl.constexpr, K: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns for a pair of a sequence and a group its first frame, its first element, and whether to do without masks.
 
     Masks are half the work. They are not needed where all frames exist that the program's places see.
     """
-    start = pair % chunks * C
-    begin = start + tl.program_id(0) * PLACES - K // 2
-    within = (begin >= 0) & (begin + PLACES + K - 1 <= T) & ((tl.program_id(0) + 1) * PLACES <= C)
-    return start, ((pair // chunks).to(tl.int64) * T + start) * D, within & (D % CHANNELS == 0)
+    start = pair % groups * S
+    begin = start + tile * PLACES - K // 2
+    within = (begin >= 0) & (begin + PLACES + K - 1 <= T) & ((tile + 1) * PLACES <= P)
+    return start, ((pair // groups).to(tl.int64) * T + start) * D, within & (D % CHANNELS == 0)
 
 
 @triton.jit
@@ -92,42 +110,51 @@ def _filtered(y, taps, x_ptrs, t, mask, T, D: tl.constexpr, K: tl.constexpr, MAS
 
 @triton.jit(do_not_specialize=ANY_COUNT)
 def _convolve_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, weights_ptr, edge_ptr, y_ptr, T, C, chunks, pairs, slab_pairs,
+    x_ptr, weights_ptr, y_ptr, chunk_ptr, B, T,
     D: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Computes y from x, or with BACKWARD dx from dy.
 
-    Each place has its own K taps, which stay in registers while the program goes from chunk to chunk.
+    Each place has its own K taps, which stay in registers while the program goes from group to group.
     """
     M: tl.constexpr = K // 2
-    p, d, mask, place = _tile(C, D, PLACES, CHANNELS)
+    C, S, P, tiles, slabs = _sizes(chunk_ptr, T, tl.num_programs(0), PLACES)
+    groups = tl.cdiv(T, S)
+    slab_pairs = tl.cdiv(B * groups, slabs)
     inside_ptr = weights_ptr + (M + 2) * D
-    edge = tl.load(edge_ptr + place, mask=mask, other=0.0)
-    taps = ()
-    for j in tl.static_range(K):
-        k = K - 1 - j if BACKWARD else j
-        source = p + (j - M)  # the place of the frame under the tap, if it is in this chunk
-        same = mask & ((source >= 0) & (source < C))[:, None]
-        scale = tl.load(edge_ptr + place + (j - M) * D, mask=same, other=0.0) if BACKWARD else tl.where(same, edge, 0.0)
-        tap = scale * tl.load(inside_ptr + k * D + d, mask=d < D, other=0.0)[None, :]
-        if k <= M:
-            tap += tl.load(weights_ptr + k * D + d, mask=d < D, other=0.0)[None, :]
-        taps += (tap,)
-    bias = tl.zeros((PLACES, CHANNELS), tl.float32)
-    if not BACKWARD:
-        bias += tl.load(weights_ptr + (M + 1) * D + d, mask=d < D, other=0.0)[None, :]
-        bias += tl.load(inside_ptr + K * D + d, mask=d < D, other=0.0)[None, :] * edge
-    pair = tl.program_id(2) * slab_pairs
-    last = tl.minimum(pair + slab_pairs, pairs)
-    while pair < last:
-        start, first, within = _chunk(pair, T, C, chunks, D, K, PLACES, CHANNELS)
-        t = start + p
-        if within:
-            y = _filtered(bias, taps, x_ptr + first + place, t, mask, T, D, K, False)
-        else:
-            y = _filtered(bias, taps, x_ptr + first + place, t, mask, T, D, K, True)
-        tl.store(y_ptr + first + place, y, mask=mask & (t < T)[:, None])
-        pair += 1
+    item = tl.program_id(0)
+    while item < tiles * slabs:
+        tile = item % tiles
+        p, d, mask = _tile(tile, P, D, PLACES, CHANNELS)
+        q, d_row = (p % C)[:, None], d[None, :]
+        edge = _edge(weights_ptr, q, d_row, C, mask, D, K)
+        taps = ()
+        for j in tl.static_range(K):
+            k = K - 1 - j if BACKWARD else j
+            source = q + (j - M)  # the place of the frame under the tap, if it is in this chunk
+            same = mask & (source >= 0) & (source < C)
+            scale = _edge(weights_ptr, source, d_row, C, same, D, K) if BACKWARD else edge
+            tap = tl.where(same, scale, 0.0) * tl.load(inside_ptr + k * D + d, mask=d < D, other=0.0)[None, :]
+            if k <= M:
+                tap += tl.load(weights_ptr + k * D + d, mask=d < D, other=0.0)[None, :]
+            taps += (tap,)
+        bias = tl.zeros((PLACES, CHANNELS), tl.float32)
+        if not BACKWARD:
+            bias += tl.load(weights_ptr + (M + 1) * D + d, mask=d < D, other=0.0)[None, :]
+            bias += tl.load(inside_ptr + K * D + d, mask=d < D, other=0.0)[None, :] * edge
+        place = p[:, None] * D + d_row
+        pair = item // tiles * slab_pairs
+        last = tl.minimum(pair + slab_pairs, B * groups)
+        while pair < last:
+            start, first, within = _group(pair, tile, T, S, P, groups, D, K, PLACES, CHANNELS)
+            t = start + p
+            if within:
+                y = _filtered(bias, taps, x_ptr + first + place, t, mask, T, D, K, False)
+            else:
+                y = _filtered(bias, taps, x_ptr + first + place, t, mask, T, D, K, True)
+            tl.store(y_ptr + first + place, y, mask=mask & (t < T)[:, None])
+            pair += 1
+        item += tl.num_programs(0)
 
 
 @triton.jit
@@ -140,149 +167,136 @@ def _add_products(products, dy, x_ptrs, t, mask, T, D: tl.constexpr, K: tl.const
 
 @triton.jit(do_not_specialize=ANY_COUNT)
 def _products_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, dy_ptr, products_ptr, T, C, chunks, pairs, slab_pairs,
+    x_ptr, dy_ptr, products_ptr, chunk_ptr, B, T,
     D: tl.constexpr, K: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Sums P[p, k] = Σ dy_t·x_{t+k-M} and P[p, K] = Σ dy_t over the frames t at place p in the chunks of each slab.
+    """Sums Σ dy_t·x_{t+k-M} and, for k = K, Σ dy_t over the frames t at place p in the groups of each slab.
 
     The gradients of all weights are sums of these: p and k alone say whether frame t+k-M is in the chunk of frame t.
+    They lie in slabs·P rows of (K + 1, D).
     """
-    p, d, mask, place = _tile(C, D, PLACES, CHANNELS)
-    total = tl.zeros((PLACES, CHANNELS), tl.float32)
-    products = ()
-    for _ in tl.static_range(K):
-        products += (total,)
-    pair = tl.program_id(2) * slab_pairs
-    last = tl.minimum(pair + slab_pairs, pairs)
-    while pair < last:
-        start, first, within = _chunk(pair, T, C, chunks, D, K, PLACES, CHANNELS)
-        t = start + p
-        dy = tl.load(dy_ptr + first + place, mask=mask & (t < T)[:, None], other=0.0).to(tl.float32)
-        if within:
-            products = _add_products(products, dy, x_ptr + first + place, t, mask, T, D, K, False)
-        else:
-            products = _add_products(products, dy, x_ptr + first + place, t, mask, T, D, K, True)
-        total += dy
-        pair += 1
-    out = products_ptr + (tl.program_id(2) * C + p)[:, None] * ((K + 1) * D) + d[None, :]
-    for k in tl.static_range(K):
-        tl.store(out + k * D, products[k], mask=mask)
-    tl.store(out + K * D, total, mask=mask)
-
-
-@triton.jit
-def _add_slabs(plain, weighted, product_ptrs, factor, slab, mask, slabs, slab_size, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Adds the products of the slabs slab, slab + STEP, … to two sums: to `plain`, and times a factor to `weighted`."""
-    done = 0
-    while done < slabs:
-        there = mask & (slab + done < slabs)[:, None]
-        product = tl.load(product_ptrs + done * slab_size, mask=there, other=0.0)
-        plain += product
-        weighted += product * factor
-        done += STEP
-    return plain, weighted
+    _, S, P, tiles, slabs = _sizes(chunk_ptr, T, tl.num_programs(0), PLACES)
+    groups = tl.cdiv(T, S)
+    slab_pairs = tl.cdiv(B * groups, slabs)
+    item = tl.program_id(0)
+    while item < tiles * slabs:
+        tile, slab = item % tiles, item // tiles
+        p, d, mask = _tile(tile, P, D, PLACES, CHANNELS)
+        place = p[:, None] * D + d[None, :]
+        total = tl.zeros((PLACES, CHANNELS), tl.float32)
+        products = ()
+        for _ in tl.static_range(K):
+            products += (total,)
+        pair = slab * slab_pairs
+        last = tl.minimum(pair + slab_pairs, B * groups)
+        while pair < last:
+            start, first, within = _group(pair, tile, T, S, P, groups, D, K, PLACES, CHANNELS)
+            t = start + p
+            dy = tl.load(dy_ptr + first + place, mask=mask & (t < T)[:, None], other=0.0).to(tl.float32)
+            if within:
+                products = _add_products(products, dy, x_ptr + first + place, t, mask, T, D, K, False)
+            else:
+                products = _add_products(products, dy, x_ptr + first + place, t, mask, T, D, K, True)
+            total += dy
+            pair += 1
+        out = products_ptr + (slab * P + p)[:, None] * ((K + 1) * D) + d[None, :]
+        for k in tl.static_range(K):
+            tl.store(out + k * D, products[k], mask=mask)
+        tl.store(out + K * D, total, mask=mask)
+        item += tl.num_programs(0)
 
 
 @triton.jit(do_not_specialize=ANY_COUNT)
 def _weight_gradient_kernel(  # type: ignore[no-untyped-def]
-    products_ptr, weights_ptr, edge_ptr, dscale_ptr, dcausal_ptr, dcausal_bias_ptr, dinside_ptr, dinside_bias_ptr,
-    D, C, slabs, K: tl.constexpr, TAPS: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    products_ptr, weights_ptr, chunk_ptr, dscale_ptr, dcausal_ptr, dcausal_bias_ptr, dinside_ptr, dinside_bias_ptr,
+    T, programs, D: tl.constexpr, K: tl.constexpr, TAPS: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Sums the products into the gradients of one tap or of the biases, or into the gradient of the edge at one place.
+    """Sums the products into the gradients of one tap or of the biases, or into the gradient of one place of an edge.
 
-    TAPS is the least power of 2 that is at least K + 1, PLACES is any number, and ROWS is a multiple of both.
+    TAPS is the least power of 2 that is at least K + 1, and ROWS is a multiple of it.
     """
     M: tl.constexpr = K // 2
+    C, S, P, _, slabs = _sizes(chunk_ptr, T, programs, PLACES)
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    d_mask = (d < D)[None, :]
+    d_row, d_mask = d[None, :], (d < D)[None, :]
     row = tl.arange(0, ROWS)
-    slab_size = C * (K + 1) * D
     plain = tl.zeros((ROWS, CHANNELS), tl.float32)
     weighted = plain
+    done = 0
     if tl.program_id(1) <= K:
         k = tl.program_id(1)
-        first = 0
-        while first < C:
-            p, slab = first + row % PLACES, row // PLACES
-            mask = (p < C)[:, None] & d_mask
-            same = ((p + k >= M) & (p + k < M + C)) | (k == K)
-            edge = tl.load(edge_ptr + p[:, None] * D + d[None, :], mask=mask & same[:, None], other=0.0)
-            product_ptrs = products_ptr + ((slab * C + p) * (K + 1) + k)[:, None] * D + d[None, :]
-            plain, weighted = _add_slabs(
-                plain, weighted, product_ptrs, edge, slab, mask, slabs, slab_size, ROWS // PLACES
-            )
-            first += PLACES
+        while done < slabs * P:
+            i = done + row
+            q = (i % P % C)[:, None]
+            mask = (i < slabs * P)[:, None] & d_mask
+            same = mask & (((q + k >= M) & (q + k < M + C)) | (k == K))
+            product = tl.load(products_ptr + (i * (K + 1) + k)[:, None] * D + d_row, mask=mask, other=0.0)
+            plain += product
+            weighted += tl.where(same, product * _edge(weights_ptr, q, d_row, C, same, D, K), 0.0)
+            done += ROWS
         causal, inside = tl.sum(plain, axis=0), tl.sum(weighted, axis=0)
         tl.store(dcausal_ptr + d * (M + 1) + k, causal, mask=(d < D) & (k <= M))
         tl.store(dcausal_bias_ptr + d, causal, mask=(d < D) & (k == K))
         tl.store(dinside_ptr + d * K + k, inside, mask=(d < D) & (k < K))
         tl.store(dinside_bias_ptr + d, inside, mask=(d < D) & (k == K))
-        # Chunks shorter than the kernel do not use all numbers of the scale. The gradient of the others is 0.
-        unused = tl.zeros((CHANNELS,), tl.float32)
-        tl.store(dscale_ptr + d * K + k, unused, mask=(d < D) & (k < K) & (k >= C))
-        tl.store(dscale_ptr + (D + d) * K + k, unused, mask=(d < D) & (k < K - C))
     else:
-        place = tl.program_id(1) - (K + 1)
-        ks, slab = row % TAPS, row // TAPS
-        same = ((place + ks >= M) & (place + ks < M + C) & (ks < K)) | (ks == K)
-        tap_ptrs = weights_ptr + (M + 2 + ks)[:, None] * D + d[None, :]
-        tap = tl.load(tap_ptrs, mask=same[:, None] & d_mask, other=0.0)
-        product_ptrs = products_ptr + ((slab * C + place) * (K + 1) + ks)[:, None] * D + d[None, :]
-        mask = (ks <= K)[:, None] & d_mask
-        _, weighted = _add_slabs(plain, weighted, product_ptrs, tap, slab, mask, slabs, slab_size, ROWS // TAPS)
-        dedge = tl.sum(weighted, axis=0)
-        tl.store(dscale_ptr + d * K + place, dedge, mask=(d < D) & (place < K))
-        tl.store(dscale_ptr + (D + d) * K + K - C + place, dedge, mask=(d < D) & (K - C + place >= 0))
-
-
-def _march(shape_BTD: torch.Size, C: int, K: int) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, int]]:
-    """Returns the grid, the sizes and the constants for the kernels whose programs go from chunk to chunk."""
-    B, T, D = shape_BTD
-    pairs, places = B * triton.cdiv(T, C), min(PLACES, triton.next_power_of_2(C))
-    tiles = triton.cdiv(C, places), triton.cdiv(D, CHANNELS)
-    slab_pairs = triton.cdiv(pairs, max(1, WARPS // (places * tiles[0] * tiles[1])))
-    sizes = (T, C, triton.cdiv(T, C), pairs, slab_pairs)
-    constants = dict(D=D, K=K, PLACES=places, CHANNELS=CHANNELS, num_warps=places, maxnreg=MAX_REGISTERS)
-    return (*tiles, triton.cdiv(pairs, slab_pairs)), sizes, constants
+        edge = tl.program_id(1) - (K + 1)
+        # Chunks shorter than the kernel do not use all numbers of the edges. The gradient of the others is 0.
+        q = tl.where(edge < K, edge, C - 2 * K + edge)
+        members = tl.where((q >= 0) & (q < C), slabs * (S // C), 0)  # each group of a slab has this place once a chunk
+        ks = row % TAPS
+        same = ((q + ks >= M) & (q + ks < M + C) & (ks < K)) | (ks == K)
+        tap = tl.load(weights_ptr + (M + 2 + ks)[:, None] * D + d_row, mask=same[:, None] & d_mask, other=0.0)
+        while done < members:
+            member = done + row // TAPS
+            p = q + member % (S // C) * C
+            mask = ((ks <= K) & (member < members) & (p < P))[:, None] & d_mask
+            i = member // (S // C) * P + p
+            product = tl.load(products_ptr + (i * (K + 1) + ks)[:, None] * D + d_row, mask=mask, other=0.0)
+            weighted += product * tap
+            done += ROWS // TAPS
+        tl.store(dscale_ptr + (edge // K * D + d) * K + edge % K, tl.sum(weighted, axis=0), mask=d < D)
 
 
 class _ChunkCausalConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BTD: Tensor, chunk: int, *weights: Tensor) -> Tensor:
-        _, D, K = weights[0].shape
-        ctx.march, ctx.shapes = _march(x_BTD.shape, chunk, K), [w.shape for w in weights]
-        grid, sizes, constants = ctx.march
-        weights_WD, edge_CD = (torch.empty(rows, D, device=x_BTD.device) for rows in (K // 2 + K + 3, chunk))
-        _arrange_kernel[(chunk + K + 1, triton.cdiv(D, CHANNELS))](
-            *(w.contiguous() for w in weights), weights_WD, edge_CD, D, chunk, K=K, CHANNELS=CHANNELS, num_warps=1
+    def forward(ctx: Any, x_BTD: Tensor, chunk: Tensor, *weights: Tensor) -> Tensor:
+        (B, T, D), K = x_BTD.shape, weights[0].shape[2]
+        tiles = triton.cdiv(D, CHANNELS)
+        weights_WD = torch.empty(K // 2 + 3 * K + 3, D, device=x_BTD.device)
+        _arrange_kernel[(len(weights_WD), tiles)](
+            *(w.contiguous() for w in weights), weights_WD, D, K=K, CHANNELS=CHANNELS, num_warps=1
         )
+        programs = max(1, min(WARPS // PLACES // tiles, B * triton.cdiv(T, PLACES)))
+        ctx.grid, ctx.shapes = (programs, tiles), [w.shape for w in weights]
+        ctx.constants = dict(D=D, K=K, PLACES=PLACES, CHANNELS=CHANNELS, num_warps=PLACES, maxnreg=MAX_REGISTERS)
         y_BTD = torch.empty_like(x_BTD)
-        _convolve_kernel[grid](x_BTD, weights_WD, edge_CD, y_BTD, *sizes, BACKWARD=False, **constants)
-        ctx.save_for_backward(x_BTD, weights_WD, edge_CD)
+        _convolve_kernel[ctx.grid](x_BTD, weights_WD, y_BTD, chunk, B, T, BACKWARD=False, **ctx.constants)
+        ctx.save_for_backward(x_BTD, weights_WD, chunk)
         return y_BTD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_BTD, weights_WD, edge_CD = ctx.saved_tensors
-        grid, sizes, constants = ctx.march
+        x_BTD, weights_WD, chunk = ctx.saved_tensors
+        (B, T, D), K, (programs, _) = x_BTD.shape, ctx.constants["K"], ctx.grid
         dy_BTD = grads[0].contiguous()
         dx_BTD = torch.empty_like(x_BTD)
-        _convolve_kernel[grid](dy_BTD, weights_WD, edge_CD, dx_BTD, *sizes, BACKWARD=True, **constants)
-        (C, D), K, slabs = edge_CD.shape, constants["K"], grid[2]
-        products_SCKD = edge_CD.new_empty(slabs, C, K + 1, D)
-        _products_kernel[grid](x_BTD, dy_BTD, products_SCKD, *sizes, **constants)
-        dweights = [edge_CD.new_empty(shape) for shape in ctx.shapes]
-        taps, places = triton.next_power_of_2(K + 1), min(triton.next_power_of_2(C), SUM_ROWS)
-        _weight_gradient_kernel[(triton.cdiv(D, SUM_CHANNELS), K + 1 + C)](
-            *(products_SCKD, weights_WD, edge_CD, *dweights, D, C, slabs),
-            **dict(K=K, TAPS=taps, PLACES=places, ROWS=max(SUM_ROWS, taps), CHANNELS=SUM_CHANNELS, num_warps=8),
+        _convolve_kernel[ctx.grid](dy_BTD, weights_WD, dx_BTD, chunk, B, T, BACKWARD=True, **ctx.constants)
+        products = weights_WD.new_empty(max(programs * PLACES, T), K + 1, D)
+        _products_kernel[ctx.grid](x_BTD, dy_BTD, products, chunk, B, T, **ctx.constants)
+        dweights = [weights_WD.new_empty(shape) for shape in ctx.shapes]
+        taps = triton.next_power_of_2(K + 1)
+        _weight_gradient_kernel[(triton.cdiv(D, SUM_CHANNELS), K + 1 + 2 * K)](
+            *(products, weights_WD, chunk, *dweights, T, programs),
+            **dict(D=D, K=K, TAPS=taps, PLACES=PLACES, ROWS=max(SUM_ROWS, taps), CHANNELS=SUM_CHANNELS, num_warps=8),
         )
         return dx_BTD, None, *dweights
 
 
 def chunk_causal_conv(
     x_BTD: Tensor,
-    chunk: int,
+    chunk: Tensor,
     scale_2DK: Tensor,
     causal_D1L: Tensor,
     causal_bias_D: Tensor,
@@ -293,7 +307,7 @@ def chunk_causal_conv(
 
     Args:
         x_BTD: in any floating-point type.
-        chunk: C, in frames.
+        chunk: C, in frames, as one integer on the device; below 0 for all frames.
         scale_2DK: what is added to 1 near the left and near the right edge of a chunk. All weights are in float32.
         causal_D1L, causal_bias_D: weights of the causal convolution.
         inside_D1K, inside_bias_D: weights of the convolution inside the chunk.

@@ -15,7 +15,9 @@ MEMORY_LINE = 64
 # Triton compiles another version of a kernel, in one or two seconds, for an integer or an address that is a multiple of
 # 16. This version is faster if the argument is the address or the stride of long rows. It is not if the argument points
 # to a few numbers (FEW_NUMBERS) or counts what a batch holds (_COUNTS), so kernels do not specialise for these.
-FEW_NUMBERS = tuple(f"{x}_ptr" for x in ("acts", "end", "even", "frame", "keep", "mask", "rate", "settings", "skip"))
+FEW_NUMBERS = tuple(
+    f"{x}_ptr" for x in ("acts", "chunk", "end", "even", "frame", "keep", "mask", "rate", "settings", "skip")
+)
 _SLABS = ("slab_frames", "slab_pairs", "slab_rows", "slabs")
 _COUNTS = ("M", "N", "S", "T", "chunks", "images", "num_cells", "pairs", *_SLABS)
 ANY_COUNT = FEW_NUMBERS + _COUNTS

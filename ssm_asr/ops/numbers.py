@@ -1,4 +1,4 @@
-"""These types hold numbers that change with the batch: the outcome of a random decision, or a scheduled limit.
+"""These types hold numbers that change with the batch: a random decision, a scheduled limit, the size of a chunk.
 
 Either the host knows the numbers as floats, or they lie in a tensor on the device. A captured CUDA graph needs the
 tensor: it reads the numbers anew whenever it is replayed.
@@ -11,6 +11,7 @@ from ssm_asr.ops.devices import to_device
 
 Number = float | Tensor  # the tensor is a scalar
 Numbers = tuple[float, ...] | Tensor  # the tensor has one dimension
+Count = int | Tensor  # the tensor is a scalar of int32
 
 
 def known_zero(number: Number) -> bool:

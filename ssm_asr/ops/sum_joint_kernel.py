@@ -155,7 +155,6 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
 def _am_gradient_kernel(  # type: ignore[no-untyped-def]
     am_ptr, L_ptr, symbols_ptr, am_max_ptr, W_ptr, d_symbol_ptr, at_blank_ptr, d_am_ptr,
     T, U, size, blank, lm_scale, V: tl.constexpr, TIMES: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(2).to(tl.int64)
     t = tl.program_id(1) * TIMES + tl.arange(0, TIMES)
@@ -164,18 +163,21 @@ def _am_gradient_kernel(  # type: ignore[no-untyped-def]
     W_ptr += b * T * U
     cells = tl.num_programs(2).to(tl.int64) * T * U
     product = tl.zeros((TIMES, WIDTH), tl.float32)
-    for i in range(TILES):
-        u = i * OUTPUTS + tl.arange(0, OUTPUTS)
+    done = 0
+    while done < U:
+        u = done + tl.arange(0, OUTPUTS)
         W_high, W_low = _load_parts(W_ptr, cells, t, u, T, U, U, 1)
         L_high, L_low = _load_parts(L_ptr, size, u, v, U, V, V, 1)
         product = dot(W_high, W_low, L_high, L_low, product)
+        done += OUTPUTS
     am = _load_am(am_ptr + b * T * V, t, v, T, V)
     am_max = tl.load(am_max_ptr + b * T + t, mask=t < T, other=0.0)
     d_am = -product * _scaled_exp(am - am_max[:, None], E_SCALE)
     at_blank = tl.load(at_blank_ptr + b * T + t, mask=t < T, other=0.0)
     d_am += tl.where(v[None, :] == blank, at_blank[:, None], 0.0)
-    for i in range(TILES):
-        u = i * OUTPUTS + tl.arange(0, OUTPUTS)
+    done = 0
+    while done < U:
+        u = done + tl.arange(0, OUTPUTS)
         symbol = tl.load(symbols_ptr + b * (U - 1) + u, mask=u < U - 1, other=-1)
         hit = (symbol[:, None] == v[None, :]).to(tl.float32)
         if tl.sum(hit) > 0.0:
@@ -184,6 +186,7 @@ def _am_gradient_kernel(  # type: ignore[no-untyped-def]
             high, low = _split(d_symbol, W_ptr.dtype.element_ty)
             d_am = tl.dot(low, hit.to(low.dtype), acc=d_am, input_precision="ieee")
             d_am = tl.dot(high, hit.to(high.dtype), acc=d_am, input_precision="ieee")
+        done += OUTPUTS
     inside = (t < T)[:, None] & (v < V)[None, :]
     tl.store(d_am_ptr + b * T * V + (t[:, None] * V + v[None, :]), (1.0 - lm_scale) * d_am, mask=inside)
 
@@ -260,7 +263,7 @@ class SmoothedTerms(torch.autograd.Function):
         d_am_BTV, d_lm_BUV = torch.empty_like(am_BTV), lm_sum_BU.new_empty(B, U, V, dtype=ctx.lm_dtype)
         _am_gradient_kernel[(triton.cdiv(V, AM_GRADIENT["WIDTH"]), triton.cdiv(T, AM_GRADIENT["TIMES"]), B)](
             am_BTV, L_2BUV, symbols_BS, am_max_BT, W_2BTU, d_symbol_BTU, d_blank_BTU.sum(2), d_am_BTV,
-            TILES=triton.cdiv(U, AM_GRADIENT["OUTPUTS"]), **AM_GRADIENT, **ctx.sizes,
+            **AM_GRADIENT, **ctx.sizes,
         )  # fmt: skip
         _lm_gradient_kernel[(triton.cdiv(V, LM_GRADIENT["WIDTH"]), triton.cdiv(U, LM_GRADIENT["OUTPUTS"]), B)](
             am_BTV, L_2BUV, lm_sum_BU, symbols_BS, am_max_BT, W_2BTU, d_symbol_BTU[:, :, :-1].sum(1),

@@ -1,7 +1,6 @@
 """Compiles the GPU kernels of a training step before its first batch, many at a time.
 
-A rehearsal goes through the step without launching our kernels, and notes which it would launch. A few that depend on
-the texts are left, which are compiled when they are first used.
+A rehearsal goes through the step without launching our kernels, and notes which it would launch.
 """
 
 import hashlib
@@ -24,7 +23,9 @@ from ssm_asr.training.objective import Objective
 from ssm_asr.training.optim import ScaledAdam
 from ssm_asr.units import NUM_MELS
 
-TOKENS_A_SECOND = 4  # of the rehearsal; another number of tokens needs no other kernels
+TOKENS_A_SECOND = 4  # of the rehearsal of each shape
+LATTICES = (31, 63, 95, 127, 255)  # numbers of tokens that need kernels of their own for the sums over the lattice
+MOST_TOKENS_A_SECOND = 12  # faster speech than this waits until kernels are compiled for it
 MOST_JOBS = 16  # more than this share the work no better
 SLOW = ("_sum",)  # the sums over the lattice take ten times as long as others to compile, so they begin first
 
@@ -79,13 +80,13 @@ def _rehearse(
 ) -> set[ahead.Kernel]:
     """Returns the kernels that a training step would have to compile or load."""
     objective.model.train()
-    encoder, shapes = objective.model.config.encoder, jobs.shapes()
-    # Most kernels are for all shapes, but those of the losses depend on the number of tokens.
-    calls = [(shape, encoder.chunk_frames[0]) for shape in shapes]
-    calls += [(shapes[-1], chunk) for chunk in encoder.chunk_frames[1:]]
+    shapes = jobs.shapes()
+    calls = [(*shape, TOKENS_A_SECOND * shape[1] // 100) for shape in shapes]
+    count, frames = shapes[-1]
+    calls += [(count, frames, tokens) for tokens in LATTICES if tokens < MOST_TOKENS_A_SECOND * frames / 100]
     with ahead.recording() as kernels, _rehearsals(objective.graphs()):
-        for shape, chunk in calls:
-            losses = objective.losses(_silence(*shape, device), (chunk, encoder.left_context_frames[0]))
+        for call in calls:
+            losses = objective.losses(_silence(*call, device))
             objective.weighted(losses).nan_to_num(posinf=0.0).sum().backward()
         _rehearse_optimizer(optimizer)
     return kernels
@@ -112,9 +113,8 @@ def _rehearse_optimizer(optimizer: ScaledAdam) -> None:
         copy.step()
 
 
-def _silence(count: int, frames: int, device: torch.device) -> Batch:
-    """Returns a batch of so many utterances of so many feature frames."""
-    tokens = TOKENS_A_SECOND * frames // 100
+def _silence(count: int, frames: int, tokens: int, device: torch.device) -> Batch:
+    """Returns a batch of so many utterances of so many feature frames and tokens."""
     tokens_BU = torch.ones(count, shape_tokens(tokens), dtype=torch.int64, device=device)
     features_BTF = torch.zeros(count, frames, NUM_MELS, device=device)
     return Batch(features_BTF, torch.full((count,), frames), tokens_BU, torch.full((count,), tokens), [], [])

@@ -83,7 +83,7 @@ def make_passes(model: Transducer, fast: Fast, loss_backend: str, most_graphs: i
     if not fast.encoder_graphs:
         parts: list[nn.Module] = [model.encoder_embed, model.encoder]
         passes = passes._replace(
-            encode=Graphs(model.encode, parts, most_graphs, cast_together=True), left_on_device=True
+            encode=Graphs(model.encode, parts, most_graphs, cast_together=True), context_on_device=True
         )
     if not fast.loss_graphs:
         parts = [model.decoder, model.joiner, model.simple_am_proj, model.simple_lm_proj]

@@ -18,8 +18,9 @@ from ssm_asr.encoder.registry import make_encoder
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP, ConvSubsampling
 from ssm_asr.encoder.zipformer import DROPOUT, ZipformerConfig
 from ssm_asr.fields import Section, setting
-from ssm_asr.ops.attention import visible_left_context
+from ssm_asr.ops.attention import context_on_device
 from ssm_asr.ops.devices import to_device
+from ssm_asr.ops.numbers import Count
 from ssm_asr.transducer.predictor import PREDICTOR_GROUP, Joiner, Predictor
 from ssm_asr.transducer.pruned_loss import LatticeLosses, Lattices, vocabulary_projection
 
@@ -77,13 +78,13 @@ class Passes(NamedTuple):
     Attributes:
         encode: is called in place of `Transducer.encode`.
         losses: is called in place of `Transducer.transducer_losses`.
-        left_on_device: whether `encode` takes the visible left context as a number on the device.
+        context_on_device: whether `encode` takes chunk and left context as numbers on the device.
         every_frame: whether `losses` computes all padded frames, so that its shapes depend only on the batch's shape.
     """
 
     encode: Callable[..., tuple[Tensor, ...]]
     losses: Callable[..., tuple[Tensor, ...]]
-    left_on_device: bool = False
+    context_on_device: bool = False
     every_frame: bool = False
 
 
@@ -111,7 +112,7 @@ class Transducer(nn.Module):
             self.ctc_output = nn.Sequential(nn.Dropout(0.1), nn.Linear(width, vocab_size), nn.LogSoftmax(dim=-1))
 
     def encode(
-        self, features_BTF: Tensor, lens_B: Tensor, chunk: int = -1, left_context: int | Tensor = -1
+        self, features_BTF: Tensor, lens_B: Tensor, chunk: Count = -1, left_context: Count = -1
     ) -> tuple[Tensor, Tensor]:
         """Encodes whole utterances, masked to what streaming sees.
 
@@ -119,7 +120,7 @@ class Transducer(nn.Module):
             features_BTF: log-mels, padded.
             lens_B: lengths in feature frames.
             chunk: in frames of 20 ms; -1 is the whole utterance.
-            left_context: in frames of 20 ms, -1 for all; or a tensor, as `context_of_sequences` takes it.
+            left_context: in frames of 20 ms, -1 for all. Both may be tensors, as `context_of_sequences` takes them.
 
         Returns:
             The output (B, S, D), and the lengths (B,) in output frames.
@@ -173,8 +174,7 @@ class Transducer(nn.Module):
             feature_lens_B: lengths in feature frames. If they are on the CPU, the host need not wait for a GPU.
             tokens_BU: token ids, padded with any valid id.
             token_lens_B: lengths in tokens, on the CPU for the same reason.
-            chunk: see `encode`.
-            left_context: see `encode`; a number of frames only.
+            chunk, left_context: see `encode`; numbers of frames only.
             passes: functions to call in place of the model's own methods; None calls the methods.
 
         Raises:
@@ -182,10 +182,10 @@ class Transducer(nn.Module):
         """
         passes = passes or Passes(self.encode, self.transducer_losses)
         lens_B = to_device(feature_lens_B, features_BTF.device)
-        left: int | Tensor = left_context
-        if passes.left_on_device:
-            left = to_device(torch.tensor(visible_left_context(chunk, left_context)), features_BTF.device)
-        encoder_out_BSD, _ = passes.encode(features_BTF, lens_B, chunk, left)
+        context: tuple[Count, Count] = chunk, left_context
+        if passes.context_on_device:
+            context = context_on_device(chunk, left_context, features_BTF.device)
+        encoder_out_BSD, _ = passes.encode(features_BTF, lens_B, *context)
         frames_B = units.output_frames(feature_lens_B)
         config, size = self.config, (encoder_out_BSD.shape[1], tokens_BU.shape[1])
         lattices = Lattices.from_lengths(

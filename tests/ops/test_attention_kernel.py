@@ -8,7 +8,7 @@ from ssm_asr.ops.attention import (
     LARGE_SCORE,
     Context,
     chunk_mask,
-    visible_left_context,
+    context_on_device,
     visible_span,
     weights_of_scores,
 )
@@ -45,12 +45,12 @@ def hidden_keys(context, T):
 
 @pytest.mark.parametrize("case", CASES)
 def test_span_is_what_the_masks_say(case):
-    """Also where the left context is a number on the device."""
+    """Also where chunk and left context are numbers on the device."""
     context = context_of(*case)
     frames, factor, chunk, left_context, length = case
-    number = torch.tensor(visible_left_context(chunk, left_context))
-    for actual, expected in zip(context_of(frames, factor, chunk, number, length), context, strict=True):
-        assert (actual is None and expected is None) or torch.equal(actual, expected)
+    numbers = context_on_device(chunk, left_context, torch.device("cpu"))
+    for actual, expected in zip(context_of(frames, factor, *numbers, length), context, strict=True):
+        assert torch.equal(actual, torch.zeros_like(actual) if expected is None else expected)
     first_BT, end_BT = context.span_2BT
     key_K = torch.arange(first_BT.shape[1])
     visible_BTK = (key_K >= first_BT[..., None]) & (key_K < end_BT[..., None])

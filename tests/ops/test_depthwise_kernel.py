@@ -43,10 +43,15 @@ def assert_near(actual, expected, dtype):
         (80, 8, 15, 64, torch.bfloat16),
         (9, 4, 7, 3, torch.bfloat16),
         (7, 1, 5, 66, torch.float32),
+        (23, 3, 15, 8, torch.float32),  # two chunks share a tile
+        (20, 24, 15, 8, torch.float32),  # the chunk ends after the sequence
     ],
 )
 def test_chunk_causal_conv(frames, chunk, kernel, channels, dtype, monkeypatch):
-    """Outputs and all gradients against the plain form in float64, with several chunks a program."""
+    """Outputs and all gradients against the plain form in float64, with several chunks a program.
+
+    The kernels get the chunk as a number on the device.
+    """
     monkeypatch.setattr(depthwise, "WARPS", 24)
     conv = ChunkCausalConv(channels, kernel)
     torch.nn.init.normal_(conv.chunkwise_conv_scale)
@@ -58,7 +63,7 @@ def test_chunk_causal_conv(frames, chunk, kernel, channels, dtype, monkeypatch):
     for module in (plain, conv):
         inputs = (x.double() if module is plain else x.to(DEVICE)).requires_grad_()
         monkeypatch.setattr(dispatch, "use_kernels", lambda x, module=module: module is conv)
-        y = module(inputs, chunk)
+        y = module(inputs, torch.tensor(chunk, dtype=torch.int32, device=DEVICE) if module is conv else chunk)
         results.append([y, *torch.autograd.grad(y, [inputs, *module.parameters()], weight.to(y))])
     assert results[1][0].dtype == results[1][1].dtype == dtype
     assert_near(results[1], results[0], dtype)

@@ -49,10 +49,10 @@ def test_passes_are_captured_where_that_is_on() -> None:
     experiment = toy.experiment()
     model = Transducer(experiment.model, 5)
     plain = make_passes(model, Fast("no", "no", "no"), "torch")
-    assert plain.encode == model.encode and not plain.left_on_device and not plain.every_frame
+    assert plain.encode == model.encode and not plain.context_on_device and not plain.every_frame
     assert not dispatch._wanted
     half = make_passes(model, Fast("", "", "k2"), "torch")
-    assert isinstance(half.encode, Graphs) and half.left_on_device
+    assert isinstance(half.encode, Graphs) and half.context_on_device
     assert not isinstance(half.losses, Graphs) and not half.every_frame
     assert dispatch._wanted
     both = make_passes(model, Fast("", "", ""), "torch")
