@@ -52,7 +52,7 @@ def _score_cuts(
         if options.limit:
             print(f"{name}: the first {len(cuts)} utterances")
         with tqdm(total=len(cuts), desc="stream", unit="utt") as bar:
-            refs, hyps, facts = stream_cuts(recognizer, cuts, bar.update)
+            refs, hyps, facts = stream_cuts(recognizer, cuts, bar.update, options.streams)
         facts |= {"cuts": name, "checkpoint": str(options.checkpoint.resolve())}
         summary = write_results(outs[name], refs, hyps, unit, facts, marked_texts(cuts))
         print(f"{name}: {rate_text(summary)}; details in {outs[name]}\n  {timing_text(facts)}")
@@ -72,12 +72,17 @@ def main(arguments: list[str] | None = None) -> int:
         default=0,
         help="utterances to take of each --cuts, from the first on; 0 is all (default: 0)",
     )
+    parser.add_argument(
+        "--streams", type=int, help="utterances of --cuts recognised at once (default: 1 on a CPU, 128 on a GPU)"
+    )
     parser.add_argument("--device", default="cpu", help="auto, cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, default=1, help="threads of the computation (default: 1)")
     options = parser.parse_args(arguments)
     try:
         if options.threads < 1:
             raise ValueError(f"--threads {options.threads}: give 1 or more")
+        if options.streams is not None and options.streams < 1:
+            raise ValueError(f"--streams {options.streams}: give 1 or more")
         torch.set_num_threads(options.threads)
         loaded = load_model(options.checkpoint, find_device(options.device))
         recognizer = StreamingRecognizer(loaded, options.chunk, options.left, options.method, options.beam)

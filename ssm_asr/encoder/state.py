@@ -7,7 +7,8 @@ this declaration through the functions here.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +45,31 @@ def stack_states(states: list[Any]) -> Any:
 
 def select_states(state: Any, streams: list[int]) -> Any:
     """Returns the state of the given streams of a batch, in the given order."""
-    return rebuild(state, iter([tensor[streams] for _, tensor in leaves(state)]))
+    tensors = [tensor for _, tensor in leaves(state)]
+    index = torch.tensor(streams, device=tensors[0].device)
+    return rebuild(state, iter([tensor.index_select(0, index) for tensor in tensors]))
+
+
+class Row(NamedTuple):
+    """The state of one stream, which is a row of a batch's state and stays there until it is needed elsewhere."""
+
+    batch: Any
+    place: int
+
+
+def join_rows(rows: list[Row]) -> Any:
+    """Returns the state of a batch whose streams have these states.
+
+    It costs nothing if they are all rows of one batch in its order, and otherwise the less, the more rows of one batch
+    follow one another.
+    """
+    batch, places = rows[0].batch, [row.place for row in rows]
+    _, tensor = next(leaves(batch))
+    if all(row.batch is batch for row in rows) and places == list(range(len(tensor))):
+        return batch
+    runs = [list(run) for _, run in groupby(rows, key=lambda row: id(row.batch))]
+    parts = [select_states(run[0].batch, [row.place for row in run]) for run in runs]
+    return parts[0] if len(parts) == 1 else stack_states(parts)
 
 
 def state_sizes(state: Any) -> dict[str, int]:

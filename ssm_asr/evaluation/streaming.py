@@ -1,26 +1,31 @@
 """Recognition of recordings chunk by chunk, as in production, with the time that it takes.
 
-Shapes: S samples.
+Shapes: S samples, T feature frames.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from lhotse import CutSet
+from torch import Tensor
 
 from ssm_asr import units
+from ssm_asr.data.batches import eval_batches
 from ssm_asr.data.features import cut_samples
 from ssm_asr.data.filtering import text_of
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP
 from ssm_asr.evaluation.describe import state_bytes
 from ssm_asr.evaluation.results import Decoded, settings_facts
+from ssm_asr.evaluation.test_sets import workers_for
 from ssm_asr.search.audio_stream import AudioStream
 from ssm_asr.search.recognizer import StreamingRecognizer
 
 BLOCK_SAMPLES = units.SAMPLE_RATE_HZ // 10  # audio comes 100 ms at a time
+STREAMS = {"cpu": 1, "cuda": 128}  # that are recognised at once; a GPU takes as long for one
+BATCH_S = 200.0  # audio that a process computes the features of at once, where many streams are recognised
 
 
 @dataclass
@@ -29,7 +34,7 @@ class Timing:
 
     Attributes:
         chunk_ms: the computation of every chunk.
-        features_ms: the computation of all features.
+        features_ms: the computation of all features, where they are computed as the audio comes.
         audio_s: the duration of the audio.
     """
 
@@ -97,26 +102,67 @@ def _decode_ready(
     return shown
 
 
-def stream_cuts(recognizer: StreamingRecognizer, cuts: CutSet, advance: Callable[[], Any]) -> Decoded:
-    """Streams cuts one after the other.
+def stream_cuts(
+    recognizer: StreamingRecognizer, cuts: CutSet, advance: Callable[[], Any], streams: int | None = None
+) -> Decoded:
+    """Streams cuts, one after the other or many at once. What else is recognised makes no difference but for rounding.
 
     Args:
         advance: is called after every cut.
+        streams: how many cuts are recognised at once, by default one on a CPU and 128 on a GPU. One gets its audio in
+            blocks of 100 ms; many get their features from other processes, and a chunk's time is that of all streams.
 
     Raises:
         CutError: if the audio of a cut cannot be read.
     """
+    streams = STREAMS[recognizer.device.type] if streams is None else streams
     timing = Timing()
-    refs: dict[str, str] = {}
+    refs = {cut.id: text_of(cut) for cut in cuts}
     hyps: dict[str, str] = {}
-    for cut in cuts:
-        refs[cut.id] = text_of(cut)
-        hyps[cut.id] = recognise(recognizer, cut_samples(cut), timing, show=False)
-        advance()
+    if streams == 1:
+        for cut in cuts:
+            hyps[cut.id] = recognise(recognizer, cut_samples(cut), timing, show=False)
+            advance()
+    else:
+        for name, text in _recognise_together(recognizer, _features(recognizer, cuts), timing, streams):
+            hyps[name] = text
+            advance()
+        timing.audio_s = sum(cut.duration for cut in cuts)
     facts = {
         "mode": "streaming",
+        "streams": streams,
         **settings_facts(recognizer),
-        "state_bytes": state_bytes(recognizer.open().state),
+        "state_bytes": state_bytes(recognizer.open().state.batch),
         **timing.facts(recognizer.chunk),
     }
     return Decoded(refs, hyps, facts)
+
+
+def _features(recognizer: StreamingRecognizer, cuts: CutSet) -> Iterator[tuple[str, Tensor]]:
+    """Yields the id and the features (T, F) of every cut, long ones first, which other processes compute."""
+    workers = workers_for(recognizer.device)
+    for batch in eval_batches(cuts, recognizer.tokenizer, max_duration_s=BATCH_S, num_workers=workers):
+        for name, features_TF, length in zip(batch.ids, batch.features_BTF, batch.feature_lens_B.tolist(), strict=True):
+            yield name, features_TF[:length]
+
+
+def _recognise_together(
+    recognizer: StreamingRecognizer, features: Iterable[tuple[str, Tensor]], timing: Timing, streams: int
+) -> Iterator[tuple[str, str]]:
+    """Streams recordings, so many at once, and yields the id and the text of each when it ends."""
+    waiting = iter(features)
+    active: dict[str, AudioStream] = {}
+    while True:
+        while len(active) < streams and (new := next(waiting, None)):
+            name, features_TF = new
+            active[name] = recognizer.open()
+            active[name].accept_features(features_TF)
+            recognizer.finish(active[name])
+        if not active:
+            return
+        begin = time.perf_counter()
+        recognizer.decode([stream for stream in active.values() if recognizer.ready(stream)])
+        timing.chunk_ms.append(1000 * (time.perf_counter() - begin))
+        for name, stream in list(active.items()):
+            if not recognizer.ready(stream):
+                yield name, recognizer.text(active.pop(name))

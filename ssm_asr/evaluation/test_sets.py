@@ -1,15 +1,24 @@
 """Test sets: the cuts that are recognised and scored, and the unit of their error rate."""
 
+import os
 import re
 from collections import Counter
 from pathlib import Path
 
+import torch
 from lhotse import CutSet
 
 from ssm_asr import units
 from ssm_asr.checkpoint import Loaded
 from ssm_asr.data.filtering import text_of
 from ssm_asr.data.store import read_cuts
+
+MOST_WORKERS = 8  # processes that read audio for one GPU; more are no faster
+
+
+def workers_for(device: torch.device) -> int:
+    """Returns how many processes should read audio: on a CPU none, since recognition itself takes its cores."""
+    return min(MOST_WORKERS, max(1, (os.cpu_count() or 1) - 1)) if device.type == "cuda" else 0
 
 
 def scoring_unit(loaded: Loaded, asked: str | None) -> str:

@@ -12,8 +12,8 @@ from torch import Tensor
 from ssm_asr import units
 from ssm_asr.data.features import OnlineFbank
 from ssm_asr.data.samples import check_samples
+from ssm_asr.encoder.state import Row
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP
-from ssm_asr.transducer.model import StreamState
 
 
 class AudioStream:
@@ -25,7 +25,7 @@ class AudioStream:
         frames_left: the output frames that are still to come after `finish`; None while more audio may come.
     """
 
-    def __init__(self, state: StreamState, search_state: Any) -> None:
+    def __init__(self, state: Row, search_state: Any) -> None:
         self.state, self.search_state = state, search_state
         self.frames_left: int | None = None
         self._fbank = OnlineFbank()
@@ -45,6 +45,16 @@ class AudioStream:
         if self.frames_left is not None:
             raise ValueError("audio after finish(): open a new stream")
         self._add(self._fbank.push(check_samples(samples_S)))
+
+    def accept_features(self, features_TF: Tensor) -> None:
+        """Takes all features of a recording instead of its samples; `finish` must follow.
+
+        Raises:
+            ValueError: if the stream has ended.
+        """
+        if self.frames_left is not None:
+            raise ValueError("features after finish(): open a new stream")
+        self._add(features_TF)
 
     def finish(self, chunk: int) -> None:
         """Takes note that the audio has ended, and pads it with silence to a whole chunk.

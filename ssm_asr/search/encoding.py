@@ -3,15 +3,21 @@
 Shapes: B utterances, T feature frames, F mels, S output frames, D encoder width, C chunk in encoder frames (20 ms).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ssm_asr import units
 from ssm_asr.encoder.contract import MOST_CHUNK_FRAMES
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP
-from ssm_asr.ops.attention import visible_left_context
+from ssm_asr.ops.attention import context_on_device, visible_left_context
+from ssm_asr.ops.capture import Outputs
 from ssm_asr.ops.devices import to_device
+from ssm_asr.ops.numbers import Count
 from ssm_asr.transducer.model import EncoderConfig, Transducer
+
+GPU_FRAMES = 256  # on a GPU, batches have a multiple of this many feature frames, and the overlap
 
 
 def streaming_context(encoder: EncoderConfig, chunk: int, left_context: int) -> int:
@@ -66,7 +72,12 @@ def _pad_batch(features_BTF: Tensor, lens_B: Tensor, frames: int) -> Tensor:
 
 
 def encode_as_streamed(
-    model: Transducer, features_BTF: Tensor, lens_B: Tensor, chunk: int, left_context: int
+    model: Transducer,
+    features_BTF: Tensor,
+    lens_B: Tensor,
+    chunk: int,
+    left_context: int,
+    encode: Callable[..., Outputs] | None = None,
 ) -> tuple[Tensor, list[int]]:
     """Encodes whole utterances in one pass, so that each frame comes out as it would from streaming.
 
@@ -76,6 +87,8 @@ def encode_as_streamed(
 
     Args:
         chunk, left_context: in frames of 20 ms; chunk -1 stands for the whole utterance.
+        encode: is called in place of `model.encode`, with chunk and left context as numbers on the device where this is
+            a GPU, and may transform the output. None is `model.encode`.
 
     Returns:
         Encoder output (B, S, D) and the number of valid frames of each utterance.
@@ -87,8 +100,13 @@ def encode_as_streamed(
     beyond = 0 if chunk > 0 else CHUNK_OVERLAP - units.feature_frames(0)
     counts = torch.tensor([lens, [frames - beyond for frames in padded]])
     valid_B, counted_B = to_device(counts, features_BTF.device)
-    features_BTF = _pad_batch(features_BTF, valid_B, max(padded))
-    encoder_out, _ = model.encode(features_BTF, counted_B, chunk, left_context)
+    most = max(padded)
+    context: tuple[Count, Count] = chunk, left_context
+    if features_BTF.is_cuda:  # so that one captured graph serves batches of like lengths, at all chunks
+        most = -(-(most - CHUNK_OVERLAP) // GPU_FRAMES) * GPU_FRAMES + CHUNK_OVERLAP
+        context = context_on_device(chunk, left_context, features_BTF.device)
+    features_BTF = _pad_batch(features_BTF, valid_B, most)
+    encoder_out = (encode or model.encode)(features_BTF, counted_B, *context)[0]
     return encoder_out, [units.output_frames(length) for length in lens]
 
 

@@ -1,13 +1,16 @@
 """Recognition of whole utterances, many in one batch, without chunks or as streaming would be.
 
-Shapes: B utterances, T feature frames, F mels, S output frames, D encoder width.
+Shapes: B utterances, T feature frames, F mels, S output frames, D encoder width, J joiner dim.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssm_asr import units
 from ssm_asr.checkpoint import Loaded
+from ssm_asr.ops.capture import Captured, Outputs
 from ssm_asr.search.encoding import encode_as_streamed, encode_by_chunks, streaming_context
 from ssm_asr.search.recognizer import Recognizer
 from ssm_asr.search.result import Result
@@ -41,6 +44,7 @@ class OfflineRecognizer(Recognizer):
     ) -> None:
         self.chunk, self.left_context = _visible(loaded, chunk, left_context)
         super().__init__(loaded, method, beam)
+        self._encode_projected = Captured(self._project_encoded)
 
     @torch.inference_mode()
     def recognise(self, features_BTF: Tensor, lens_B: Tensor) -> list[Result]:
@@ -50,21 +54,27 @@ class OfflineRecognizer(Recognizer):
             features_BTF: log-mel features, padded at their ends, on any device.
             lens_B: the number of feature frames of each utterance, int64.
         """
-        encoder_out, lens = self._encode(features_BTF.to(self.device), lens_B)
+        encoder_out_BSJ, lens = self._encode(features_BTF.to(self.device), lens_B)
         starts = [self._search.start() for _ in lens]
-        states = self._search.step(self._scorer.project(encoder_out), lens, starts)
+        states = self._search.step(encoder_out_BSJ, lens, starts)
         return [self._result_of(state) for state in states]
 
     def _encode(self, features_BTF: Tensor, lens_B: Tensor) -> tuple[Tensor, list[int]]:
-        """Encoder output (B, S, D), and the number of valid frames of each utterance."""
+        """Projected encoder output (B, S, J), and the number of valid frames of each utterance."""
         can_stream = self.chunk > 0 and self.left_context >= 0
         if not can_stream or features_BTF.shape[1] <= LONGEST_IN_ONE_PASS:
-            return encode_as_streamed(self.model, features_BTF, lens_B, self.chunk, self.left_context)
+            return encode_as_streamed(
+                self.model, features_BTF, lens_B, self.chunk, self.left_context, self._encode_projected
+            )
         parts = [
-            encode_by_chunks(self.model, features_TF[:length], self.chunk, self.left_context)
+            self._scorer.project(encode_by_chunks(self.model, features_TF[:length], self.chunk, self.left_context))
             for features_TF, length in zip(features_BTF, lens_B.tolist(), strict=True)
         ]
-        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), [len(part_SD) for part_SD in parts]
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), [len(part_SJ) for part_SJ in parts]
+
+    def _project_encoded(self, *arguments: Any) -> Outputs:
+        """Calls `model.encode`, and projects its output."""
+        return (self._scorer.project(self.model.encode(*arguments)[0]),)
 
 
 def _visible(loaded: Loaded, chunk: int | None, left_context: int | None) -> tuple[int, int]:

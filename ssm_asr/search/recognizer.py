@@ -8,10 +8,12 @@ Shapes: B streams, S samples, T feature frames, F mels, C chunk in encoder frame
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ssm_asr.checkpoint import Loaded
-from ssm_asr.encoder.state import select_states, stack_states
+from ssm_asr.encoder.state import Row, join_rows, leaves, rebuild
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP
+from ssm_asr.ops.capture import Captured, Outputs
 from ssm_asr.search import make_search
 from ssm_asr.search.audio_stream import AudioStream
 from ssm_asr.search.encoding import streaming_context
@@ -73,6 +75,8 @@ class StreamingRecognizer(Recognizer):
             decode.left_context_frames if left_context is None else left_context,
         )
         super().__init__(loaded, method, beam)
+        self._new = self.model.init_state(1, self.left_context, self.device)
+        self._encode = Captured(self._encode_chunk)
 
     @property
     def frames_needed(self) -> int:
@@ -81,7 +85,7 @@ class StreamingRecognizer(Recognizer):
 
     def open(self) -> AudioStream:
         """Opens a new stream, whose states are all zeros."""
-        return AudioStream(self.model.init_state(1, self.left_context, self.device), self._search.start())
+        return AudioStream(Row(self._new, 0), self._search.start())
 
     def finish(self, stream: AudioStream) -> None:
         """Ends a stream, after which its last chunks are ready.
@@ -104,20 +108,33 @@ class StreamingRecognizer(Recognizer):
         """
         if not all(self.ready(stream) for stream in streams):
             raise ValueError("a stream without a whole chunk to decode: ask ready() first")
-        features_BTF = torch.stack([stream.take(self.frames_needed, 2 * self.chunk) for stream in streams])
-        state = stack_states([stream.state for stream in streams])
-        encoder_out, state = self.model.stream(features_BTF.to(self.device), state)
+        if not streams:
+            return
+        streams = sorted(streams, key=lambda stream: (id(stream.state.batch), stream.state.place))
+        # On a GPU the numbers of streams are few, so that one of few graphs serves: rows after the streams are idle.
+        count = 1 << (len(streams) - 1).bit_length() if self.device.type == "cuda" else len(streams)
+        idle = count - len(streams)
+        features = [stream.take(self.frames_needed, 2 * self.chunk) for stream in streams]
+        state = join_rows([stream.state for stream in streams] + [streams[-1].state] * idle)
+        features_BTF = torch.stack(features + features[-1:] * idle).to(self.device)
+        encoder_out_BSJ, *tensors = self._encode(features_BTF, *(tensor for _, tensor in leaves(state)))
+        state = rebuild(state, iter(tensors))
         lens = []
         for b, stream in enumerate(streams):
-            frames = encoder_out.shape[1]
+            frames = encoder_out_BSJ.shape[1]
             if stream.frames_left is not None:
                 frames = min(frames, stream.frames_left)
                 stream.frames_left -= frames
             lens.append(frames)
-            stream.state = select_states(state, [b])
-        states = self._search.step(self._scorer.project(encoder_out), lens, [stream.search_state for stream in streams])
+            stream.state = Row(state, b)
+        states = self._search.step(encoder_out_BSJ[: len(streams)], lens, [stream.search_state for stream in streams])
         for stream, search_state in zip(streams, states, strict=True):
             stream.search_state = search_state
+
+    def _encode_chunk(self, features_BTF: Tensor, *tensors: Tensor) -> Outputs:
+        """Returns the projected encoder output of a chunk and the tensors of the new state, given those of the old."""
+        out_BSD, state = self.model.stream(features_BTF, rebuild(self._new, iter(tensors)))
+        return self._scorer.project(out_BSD), *(tensor for _, tensor in leaves(state))
 
     def decode_ready(self, streams: list[AudioStream]) -> int:
         """Decodes until none of the streams is ready, and returns the number of batches that it took."""

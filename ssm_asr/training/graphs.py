@@ -1,14 +1,12 @@
 """CUDA graphs of the forward and backward passes of training, used for the encoder and for the losses.
 
-On a fast GPU the thousands of small kernels of a pass take less time than the host needs to launch them one by one. A
-CUDA graph launches all of them at once. A graph is captured once for each set of argument shapes. Whatever else differs
-from batch to batch reaches it as numbers on the device (ssm_asr.encoder.schedule.Draws).
+A graph is captured once for each set of argument shapes. Whatever else differs from batch to batch reaches it as
+numbers on the device (ssm_asr.encoder.schedule.Draws, and the chunk).
 
 Under autocast a graph may cast the weights of all linear layers by one kernel when it starts, and their gradients by
 one kernel when it ends, instead of each by a kernel of its own.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,14 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from ssm_asr.encoder.schedule import Draws
-
-Outputs = tuple[Tensor, ...]
+from ssm_asr.ops.capture import (
+    Captured,
+    Outputs,
+    autocast_in_graph,
+    capturing,
+    lower_precision,
+    on_side_stream,
+    signature,
+)
 
 
 class Graphs:
-    """A function that is called in place of a function of a model, and replays captured graphs in training on a GPU.
+    """A function that is called in place of a function of a model, and replays captured graphs on a GPU.
 
-    Calls in evaluation or on a CPU go to the function itself.
+    Calls on a CPU go to the function itself. In evaluation without gradients a graph is captured when shapes come for
+    the second time, as those of validation do.
 
     The gradients of parameters lie in memory that the next backward pass overwrites. Set them to None between two
     passes, as `optimizer.zero_grad(set_to_none=True)` does.
@@ -51,11 +57,12 @@ class Graphs:
         self.warmed_up: set[Any] = set()
         self.pool: Any = None
         self.weights: dict[torch.dtype | None, _Weights] = {}
+        self.evaluation = Captured(function, most_graphs=most_graphs)
 
     def __call__(self, *arguments: Any) -> Outputs:
         """Returns what the function returns."""
         if not (self.modules[0].training and torch.is_grad_enabled()):
-            return self.function(*arguments)
+            return self.function(*arguments) if torch.is_grad_enabled() else self.evaluation(*arguments)
         self.draws.renew()
         with self.draws.in_use():
             return self._by_graph(arguments) if self.device.type == "cuda" else self.function(*arguments)
@@ -74,8 +81,8 @@ class Graphs:
 
     def _by_graph(self, arguments: tuple[Any, ...]) -> Outputs:
         """Replays the graph for these shapes, captures it first if needed, or calls the function."""
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = (*map(_signature, arguments), dtype)
+        dtype = lower_precision()
+        key = (*map(signature, arguments), dtype)
         graph = self.graphs.get(key)
         if graph is None and len(self.graphs) >= self.most_graphs:
             return self.function(*arguments)
@@ -87,11 +94,6 @@ class Graphs:
         tensors = [x for x in arguments if isinstance(x, Tensor)]
         outputs: Outputs = _Replay.apply(graph, *tensors, *self.parameters)
         return outputs
-
-
-def _signature(argument: Any) -> Any:
-    """Returns what a graph depends on: a constant's value, or a tensor's shape, type and need of a gradient."""
-    return (argument.shape, argument.dtype, argument.requires_grad) if isinstance(argument, Tensor) else argument
 
 
 class _Weights:
@@ -167,30 +169,6 @@ class _Weights:
             torch._foreach_copy_(places, gradients)
 
 
-@functools.cache
-def _side_stream() -> torch.cuda.Stream:
-    """Returns the stream of all captures and warm-ups; memory that was used on one stream is not used on another."""
-    return torch.cuda.Stream()
-
-
-@contextmanager
-def _capture(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
-    """Returns a context whose launches become a graph.
-
-    Unlike in `torch.cuda.graph`, Python's collector does not run and no memory is given back before each capture.
-    """
-    stream = _side_stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        # In the stricter modes nothing can be loaded during a capture.
-        graph.capture_begin(pool=pool, capture_error_mode="relaxed")
-        try:
-            yield
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
-
-
 class _Graph:
     """The captured forward and backward graphs for one set of shapes.
 
@@ -210,25 +188,23 @@ class _Graph:
 
         def run() -> Outputs:
             self.weights.refresh()
-            # The weights that autocast itself casts must be cast inside the graph, and not come from its cache.
-            autocast = torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False)
-            with autocast, self.weights.in_use():
+            with autocast_in_graph(dtype), self.weights.in_use():
                 return owner.function(*static)
 
         if self.is_rehearsal:
             self.outputs = [x.detach() for x in self._warm_up(run)]
             return
         # Libraries choose their algorithms by the shapes, and kernels may depend on the constants.
-        shapes = tuple(_signature(x) for x in self.inputs)
+        shapes = tuple(signature(x) for x in self.inputs)
         needs = {(dtype, shapes), (dtype, *(x for x in arguments if not isinstance(x, Tensor)))}
         if not needs <= owner.warmed_up:
             self._warm_up(run)
             owner.warmed_up |= needs
             torch.cuda.empty_cache()  # what the warm-up has used is of no use to the graph, which has its own memory
-        with _capture(self.forward, owner.pool):
+        with capturing(self.forward, owner.pool):
             outputs = run()
         self._make_gradients(outputs)
-        with _capture(self.backward, owner.pool):
+        with capturing(self.backward, owner.pool):
             self._differentiate(outputs)
         # Without their history, so that the next graph can use the memory of the backward pass.
         self.outputs = [x.detach() for x in outputs]
@@ -256,13 +232,10 @@ class _Graph:
         """
         random_state = torch.cuda.get_rng_state()
         buffers = [(buffer, buffer.clone()) for buffer in self.owner.modules.buffers()]
-        stream = _side_stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with on_side_stream():
             outputs = run()
             self._make_gradients(outputs)
             self._differentiate(outputs)
-        torch.cuda.current_stream().wait_stream(stream)
         for buffer, value in buffers:
             buffer.copy_(value)
         torch.cuda.set_rng_state(random_state)

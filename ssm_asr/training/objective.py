@@ -25,7 +25,7 @@ class Objective:
         model: the model on the device.
         experiment: the configuration.
         device: where batches go.
-        passes: how the model runs in training mode, as `ssm_asr.training.fast` makes it; None runs it as it is.
+        passes: how the model runs, as `ssm_asr.training.fast` makes it; None runs it as it is.
     """
 
     def __init__(
@@ -35,8 +35,7 @@ class Objective:
         self._experiment = experiment
         self._device = device
         self.precision = experiment.train.precision
-        self._plain_passes = plain_passes(model, experiment.loss.backend)
-        self._passes = passes or self._plain_passes
+        self._passes = passes or plain_passes(model, experiment.loss.backend)
 
     def graphs(self) -> list[Graphs]:
         """Returns the passes that are captured as graphs."""
@@ -68,7 +67,7 @@ class Objective:
                 batch.token_lens_B,
                 chunk_frames,
                 left_context_frames,
-                self._passes if self.model.training else self._plain_passes,
+                self._passes,
             )
 
     def weighted(self, losses: Losses, batches_trained: float = math.inf) -> Tensor:

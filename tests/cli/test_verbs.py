@@ -149,7 +149,23 @@ def test_decode_and_stream_agree(model: Path, cuts: Path, chunk: int, tmp_path: 
     assert masked["state_bytes"] is None and chunked["state_bytes"] == facts["state_bytes"]
     assert chunked["audio_s"] == pytest.approx(masked["audio_s"], abs=0.01)
     assert chunked["lag_ms"] > facts["largest_delay_ms"]
-    assert chunked["real_time_factor"] > 0
+    assert chunked["real_time_factor"] > 0 and chunked["streams"] == 1
+
+
+@pytest.mark.parametrize("streams", [3, 20])
+def test_many_streams_at_once(model: Path, cuts: Path, streams: int, tmp_path: Path) -> None:
+    """Streams end at different times, and others take their places; each result is the one of a stream alone."""
+    common = ["--checkpoint", str(model), "--cuts", str(cuts), "--chunk", "320ms", "--left", "1.28s"]
+    assert stream.main([*common, "--out", str(tmp_path / "alone")]) == 0
+    assert stream.main([*common, "--out", str(tmp_path / "together"), "--streams", str(streams)]) == 0
+    assert hypotheses(tmp_path / "together") == hypotheses(tmp_path / "alone")
+    alone, together = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("alone", "together"))
+    assert together["streams"] == streams and together["audio_s"] == pytest.approx(alone["audio_s"], abs=0.01)
+
+
+def test_streams_must_be_positive(model: Path, cuts: Path, capsys: Captured) -> None:
+    assert stream.main(["--checkpoint", str(model), "--cuts", str(cuts), "--streams", "0"]) == 2
+    assert capsys.readouterr().err == "--streams 0: give 1 or more\n"
 
 
 def describe_json(model: Path, chunk: int, capsys: Captured) -> str:

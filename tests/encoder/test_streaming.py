@@ -5,7 +5,7 @@ import torch
 from golden_model import golden_model
 from test_golden import stream
 
-from ssm_asr.encoder.state import leaves, select_states, stack_states, state_sizes
+from ssm_asr.encoder.state import Row, join_rows, leaves, select_states, stack_states, state_sizes
 from ssm_asr.ops.attention import chunk_mask, shift_relative
 from ssm_asr.search.encoding import encode_as_streamed, pad_to_chunks
 from ssm_asr.units import embed_frames, output_frames
@@ -58,6 +58,18 @@ def test_streams_of_different_ages_in_one_batch(model):
         torch.testing.assert_close(out[1], alone[1][0, 8 * i : 8 * (i + 1)], **TOLERANCE)
     assert state.processed[0].tolist() == [12 * 16, 7 * 16]
     assert select_states(state, [1]).processed[0].tolist() == [7 * 16]
+
+
+def test_rows_of_batches_are_joined(model):
+    """Rows of one batch in its order are the batch itself; others are copied in the order that was asked for."""
+    new, old = model.init_state(1, 64), model.init_state(3, 64)
+    _, old = model.stream(torch.randn(3, 45, 80), old)
+    assert join_rows([Row(old, 0), Row(old, 1), Row(old, 2)]) is old
+    joined = join_rows([Row(old, 2), Row(old, 0), Row(new, 0), Row(new, 0), Row(old, 1)])
+    expected = stack_states([select_states(old, [2, 0]), new, new, select_states(old, [1])])
+    for (_, actual), (_, wanted) in zip(leaves(joined), leaves(expected), strict=True):
+        assert torch.equal(actual, wanted)
+    assert joined.processed[0].tolist() == [16, 16, 0, 0, 16]
 
 
 def test_streaming_leaves_the_old_state_as_it_was(model):

@@ -211,6 +211,7 @@ def read_row(cell: Cell, out: Path) -> Row:
         **{key: summary[key] for key in ("errors", "substitutions", "deletions", "insertions")},
         "length": summary["reference_length"],
         **{key: summary[key] for key in ("utterances", "state_bytes", "real_time_factor", "lag_ms", "parameters")},
+        "streams": summary.get("streams", 1),  # cells of earlier versions do not say
         **{key: summary[key] for key in ("method", "device", "commit")},
         "checkpoint": str(cell.model.checkpoint),
         "directory": cell.directory,

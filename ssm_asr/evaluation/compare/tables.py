@@ -54,11 +54,14 @@ def models_table(rows: list[Row]) -> Table:
 def cost_table(rows: list[Row]) -> Table:
     """Makes the table of all cells, with their errors and what a stream costs."""
     rate = rate_name(rows)
+    most = max(row["streams"] for row in rows)
+    together = f" {most} streams are decoded at once, and a chunk's time is that of all." if most > 1 else ""
     head = ["cuts", "model", "chunk ms", "left context ms", f"{rate} %", "errors / length", "state bytes a stream"]
     return Table(
         "Every cell, and its cost",
         "The left context is the one that chunks really see. Lag: from the first sound of a chunk to its text, where "
-        "95 % of the chunks are computed faster; real-time factor and lag depend on the machine, one thread each.",
+        "95 % of the chunks are computed faster; real-time factor and lag depend on the machine, one thread each."
+        + together,
         [*head, "real-time factor", "lag ms"],
         [
             [
