@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 
 from ssm_asr.cli.arguments import frames_list
+from ssm_asr.data.batches import prepare_workers
 from ssm_asr.evaluation.compare import cells
 from ssm_asr.evaluation.compare.report import write_report
+from ssm_asr.evaluation.test_sets import workers_for
 from ssm_asr.ops.devices import find_device
 
 LEAST_MS = 160  # 160 frames would be a chunk of 3.2 s
@@ -26,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         device = str(find_device(options.device))
+        if workers_for(find_device(device)):
+            prepare_workers()
         if options.jobs < 1 or options.limit < 0:
             raise ValueError(
                 f"--jobs {options.jobs}, --limit {options.limit}: give 1 or more jobs, and no negative limit"

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from ssm_asr.checkpoint import load_model
 from ssm_asr.cli.arguments import decoding_arguments, result_dir, scoring_arguments
+from ssm_asr.data.batches import prepare_workers
 from ssm_asr.evaluation.offline import decode_cuts
 from ssm_asr.evaluation.results import rate_text, write_results
-from ssm_asr.evaluation.test_sets import marked_texts, read_test_sets, scoring_unit
+from ssm_asr.evaluation.test_sets import marked_texts, read_test_sets, scoring_unit, workers_for
 from ssm_asr.ops.devices import find_device
 from ssm_asr.search.offline import OfflineRecognizer
 
@@ -28,7 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-duration-s", type=float, default=200.0, help="seconds of audio a batch (default: 200)")
     options = parser.parse_args(arguments)
     try:
-        loaded = load_model(options.checkpoint, find_device(options.device))
+        device = find_device(options.device)
+        if workers_for(device):
+            prepare_workers()
+        loaded = load_model(options.checkpoint, device)
         recognizer = OfflineRecognizer(loaded, options.chunk, options.left, options.method, options.beam)
         if options.max_duration_s <= 0:
             raise ValueError(f"--max-duration-s {options.max_duration_s:g}: give a positive number of seconds")

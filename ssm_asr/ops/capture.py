@@ -65,20 +65,19 @@ def autocast_in_graph(dtype: torch.dtype | None) -> torch.autocast:
 class Captured:
     """A function that is called in place of another one, and replays a graph for each set of argument shapes on a GPU.
 
-    Gradients are not followed. On a CPU it calls the function. On a GPU it does, too, until arguments of given shapes
-    have come `calls_before` times, because a capture takes longer than several calls.
+    Gradients are not followed. On a CPU it calls the function. On a GPU it does, too, when arguments of given shapes
+    come for the first time, because many shapes come only once; then libraries choose their algorithms as well.
 
     Args:
         function: maps tensors and constants to a tuple of tensors. It must not wait for the device.
-        calls_before: number of calls without a graph for each set of shapes.
-        most_graphs: number of graphs to keep. They share their memory except for inputs and outputs. Calls with further
-            shapes run without a graph.
+        most_graphs: number of graphs to keep, those that were used last. They share their memory except for inputs and
+            outputs.
     """
 
-    def __init__(self, function: Callable[..., Outputs], calls_before: int = 1, most_graphs: int = 64) -> None:
-        self._function, self._calls_before, self._most_graphs = function, calls_before, most_graphs
-        self._calls: dict[Any, int] = defaultdict(int)
-        self._graphs: dict[Any, _Graph] = {}
+    def __init__(self, function: Callable[..., Outputs], most_graphs: int = 16) -> None:
+        self._function, self._most_graphs = function, most_graphs
+        self._seen: set[Any] = set()
+        self._graphs: dict[Any, _Graph] = {}  # in the order of their last use
         self._pool: Any = None
 
     @torch.no_grad()
@@ -88,13 +87,17 @@ class Captured:
         if not (tensors and tensors[0].is_cuda):
             return self._function(*arguments)
         key = (lower_precision(), *map(signature, arguments))
-        if key not in self._graphs:
-            self._calls[key] += 1
-            if self._calls[key] <= self._calls_before or len(self._graphs) >= self._most_graphs:
-                return self._function(*arguments)
+        if key not in self._seen:
+            self._seen.add(key)
+            return self._function(*arguments)
+        graph = self._graphs.pop(key, None)
+        if graph is None:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._graphs[key] = _Graph(self._function, arguments, self._pool)
-        return self._graphs[key].replay(tensors)
+            if len(self._graphs) >= self._most_graphs:
+                del self._graphs[next(iter(self._graphs))]
+            graph = _Graph(self._function, arguments, self._pool)
+        self._graphs[key] = graph
+        return graph.replay(tensors)
 
 
 class _Graph:
@@ -105,8 +108,6 @@ class _Graph:
         self._inputs = [x for x in static if isinstance(x, Tensor)]
         self._graph = torch.cuda.CUDAGraph()
         dtype = lower_precision()
-        with on_side_stream(), autocast_in_graph(dtype):
-            function(*static)  # libraries choose their algorithms, and kernels are loaded
         with capturing(self._graph, pool), autocast_in_graph(dtype):
             self._outputs = function(*static)
 

@@ -175,7 +175,7 @@ def _products_kernel(  # type: ignore[no-untyped-def]
     The gradients of all weights are sums of these: p and k alone say whether frame t+k-M is in the chunk of frame t.
     They lie in slabs·P rows of (K + 1, D).
     """
-    _, S, P, tiles, slabs = _sizes(chunk_ptr, T, tl.num_programs(0), PLACES)
+    _C, S, P, tiles, slabs = _sizes(chunk_ptr, T, tl.num_programs(0), PLACES)
     groups = tl.cdiv(T, S)
     slab_pairs = tl.cdiv(B * groups, slabs)
     item = tl.program_id(0)
@@ -185,7 +185,7 @@ def _products_kernel(  # type: ignore[no-untyped-def]
         place = p[:, None] * D + d[None, :]
         total = tl.zeros((PLACES, CHANNELS), tl.float32)
         products = ()
-        for _ in tl.static_range(K):
+        for _k in tl.static_range(K):
             products += (total,)
         pair = slab * slab_pairs
         last = tl.minimum(pair + slab_pairs, B * groups)
@@ -217,7 +217,7 @@ def _weight_gradient_kernel(  # type: ignore[no-untyped-def]
     TAPS is the least power of 2 that is at least K + 1, and ROWS is a multiple of it.
     """
     M: tl.constexpr = K // 2
-    C, S, P, _, slabs = _sizes(chunk_ptr, T, programs, PLACES)
+    C, S, P, _tiles, slabs = _sizes(chunk_ptr, T, programs, PLACES)
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     d_row, d_mask = d[None, :], (d < D)[None, :]
     row = tl.arange(0, ROWS)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssm_asr.ops.capture import Captured
 from ssm_asr.search.scorer import Scorer, context_of, context_tensor
 
 BLOCK_FRAMES = 8  # a token comes every 6 to 8 frames
@@ -37,6 +38,7 @@ class GreedySearch:
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
+        self._captured_steps = Captured(self._steps)
 
     def start(self) -> GreedyState:
         """Returns the state of a new stream."""
@@ -51,7 +53,7 @@ class GreedySearch:
         context_BC = contexts.to(device)
         symbols, frames = [], []
         for _ in range(0, max(lens, default=0), steps):  # a step takes each stream at least one frame ahead
-            position_B, context_BC, symbols_NB, frames_NB, busy = self._steps(
+            position_B, context_BC, symbols_NB, frames_NB, busy = self._captured_steps(
                 encoder_BTJ, end_B, position_B, context_BC, steps
             )
             symbols.append(symbols_NB)

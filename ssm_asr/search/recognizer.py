@@ -119,16 +119,15 @@ class StreamingRecognizer(Recognizer):
         features_BTF = torch.stack(features + features[-1:] * idle).to(self.device)
         encoder_out_BSJ, *tensors = self._encode(features_BTF, *(tensor for _, tensor in leaves(state)))
         state = rebuild(state, iter(tensors))
-        lens = []
+        lens = [0] * count
         for b, stream in enumerate(streams):
-            frames = encoder_out_BSJ.shape[1]
+            lens[b] = encoder_out_BSJ.shape[1]
             if stream.frames_left is not None:
-                frames = min(frames, stream.frames_left)
-                stream.frames_left -= frames
-            lens.append(frames)
+                lens[b] = min(lens[b], stream.frames_left)
+                stream.frames_left -= lens[b]
             stream.state = Row(state, b)
-        states = self._search.step(encoder_out_BSJ[: len(streams)], lens, [stream.search_state for stream in streams])
-        for stream, search_state in zip(streams, states, strict=True):
+        search_states = [stream.search_state for stream in streams] + [self._search.start()] * idle
+        for stream, search_state in zip(streams, self._search.step(encoder_out_BSJ, lens, search_states), strict=False):
             stream.search_state = search_state
 
     def _encode_chunk(self, features_BTF: Tensor, *tensors: Tensor) -> Outputs:

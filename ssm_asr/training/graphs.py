@@ -8,7 +8,7 @@ one kernel when it ends, instead of each by a kernel of its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -232,7 +232,7 @@ class _Graph:
         """
         random_state = torch.cuda.get_rng_state()
         buffers = [(buffer, buffer.clone()) for buffer in self.owner.modules.buffers()]
-        with on_side_stream():
+        with nullcontext() if self.is_rehearsal else on_side_stream():
             outputs = run()
             self._make_gradients(outputs)
             self._differentiate(outputs)
