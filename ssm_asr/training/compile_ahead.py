@@ -6,6 +6,7 @@ A rehearsal goes through the step without launching our kernels, and notes which
 import hashlib
 import os
 import time
+from bisect import bisect_left
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +25,7 @@ from ssm_asr.training.optim import ScaledAdam
 from ssm_asr.units import NUM_MELS
 
 TOKENS_A_SECOND = 4  # of the rehearsal of each shape
-LATTICES = (31, 63, 95, 127, 255)  # numbers of tokens that need kernels of their own for the sums over the lattice
+LATTICES = (31, 63, 95, 127, 255, 511)  # up to so many tokens, the sums over the lattice take kernels of their own
 MOST_TOKENS_A_SECOND = 12  # faster speech than this waits until kernels are compiled for it
 MOST_JOBS = 16  # more than this share the work no better
 SLOW = ("_sum",)  # the sums over the lattice take ten times as long as others to compile, so they begin first
@@ -83,7 +84,8 @@ def _rehearse(
     shapes = jobs.shapes()
     calls = [(*shape, TOKENS_A_SECOND * shape[1] // 100) for shape in shapes]
     count, frames = shapes[-1]
-    calls += [(count, frames, tokens) for tokens in LATTICES if tokens < MOST_TOKENS_A_SECOND * frames / 100]
+    most = bisect_left(LATTICES, MOST_TOKENS_A_SECOND * frames // 100)
+    calls += [(count, frames, tokens) for tokens in LATTICES[: most + 1]]
     with ahead.recording() as kernels, _rehearsals(objective.graphs()):
         for call in calls:
             losses = objective.losses(_silence(*call, device))

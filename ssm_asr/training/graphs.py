@@ -54,7 +54,7 @@ class Graphs:
         self.draws = Draws(self.device)
         self.graphs: dict[Any, _Graph] = {}
         self.rehearsing = False
-        self.warmed_up: set[Any] = set()
+        self.warmed_up: set[torch.dtype | None] = set()
         self.pool: Any = None
         self.weights: dict[torch.dtype | None, _Weights] = {}
         self.evaluation = Captured(function, most_graphs=most_graphs)
@@ -194,12 +194,9 @@ class _Graph:
         if self.is_rehearsal:
             self.outputs = [x.detach() for x in self._warm_up(run)]
             return
-        # Libraries choose their algorithms by the shapes, and kernels may depend on the constants.
-        shapes = tuple(signature(x) for x in self.inputs)
-        needs = {(dtype, shapes), (dtype, *(x for x in arguments if not isinstance(x, Tensor)))}
-        if not needs <= owner.warmed_up:
+        if dtype not in owner.warmed_up:
             self._warm_up(run)
-            owner.warmed_up |= needs
+            owner.warmed_up.add(dtype)
             torch.cuda.empty_cache()  # what the warm-up has used is of no use to the graph, which has its own memory
         with capturing(self.forward, owner.pool):
             outputs = run()
@@ -226,7 +223,7 @@ class _Graph:
         self.weights.store_gradients(dict(zip(tensors, of_weights, strict=True)))
 
     def _warm_up(self, run: Callable[[], Outputs]) -> Outputs:
-        """Runs both passes without a graph once, so that kernels are loaded and libraries choose their algorithms.
+        """Runs both passes without a graph once, so that kernels are loaded and libraries set themselves up.
 
         Afterwards the state of the random numbers and the buffers, of whitening and batch norm, are as before.
         """

@@ -3,6 +3,7 @@
 Shapes: T tensors of a parameter group, laid out in C rows of R elements; P steps between two size updates.
 """
 
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -196,6 +197,10 @@ class ScaledAdam(torch.optim.Optimizer):
         eps: a small number that is added to the root of the mean squared gradient.
     """
 
+    # PyTorch wraps its optimiser's methods against its compiler, which is imported for that, for one to three seconds.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
@@ -293,7 +298,7 @@ class ScaledAdam(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that a resumed run needs; further steps change its tensors, as in other optimisers."""
-        packed = super().state_dict()
+        packed: dict[str, Any] = inspect.unwrap(torch.optim.Optimizer.state_dict)(self)
         packed["state"] = dict(enumerate(state for flat in self._groups for state in flat.state()))
         packed["clipping"] = dict(self._clipping)
         packed["step"] = self._step
@@ -306,7 +311,8 @@ class ScaledAdam(torch.optim.Optimizer):
         Raises:
             ValueError: if the state belongs to other parameters than these.
         """
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        groups = {"state": {}, "param_groups": state_dict["param_groups"]}
+        inspect.unwrap(torch.optim.Optimizer.load_state_dict)(self, groups)
         self._step = state_dict["step"]
         self._groups = []
         if self._step == 0:
