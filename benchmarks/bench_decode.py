@@ -39,7 +39,7 @@ from ssm_asr.search.scorer import TransducerScorer
 from ssm_asr.transducer.model import Transducer
 
 TOKENS_A_SECOND = 3.5
-ROUNDS = 5
+ROUNDS = 3
 
 
 @torch.inference_mode()

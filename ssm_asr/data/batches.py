@@ -137,7 +137,7 @@ class TrainingJobs:
     ) -> None:
         self._cuts, self._config, self._num_noises = cuts, config, num_noises
         self._seed, self._rank, self._world_size = seed, rank, world_size
-        self._bins_s = _duration_bins(cuts, config.num_buckets)
+        self._bins_s = _duration_bins(cuts, config.num_buckets, config.fixed_shapes)
         self._bounds_s: list[float] = []
         self._sizes: list[int] = []
         self._limit: dict[str, Any] = {"max_duration": config.max_duration_s}
@@ -266,12 +266,39 @@ def largest_joined(batch: Batch, config: DataConfig) -> Batch:
     )
 
 
-def _duration_bins(cuts: CutSet, num_buckets: int) -> list[float]:
+def _duration_bins(cuts: CutSet, num_buckets: int, fixed_shapes: bool) -> list[float]:
     """Returns the durations in s that separate the buckets; few cuts have fewer buckets than asked for."""
     sample = list(islice(cuts, CUTS_TO_ESTIMATE_BUCKETS))
     num_buckets = min(num_buckets, len(sample))
-    bins = estimate_duration_buckets(sample, num_buckets) if num_buckets > 1 else []
+    if fixed_shapes:
+        bins = _least_padding([cut.duration for cut in sample], num_buckets)
+    else:
+        bins = estimate_duration_buckets(sample, num_buckets) if num_buckets > 1 else []
     return bins or [sample[0].duration]
+
+
+def _least_padding(durations_s: list[float], num_buckets: int) -> list[float]:
+    """Returns the bounds between buckets with which padding to fixed shapes, which have the upper bounds, is least.
+
+    Bounds are whole steps of the shapes. There are fewer of them if all durations are in fewer steps.
+    """
+    step_s = SHAPE_FRAMES * ENCODER_FRAME_MS / 1000
+    bounds, counts = np.unique(np.ceil(np.array(durations_s) / step_s), return_counts=True)
+    below_N = np.concatenate([[0], np.cumsum(counts)])  # utterances below the n-th bound
+    # Steps that a bucket takes of the utterances between bounds m and n, and that the best k buckets take up to n.
+    bucket_NM = np.tril((below_N[:, None] - below_N) * np.concatenate([[0], bounds])[:, None], -1)
+    bucket_NM[np.triu_indices(len(below_N))] = np.inf
+    best_N = np.where(np.arange(len(below_N)) == 0, 0.0, np.inf)
+    starts = []  # for each number of buckets and n, the bound where the last bucket starts
+    for _ in range(min(num_buckets, len(bounds))):
+        starts.append((best_N + bucket_NM).argmin(axis=1))
+        best_N = (best_N + bucket_NM).min(axis=1)
+    bins: list[float] = []
+    end = len(bounds)
+    for start_N in starts[:0:-1]:
+        end = start_N[end]
+        bins.insert(0, float(bounds[end - 1] * step_s))
+    return bins
 
 
 class _Jobs(torch.utils.data.Sampler):

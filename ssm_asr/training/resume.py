@@ -58,7 +58,7 @@ class Checkpoints:
     def save(self, state: TrainingState, name: str, **entries: Any) -> None:
         """Saves the weights, their running mean and the progress, and more entries if given.
 
-        They are copied to the host, and written while training goes on.
+        They are copied to the host and written while training goes on.
 
         Raises:
             CheckpointError: if an earlier file could not be written.
@@ -68,7 +68,9 @@ class Checkpoints:
             progress = state.progress.to_dict()
             packed = checkpoint.pack(self._experiment, self._tokenizer, weights, progress, average=average, **entries)
             self._wait_for_all_but(MOST_UNWRITTEN - 1)
-            self._unwritten.append(self._writer.submit(self._write, _copied(packed), name))
+            copies, on_cuda = _copied(packed), self._place.device.type == "cuda"
+            copied = torch.cuda.current_stream().record_event() if on_cuda else None
+            self._unwritten.append(self._writer.submit(self._write, copies, copied, name))
 
     def finish(self) -> None:
         """Waits until all files are written.
@@ -82,8 +84,10 @@ class Checkpoints:
         while len(self._unwritten) > count:
             self._unwritten.pop(0).result()
 
-    def _write(self, packed: dict[str, Any], name: str) -> None:
+    def _write(self, packed: dict[str, Any], copied: torch.cuda.Event | None, name: str) -> None:
         """Writes one file; after one to resume from, removes the oldest ones beyond the number to keep."""
+        if copied is not None:
+            copied.synchronize()
         checkpoint.save(packed, self._exp_dir / name)
         if "training" in packed:
             for path in list(resumable(self._exp_dir).values())[: -self._experiment.train.keep_checkpoints]:
@@ -150,9 +154,9 @@ class Checkpoints:
 
 
 def _copied(part: Any) -> Any:
-    """Returns a copy of a checkpoint, or of a part of it, in the memory of the host."""
+    """Returns a copy of a checkpoint, or of a part of it, in the memory of the host; a GPU copies in the background."""
     if isinstance(part, torch.Tensor):
-        return part.detach().to("cpu", copy=True)
+        return part.detach().to("cpu", non_blocking=True, copy=True)
     if isinstance(part, dict):
         return {name: _copied(value) for name, value in part.items()}
     return [_copied(value) for value in part] if isinstance(part, list) else part

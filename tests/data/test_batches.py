@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import random
 from dataclasses import replace
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from lhotse import CutSet, Fbank
 from lhotse.features.io import MemoryRawWriter
 from tones import NUM_UTTERANCES, WORDS
 
-from ssm_asr.data.batches import Batch, eval_batches, largest_joined, train_batches
+from ssm_asr.data.batches import Batch, _least_padding, eval_batches, largest_joined, train_batches
 from ssm_asr.data.config import DataConfig, SpecAugmentConfig
 from ssm_asr.data.filtering import filter_cuts
 from ssm_asr.data.loading import load_features
@@ -107,6 +107,22 @@ def test_fixed_shapes(stored: CutSet, tokenizer: Tokenizer) -> None:
     for sizes in shapes.values():  # only the last batch of a bucket may be smaller
         assert sum(size < max(sizes) for size in sizes) <= 1
     assert_same(batches(stored, tokenizer, config, start_batch=2), fixed[2:])
+
+
+@pytest.mark.parametrize("num_buckets", [1, 2, 3, 4])
+def test_buckets_of_fixed_shapes_waste_least(num_buckets: int) -> None:
+    """Against all ways to choose the bounds."""
+    durations_s = np.random.default_rng(1).gamma(3.0, 0.4, 40).tolist()
+    steps = np.ceil(np.array(durations_s) / 0.32)
+
+    def padded(bounds: tuple[float, ...]) -> float:
+        ends = np.array([*bounds, steps.max()])
+        return float(ends[np.searchsorted(ends, steps)].sum())
+
+    found = _least_padding(durations_s, num_buckets)
+    assert len(found) == num_buckets - 1 and found == sorted(set(found))
+    best = min(padded(bounds) for bounds in combinations(np.unique(steps)[:-1], num_buckets - 1))
+    assert padded(tuple(np.round(np.array(found) / 0.32))) == best
 
 
 def test_global_generators_are_left_alone(stored: CutSet, tokenizer: Tokenizer) -> None:
