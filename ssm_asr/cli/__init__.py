@@ -25,6 +25,8 @@ VERBS = {
     "import-icefall": "take over published Zipformer weights",
 }
 
+# Programs whose workers are forked from a server that has imported this. It starts first, and imports beside the program.
+WORKERS = {"train": "ssm_asr.data.batches"}
 EXPORT_PACKAGES = ("onnx", "onnxruntime", "sherpa_onnx")  # the extra "export" of setup.py
 
 
@@ -36,6 +38,10 @@ def start(verb: str) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):  # names of files and texts may hold what a terminal cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if verb in WORKERS:
+        from ssm_asr.data.parallel import start_server
+
+        start_server(WORKERS[verb])
     try:
         program = importlib.import_module(f"ssm_asr.cli.{verb.replace('-', '_')}")
     except ModuleNotFoundError as error:

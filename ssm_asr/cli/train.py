@@ -18,7 +18,6 @@ from pathlib import Path
 
 from ssm_asr import checkpoint
 from ssm_asr.config import load_experiment, to_yaml
-from ssm_asr.data.batches import prepare_workers
 from ssm_asr.data.filtering import filter_cuts
 from ssm_asr.data.store import read_cuts
 from ssm_asr.data.tokens import Tokenizer
@@ -67,8 +66,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _make_trainer(options: argparse.Namespace, place: distributed.Place) -> Trainer:
     """Reads the files, makes the experiment directory ready, and gives the model the initial weights, if any."""
     experiment = load_experiment(options.config, options.set)
-    if experiment.data.num_workers:
-        prepare_workers()
     tokenizer = Tokenizer.load(options.tokens)
     if tokenizer.kind != experiment.tokens.kind:
         raise ValueError(f"{options.tokens}: {tokenizer.kind} tokens, but tokens.kind is {experiment.tokens.kind}")

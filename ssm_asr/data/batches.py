@@ -14,7 +14,6 @@ exactly the batches that an uninterrupted run would have seen.
 import atexit
 import math
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import signal
 import warnings
@@ -347,12 +346,6 @@ def load_batches(
         generator=torch.Generator(),
     )
     return (batch if isinstance(batch, Batch) else finish(batch, device) for batch in iter(loaded))
-
-
-def prepare_workers() -> None:
-    """Starts the process from which workers are forked; it imports what they need, while the caller does other work."""
-    forking(__name__)
-    multiprocessing.forkserver.ensure_running()
 
 
 def _start_worker(worker: int) -> None:

@@ -4,6 +4,7 @@ Processes are forked from a server, which has imported what they need once and h
 """
 
 import multiprocessing
+import multiprocessing.forkserver
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -22,6 +23,12 @@ def forking(module: str) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([module])
     return context
+
+
+def start_server(module: str) -> None:
+    """Starts the server of `forking`, which imports for seconds, while the caller goes on."""
+    forking(module)
+    multiprocessing.forkserver.ensure_running()
 
 
 def ignore_interrupt() -> None:

@@ -5,7 +5,6 @@ are noted and not made (`recording`), and what they would have compiled is compi
 in any process and without a GPU. Triton keeps compiled kernels on disk, where the later launch finds them.
 """
 
-import hashlib
 import importlib
 import json
 from collections.abc import Iterator
@@ -57,20 +56,6 @@ def cache_directory() -> str:
     from triton import knobs
 
     return str(knobs.cache.dir)
-
-
-def is_compiled(kernel: Kernel) -> bool:
-    """Tells whether a kernel is in Triton's cache on disk."""
-    from triton._C.libtriton import get_cache_invalidating_env_vars
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import get_cache_key, make_backend
-    from triton.runtime.cache import get_cache_manager
-
-    source, options = _source_and_options(kernel)
-    backend = make_backend(GPUTarget(*kernel.target))
-    key = get_cache_key(source, backend, backend.parse_options(options), env_vars=get_cache_invalidating_env_vars())
-    files = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
-    return files.get_group(f"{source.name[:150]}.json") is not None
 
 
 def compile_kernel(kernel: Kernel) -> None:

@@ -19,7 +19,7 @@ FEW_NUMBERS = tuple(
     f"{x}_ptr" for x in ("acts", "chunk", "end", "even", "frame", "keep", "mask", "rate", "settings", "skip")
 )
 _SLABS = ("slab_frames", "slab_pairs", "slab_rows", "slabs")
-_COUNTS = ("M", "N", "S", "T", "chunks", "images", "num_cells", "pairs", *_SLABS)
+_COUNTS = ("B", "M", "N", "S", "T", "images", "num_cells", "programs", *_SLABS)
 ANY_COUNT = FEW_NUMBERS + _COUNTS
 
 _wanted = True

@@ -4,8 +4,7 @@ Shapes: N rows (all dimensions but the last), D channels, V outputs. Images (B, 
 T frames and W columns.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,80 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssm_asr.ops import dispatch
-from ssm_asr.ops.precision import autocast_dtype
-
-_beside: "_Beside | None" = None
-MOST_KEPT_BYTES = 1 << 31
-
-
-class _Beside:
-    """Computes gradients of weights on a second stream, beside the gradients of the layers before."""
-
-    def __init__(self) -> None:
-        self.stream = torch.cuda.Stream()
-        self.kept: list[Tensor] = []
-        self.bytes = 0
-
-    @contextmanager
-    def launching(self, *tensors: Tensor) -> Iterator[None]:
-        """Returns a context whose launches run beside others. The tensors are kept until `join`."""
-        if self.bytes > MOST_KEPT_BYTES:
-            self.join()
-        self.kept += tensors
-        self.bytes += sum(x.numel() * x.element_size() for x in tensors)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            yield
-
-    def join(self) -> None:
-        """Lets what is launched from now on come after what was launched beside."""
-        torch.cuda.current_stream().wait_stream(self.stream)
-        self.kept.clear()
-        self.bytes = 0
-
-
-@contextmanager
-def weights_beside() -> Iterator[Callable[[], None]]:
-    """Returns a context in which linear layers compute the gradients of their weights on a second stream.
-
-    It gives a function to call after the backward pass, before these gradients are used.
-    """
-    global _beside
-    _beside = _Beside()
-    try:
-        yield _beside.join
-    finally:
-        _beside = None
-
-
-class _Linear(torch.autograd.Function):
-    """Is a linear layer whose weights get their gradients on a second stream."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        dtype = autocast_dtype(x)
-        x, weight = x.to(dtype), weight.to(dtype)
-        ctx.save_for_backward(x, weight)
-        ctx.beside, ctx.bias_dtype = _beside, None if bias is None else bias.dtype
-        return functional.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from ssm_asr.ops.sums_kernel import column_sums  # only where Triton is installed
-
-        dy, (x, weight) = grads[0], ctx.saved_tensors
-        with ctx.beside.launching(dy, x):
-            dweight = dy.flatten(0, -2).mT @ x.flatten(0, -2)
-            dbias = None if ctx.bias_dtype is None else column_sums(dy, ctx.bias_dtype)
-        dx = (dy @ weight) if ctx.needs_input_grad[0] else None
-        return dx, dweight, dbias
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Computes torch.nn.functional.linear(x, weight, bias)."""
-    if _beside is not None and x.is_cuda and weight.is_leaf:
-        y: Tensor = _Linear.apply(x, weight, bias)
-        return y
     return _biased(lambda bias: functional.linear(x, weight, bias), x, bias)
 
 

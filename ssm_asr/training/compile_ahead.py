@@ -7,28 +7,29 @@ import hashlib
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ssm_asr import ops
 from ssm_asr.data.batches import Batch, TrainingJobs, shape_tokens
 from ssm_asr.data.errors import first_line
-from ssm_asr.data.parallel import parallel_map
+from ssm_asr.data.parallel import forking, ignore_interrupt
 from ssm_asr.ops import ahead
 from ssm_asr.training.graphs import Graphs
 from ssm_asr.training.objective import Objective
 from ssm_asr.training.optim import ScaledAdam
-from ssm_asr.units import NUM_MELS
+from ssm_asr.units import NUM_MELS, embed_frames
 
-TOKENS_A_SECOND = 4  # of the rehearsal of each shape
 LATTICES = (31, 63, 95, 127, 255, 511)  # up to so many tokens, the sums over the lattice take kernels of their own
 MOST_TOKENS_A_SECOND = 12  # faster speech than this waits until kernels are compiled for it
 MOST_JOBS = 16  # more than this share the work no better
-SLOW = ("_sum",)  # the sums over the lattice take ten times as long as others to compile, so they begin first
 
 
 def compile_ahead(objective: Objective, optimizer: ScaledAdam, jobs: TrainingJobs, device: torch.device) -> str:
@@ -41,28 +42,29 @@ def compile_ahead(objective: Objective, optimizer: ScaledAdam, jobs: TrainingJob
         device: a GPU.
 
     Returns:
-        A line for the user: how many kernels there are, how many were compiled in how long, and where they are kept.
+        A line for the user: how many kernels there are, how long it took to compile them, and where they are kept.
     """
     start = time.perf_counter()
     done = _marker(objective, jobs, device)
     if done.exists():
         return f"kernels: compiled before; kept in {done.parent}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    compiling: dict[ahead.Kernel, Any] = {}
     try:
-        kernels = sorted(_rehearse(objective, optimizer, jobs, device))
+        with forking(ahead.__name__).Pool(min(cores, MOST_JOBS), initializer=ignore_interrupt) as pool:
+            kernels: set[ahead.Kernel] = set()
+            for kernels in _rehearse(objective, optimizer, jobs, device):
+                for kernel in sorted(kernels - compiling.keys()):
+                    compiling[kernel] = pool.apply_async(ahead.compile_kernel, (kernel,))
+            for result in tqdm(compiling.values(), desc="compiling kernels", unit="kernel", mininterval=1.0):
+                result.get()
     except Exception as error:  # training does not depend on it; of memory, the trial of the largest batch tells
         return f"kernels: compiled when they are first used, since the rehearsal failed ({first_line(error)})"
     finally:
         objective.model.zero_grad(set_to_none=True)
-    missing = [kernel for kernel in kernels if not ahead.is_compiled(kernel)]
-    missing.sort(key=lambda kernel: kernel.name not in SLOW)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Neighbours in the list are alike, and some of them take long, so that no process should get many at once.
-    for _ in parallel_map(ahead.compile_kernel, missing, min(cores, MOST_JOBS), "compiling kernels", "kernel", chunk=1):
-        pass
     done.parent.mkdir(parents=True, exist_ok=True)
     done.touch()
-    took_s = time.perf_counter() - start
-    return f"kernels: {len(kernels)}, {len(missing)} of them compiled, in {took_s:.0f} s; kept in {done.parent}"
+    return f"kernels: {len(compiling)}, compiled in {time.perf_counter() - start:.0f} s; kept in {done.parent}"
 
 
 def _marker(objective: Objective, jobs: TrainingJobs, device: torch.device) -> Path:
@@ -78,20 +80,21 @@ def _marker(objective: Objective, jobs: TrainingJobs, device: torch.device) -> P
 
 def _rehearse(
     objective: Objective, optimizer: ScaledAdam, jobs: TrainingJobs, device: torch.device
-) -> set[ahead.Kernel]:
-    """Returns the kernels that a training step would have to compile or load."""
+) -> Iterator[set[ahead.Kernel]]:
+    """Yields after each part of the rehearsal the kernels so far that a training step would have to compile or load."""
     objective.model.train()
-    shapes = jobs.shapes()
-    calls = [(*shape, TOKENS_A_SECOND * shape[1] // 100) for shape in shapes]
-    count, frames = shapes[-1]
-    most = bisect_left(LATTICES, MOST_TOKENS_A_SECOND * frames // 100)
-    calls += [(count, frames, tokens) for tokens in LATTICES[: most + 1]]
+    # Kernels differ where the next power of 2 of a number of frames differs; of each, the longest shape comes.
+    classes = {(embed_frames(frames) - 1).bit_length(): (count, frames) for count, frames in jobs.shapes()}
+    shapes = list(classes.values())
+    most = bisect_left(LATTICES, MOST_TOKENS_A_SECOND * shapes[-1][1] // 100)
     with ahead.recording() as kernels, _rehearsals(objective.graphs()):
-        for call in calls:
-            losses = objective.losses(_silence(*call, device))
+        for shape, tokens in zip_longest(shapes[::-1], LATTICES[most::-1]):
+            count, frames = shape or shapes[0]
+            losses = objective.losses(_silence(count, frames, tokens or LATTICES[0], device))
             objective.weighted(losses).nan_to_num(posinf=0.0).sum().backward()
+            yield kernels
         _rehearse_optimizer(optimizer)
-    return kernels
+    yield kernels
 
 
 def _rehearsals(graphs: Iterable[Graphs]) -> ExitStack:

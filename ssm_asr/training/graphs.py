@@ -7,7 +7,6 @@ Under autocast a graph may cast the weights of all linear layers by one kernel w
 one kernel when it ends, instead of each by a kernel of its own.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -25,9 +24,6 @@ from ssm_asr.ops.capture import (
     on_side_stream,
     signature,
 )
-from ssm_asr.ops.linear import weights_beside
-
-BESIDE = os.environ.get("BESIDE") == "1"
 
 
 class Graphs:
@@ -202,12 +198,11 @@ class _Graph:
             self._warm_up(run)
             owner.warmed_up.add(dtype)
             torch.cuda.empty_cache()  # what the warm-up has used is of no use to the graph, which has its own memory
-        with weights_beside() if owner.cast_together and BESIDE else nullcontext(lambda: None) as join:
-            with capturing(self.forward, owner.pool):
-                outputs = run()
-            self._make_gradients(outputs)
-            with capturing(self.backward, owner.pool):
-                self._differentiate(outputs, join)
+        with capturing(self.forward, owner.pool):
+            outputs = run()
+        self._make_gradients(outputs)
+        with capturing(self.backward, owner.pool):
+            self._differentiate(outputs)
         # Without their history, so that the next graph can use the memory of the backward pass.
         self.outputs = [x.detach() for x in outputs]
 
@@ -215,14 +210,13 @@ class _Graph:
         """Makes the memory of the gradients of the outputs, None for outputs without a gradient."""
         self.output_gradients = [torch.zeros_like(x) if x.requires_grad else None for x in outputs]
 
-    def _differentiate(self, outputs: Outputs, join: Callable[[], None] = lambda: None) -> None:
+    def _differentiate(self, outputs: Outputs) -> None:
         """Computes the gradients of inputs and parameters, and copies the latter to their memory."""
         tensors = self.weights.tensors
         wanted = [x for x in self.inputs if x.requires_grad]
         pairs = [(x, g) for x, g in zip(outputs, self.output_gradients, strict=True) if g is not None]
         results, gradients = zip(*pairs, strict=True)
         found = torch.autograd.grad(results, [*wanted, *tensors.values()], gradients, allow_unused=True)
-        join()
         of_inputs, of_weights = iter(found[: len(wanted)]), found[len(wanted) :]
         self.input_gradients = [next(of_inputs) if x.requires_grad else None for x in self.inputs]
         self.used = [gradient is not None for gradient in of_weights]
