@@ -25,7 +25,7 @@ VERBS = {
     "import-icefall": "take over published Zipformer weights",
 }
 
-# Programs whose workers are forked from a server that has imported this. It starts first, and imports beside the program.
+# Programs whose workers are forked from a server that has imported this. It starts first, beside the program.
 WORKERS = {"train": "ssm_asr.data.batches"}
 EXPORT_PACKAGES = ("onnx", "onnxruntime", "sherpa_onnx")  # the extra "export" of setup.py
 
