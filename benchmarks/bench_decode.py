@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--stream-chunks", type=frames_list, default="320ms", help="of stream (default: 320ms)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--max-duration-s", type=positive, default=600, help="audio a batch (default: 600)")
+    parser.add_argument("--programs", action="store_true", help="time decode and stream only, not their parts")
     parser.add_argument("--limit", type=int, default=0, help="utterances to take; 0 is all (default: 0)")
     options = parser.parse_args()
     if (options.checkpoint is None) == (options.config is None or options.tokens is None):
@@ -180,7 +181,8 @@ def main() -> None:
     else:
         loaded = random_model(options.config, options.tokens, device, batches[-1])
     recognizer = OfflineRecognizer(loaded, options.chunk, options.left, "greedy")
-    time_parts(recognizer, batches)
+    if not options.programs:
+        time_parts(recognizer, batches)
     time_programs(recognizer, loaded, cuts, options.stream_chunks, options.max_duration_s)
 
 

@@ -7,6 +7,7 @@ in any process and without a GPU. Triton keeps compiled kernels on disk, where t
 
 import importlib
 import json
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -59,12 +60,18 @@ def cache_directory() -> str:
 
 
 def compile_kernel(kernel: Kernel) -> None:
-    """Compiles a kernel into Triton's cache on disk, unless it is there."""
+    """Compiles a kernel, and the C code that launches it, into Triton's cache on disk, unless they are there."""
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaLauncher, library_dirs
     from triton.compiler import compile as triton_compile
 
     source, options = _source_and_options(kernel)
-    triton_compile(source, target=GPUTarget(*kernel.target), options=options)
+    compiled = triton_compile(source, target=GPUTarget(*kernel.target), options=options)
+    try:
+        library_dirs()
+    except (AssertionError, OSError, subprocess.CalledProcessError):
+        return  # nothing is launched without a driver, to which the C code would be linked
+    CudaLauncher(compiled.src, compiled.metadata)
 
 
 def _source_and_options(kernel: Kernel) -> tuple[Any, dict[str, Any]]:
