@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -349,11 +350,23 @@ def load_batches(
 
 
 def _start_worker(worker: int) -> None:
-    """Lets a worker ignore signals: Ctrl-C reaches it too, while the training process, which stops it, needs it."""
+    """Lets a worker ignore signals: Ctrl-C reaches it too, while the training process, which stops it, needs it.
+
+    It ends when the training process has ended in any way. PyTorch looks after the server that it was forked from, which
+    goes on as long as there are workers.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # Python would end a thread that is still sending a batch, which aborts the process with a message.
     atexit.register(os._exit, 0)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @lru_cache(maxsize=1)

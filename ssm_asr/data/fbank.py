@@ -1,8 +1,11 @@
 """Computes log-mel filter bank features of many utterances at once, on the device that trains or on a CPU.
 
 They are the features of lhotse's `Fbank` and of kaldi-native-fbank: 25 ms frames every 10 ms, the first one centred
-5 ms into the audio, which is mirrored at both ends. Each step is one operation over all utterances, so that a GPU needs
-a few dozen launches a batch, and a CPU works through pieces that stay in its cache.
+5 ms into the audio, which is mirrored at both ends. Each step is one operation over many utterances, so that a GPU
+needs a few dozen launches a batch, and a CPU works through pieces that stay in its cache.
+
+Nearly every batch has a shape of its own, for which libraries would plan a Fourier transform or a convolution anew on
+the host, for milliseconds. So a GPU transforms frames so many at a time, and changes speeds by matrix products.
 
 Shapes: B utterances, S samples, T feature frames (10 ms), W samples of a frame, F mel bins.
 """
@@ -23,6 +26,7 @@ LOW_HZ, HIGH_HZ = 20.0, -400.0  # the second counts from half the sample rate
 BEFORE_SAMPLES = (FRAME_SAMPLES - FRAME_SHIFT_SAMPLES) // 2  # the first frame begins so long before the audio does
 AFTER_SAMPLES = FRAME_SAMPLES  # no frame ends later than this after the audio does
 FRAMES_AT_A_TIME = 512  # on a CPU; 1 MB of frames stays in its cache
+GPU_FRAMES_AT_A_TIME = 16384  # always as many; a batch of 600 s takes four times
 
 
 def num_frames(num_samples: int) -> int:
@@ -64,12 +68,13 @@ def batch_fbank(samples_BS: Tensor, num_samples_B: Tensor) -> Tensor:
     mirrored = _mirror(samples_BS, num_samples_B.to(samples_BS.device))
     total = num_frames(samples_BS.shape[1])
     if samples_BS.is_cuda and total:
-        return _log_mels(mirrored, 0, total)
+        frames_BTW = _frames(mirrored, 0, total)
+        return _log_mels_by_parts(frames_BTW.flatten(0, 1), GPU_FRAMES_AT_A_TIME).unflatten(0, (-1, total))
     features_BTF = samples_BS.new_empty(len(samples_BS), total, NUM_MELS)
     for row, features_TF in zip(mirrored, features_BTF, strict=True):
         for start in range(0, total, FRAMES_AT_A_TIME):
             stop = min(total, start + FRAMES_AT_A_TIME)
-            features_TF[start:stop] = _log_mels(row[None], start, stop)[0]
+            features_TF[start:stop] = _log_mels(_frames(row[None], start, stop)[0])
     return features_BTF
 
 
@@ -89,9 +94,8 @@ def _mirror(samples_BS: Tensor, num_samples_B: Tensor) -> Tensor:
     return out.scatter_(1, outside + BEFORE_SAMPLES, samples_BS.gather(1, source))
 
 
-def _log_mels(samples_BS: Tensor, start: int, stop: int) -> Tensor:
-    """Returns features_BTF of the frames from start to stop; one begins at each multiple of the shift."""
-    tables = _tables(samples_BS.device)
+def _frames(samples_BS: Tensor, start: int, stop: int) -> Tensor:
+    """Returns frames_BTW from start to stop, for the Fourier transform; one begins at each multiple of the shift."""
     samples_BS = samples_BS[:, start * FRAME_SHIFT_SAMPLES : (stop - 1) * FRAME_SHIFT_SAMPLES + FRAME_SAMPLES]
     mean_BT1 = samples_BS.unfold(1, FRAME_SAMPLES, FRAME_SHIFT_SAMPLES).mean(dim=2, keepdim=True)
     # Taking the mean m away before the pre-emphasis x[n] - c x[n - 1] takes (1 - c) m away after it. A frame's first
@@ -99,9 +103,21 @@ def _log_mels(samples_BS: Tensor, start: int, stop: int) -> Tensor:
     raised_BS = samples_BS.clone()
     raised_BS[:, 1:] -= PREEMPHASIS * samples_BS[:, :-1]
     frames_BTW = raised_BS.unfold(1, FRAME_SAMPLES, FRAME_SHIFT_SAMPLES) - (1 - PREEMPHASIS) * mean_BT1
-    spectrum_BTK = torch.fft.rfft(frames_BTW.mul_(tables.window_W), n=FFT_SAMPLES)
-    power_BTK = spectrum_BTK.real.square() + spectrum_BTK.imag.square()
-    return (power_BTK @ tables.mel_KF).clamp_(min=tables.least).log_()
+    return frames_BTW.mul_(_tables(samples_BS.device).window_W)
+
+
+def _log_mels(frames_TW: Tensor) -> Tensor:
+    """Returns features_TF of frames."""
+    tables = _tables(frames_TW.device)
+    spectrum_TK = torch.fft.rfft(frames_TW, n=FFT_SAMPLES)
+    power_TK = spectrum_TK.real.square() + spectrum_TK.imag.square()
+    return (power_TK @ tables.mel_KF).clamp_(min=tables.least).log_()
+
+
+def _log_mels_by_parts(frames_TW: Tensor, size: int) -> Tensor:
+    """Returns features_TF of frames, `size` of which are transformed at a time, with zeros after the last."""
+    padded_TW = torch.nn.functional.pad(frames_TW, (0, 0, 0, -len(frames_TW) % size))
+    return torch.cat([_log_mels(part_TW) for part_TW in padded_TW.split(size)])[: len(frames_TW)]
 
 
 @lru_cache(maxsize=32)
@@ -118,6 +134,14 @@ def change_speed(samples_BS: Tensor, factor: float) -> Tensor:
         factor: 1.1 makes them a tenth faster, so that they have fewer samples.
     """
     resampler = _resampler(round(SAMPLE_RATE_HZ * factor), samples_BS.device)
-    # TensorFloat-32 would round samples to 11 bits.
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return resampler(samples_BS)
+    return _resample_by_products(samples_BS, resampler) if samples_BS.is_cuda else resampler(samples_BS)
+
+
+def _resample_by_products(samples_BS: Tensor, resampler: Resample) -> Tensor:
+    """Returns what the resampler does, whose filters are one matrix here."""
+    if resampler.orig_freq == resampler.new_freq:
+        return samples_BS
+    taken, made = resampler.orig_freq // resampler.gcd, resampler.new_freq // resampler.gcd  # samples of a step
+    padded_BS = torch.nn.functional.pad(samples_BS, (resampler.width, resampler.width + taken))
+    windows_BNW = padded_BS.unfold(1, resampler.kernel.shape[-1], taken)
+    return (windows_BNW @ resampler.kernel[:, 0].T).flatten(1)[:, : -(-made * samples_BS.shape[1] // taken)]

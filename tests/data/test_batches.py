@@ -2,7 +2,12 @@
 
 import json
 import multiprocessing
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from itertools import combinations, islice
 from pathlib import Path
@@ -61,6 +66,39 @@ def test_workers_end_well_when_batches_are_left(stored: CutSet, tokenizer: Token
     del batches
     worker.join()
     assert worker.exitcode == 0
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+from pathlib import Path
+from lhotse import CutSet
+from ssm_asr.data.batches import train_batches
+from ssm_asr.data.config import DataConfig
+from ssm_asr.data.tokens import Tokenizer
+
+if __name__ == "__main__":
+    cuts = CutSet.from_file(sys.argv[1]).to_eager()
+    config = DataConfig(max_duration_s=2.0, num_buckets=2, num_workers=2)
+    batches = train_batches(cuts, config, Tokenizer.load(Path(sys.argv[2])), epoch=1, seed=1)
+    next(batches)
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_when_their_run_is_killed(manifest: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    tokenizer.save(tmp_path / "tokens")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(script), str(manifest), str(tmp_path / "tokens")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert done.returncode == -signal.SIGKILL and len(workers) == 2, done.stderr
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
 def test_skipped_batches_are_not_loaded(stored: CutSet, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

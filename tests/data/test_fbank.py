@@ -6,7 +6,17 @@ import torch
 from lhotse import Fbank
 from lhotse.augmentation import Speed
 
-from ssm_asr.data.fbank import FRAMES_AT_A_TIME, batch_fbank, change_speed, num_frames
+from ssm_asr.data.fbank import (
+    FRAMES_AT_A_TIME,
+    _frames,
+    _log_mels,
+    _log_mels_by_parts,
+    _resample_by_products,
+    _resampler,
+    batch_fbank,
+    change_speed,
+    num_frames,
+)
 from ssm_asr.data.features import OnlineFbank
 from ssm_asr.units import SAMPLE_RATE_HZ
 
@@ -42,6 +52,23 @@ def test_features_of_a_batch_equal_lhotses() -> None:
     for samples_S, length, features_TF in list(zip(samples_BS, LENGTHS, features_BTF, strict=True))[2:]:
         expected_TF = torch.from_numpy(Fbank().extract(samples_S[:length].numpy(), SAMPLE_RATE_HZ))
         assert torch.allclose(features_TF[: len(expected_TF)], expected_TF, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 100, 4096])
+def test_frames_are_transformed_so_many_at_a_time(size: int) -> None:
+    """As on a GPU."""
+    frames_TW = _frames(torch.from_numpy(_speech(1, 16000 * 3).astype(np.float32))[None], 0, 290)[0]
+    assert torch.allclose(_log_mels_by_parts(frames_TW, size), _log_mels(frames_TW), atol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.0, 1.1])
+def test_speeds_by_products(factor: float) -> None:
+    """As on a GPU."""
+    samples_BS, _ = _batch()
+    resampler = _resampler(round(SAMPLE_RATE_HZ * factor), samples_BS.device)
+    changed_BS = _resample_by_products(samples_BS, resampler)
+    assert changed_BS.shape == resampler(samples_BS).shape
+    assert torch.allclose(changed_BS, resampler(samples_BS), atol=1e-6)
 
 
 def test_features_do_not_depend_on_the_batch() -> None:
