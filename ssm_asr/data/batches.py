@@ -352,8 +352,8 @@ def load_batches(
 def _start_worker(worker: int) -> None:
     """Lets a worker ignore signals: Ctrl-C reaches it too, while the training process, which stops it, needs it.
 
-    It ends when the training process has ended in any way. PyTorch looks after the server that it was forked from, which
-    goes on as long as there are workers.
+    It ends when the training process has ended in any way. PyTorch watches only the server that it was forked from,
+    which goes on as long as there are workers.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -157,8 +157,16 @@ def _drawn(module: Scheduled, requests: tuple[Request, ...]) -> list[float]:
     return [request.drawn(module.batch_count) for request in requests]
 
 
-def set_batch_count(model: nn.Module, batch_count: float) -> None:
-    """Moves every schedule of the model to `batch_count`, counted in batches of 600 s of audio."""
-    for module in model.modules():
-        if isinstance(module, Scheduled):
-            module.batch_count = batch_count
+def scheduled_modules(model: nn.Module) -> list[Scheduled]:
+    """Returns the modules of a model that have schedules."""
+    return [module for module in model.modules() if isinstance(module, Scheduled)]
+
+
+def set_batch_count(model: nn.Module | list[Scheduled], batch_count: float) -> None:
+    """Moves every schedule to `batch_count`, counted in batches of 600 s of audio.
+
+    Args:
+        model: a model, or what `scheduled_modules` found in it, which takes a tenth of the time.
+    """
+    for module in scheduled_modules(model) if isinstance(model, nn.Module) else model:
+        object.__setattr__(module, "batch_count", batch_count)  # PyTorch's own looks for parameters and modules

@@ -58,6 +58,9 @@ class Graphs:
         self.pool: Any = None
         self.weights: dict[torch.dtype | None, _Weights] = {}
         self.evaluation = Captured(function, most_graphs=most_graphs)
+        # It makes autograd call the backward pass, which gives the parameters their gradients itself: for autograd to
+        # carry a thousand of them takes the host several milliseconds.
+        self.anchor = torch.zeros((), device=self.device, requires_grad=True)
 
     def __call__(self, *arguments: Any) -> Outputs:
         """Returns what the function returns."""
@@ -91,8 +94,7 @@ class Graphs:
             self.draws.draw_new()
         if not self.rehearsing:
             self.graphs[key] = graph
-        tensors = [x for x in arguments if isinstance(x, Tensor)]
-        outputs: Outputs = _Replay.apply(graph, *tensors, *self.parameters)
+        outputs: Outputs = _Replay.apply(graph, self.anchor, *(x for x in arguments if isinstance(x, Tensor)))
         return outputs
 
 
@@ -240,13 +242,16 @@ class _Graph:
 
 
 class _Replay(torch.autograd.Function):
-    """Replays the graphs: copies inputs in, launches a graph, and returns its outputs, forward and backward."""
+    """Replays the graphs: copies inputs in, launches a graph, and returns its outputs, forward and backward.
+
+    The backward pass sets the gradients of the parameters, or adds to those that are there.
+    """
 
     @staticmethod
-    def forward(ctx: Any, graph: _Graph, *tensors: Tensor) -> Outputs:
+    def forward(ctx: Any, graph: _Graph, anchor: Tensor, *tensors: Tensor) -> Outputs:
         ctx.graph = graph
         with torch.no_grad():
-            for place, x in zip(graph.inputs, tensors, strict=False):  # the tensors after the inputs are parameters
+            for place, x in zip(graph.inputs, tensors, strict=True):
                 place.copy_(x)
         if not graph.is_rehearsal:
             graph.forward.replay()
@@ -260,6 +265,8 @@ class _Replay(torch.autograd.Function):
                 place.copy_(gradient)
         if not graph.is_rehearsal:
             graph.backward.replay()
-        pairs = zip(graph.weights.gradients.values(), graph.used, strict=True)
-        of_weights = (gradient.detach() if used else None for gradient, used in pairs)
-        return None, *(None if x is None else x.detach() for x in graph.input_gradients), *of_weights
+        of_parameters = zip(graph.owner.parameters, graph.weights.gradients.values(), graph.used, strict=True)
+        for parameter, gradient, used in of_parameters:
+            if used:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return None, None, *(None if x is None else x.detach() for x in graph.input_gradients)

@@ -18,7 +18,7 @@ from ssm_asr.data.batches import Batch, TrainingJobs
 from ssm_asr.data.feed import Event, Feed, Position
 from ssm_asr.data.loading import Loader
 from ssm_asr.data.tokens import Tokenizer
-from ssm_asr.encoder.schedule import set_batch_count
+from ssm_asr.encoder.schedule import scheduled_modules, set_batch_count
 from ssm_asr.ops.devices import to_host
 from ssm_asr.ssm.parameters import parameter_groups
 from ssm_asr.training import distributed
@@ -81,6 +81,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = Transducer(experiment.model, tokenizer.vocab_size).to(place.device)
         distributed.share_weights(self.model, place)
+        self.scheduled = scheduled_modules(self.model)
         self.fast = resolve_fast(
             settings.fast,
             place.device,
@@ -225,7 +226,7 @@ class Trainer:
         torch.manual_seed(random.getrandbits(63))
         self.scheduler.step(progress.batch, progress.epoch - 1)
         batch_s = self.experiment.data.max_duration_s * self.place.world_size
-        set_batch_count(self.model, progress.batch * batch_s / REFERENCE_BATCH_S * settings.schedule_speed)
+        set_batch_count(self.scheduled, progress.batch * batch_s / REFERENCE_BATCH_S * settings.schedule_speed)
         if not self.model.training:
             self.model.train()
 

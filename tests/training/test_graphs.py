@@ -12,8 +12,9 @@ from toy import experiment
 from ssm_asr.encoder.regularize import load_whitening_flags, whitening_flags
 from ssm_asr.encoder.schedule import Draws, set_batch_count
 from ssm_asr.ops.devices import to_host
+from ssm_asr.training import graphs as graphs_module
 from ssm_asr.training.fast import Fast, make_passes
-from ssm_asr.training.graphs import _Weights
+from ssm_asr.training.graphs import Graphs, _Weights
 from ssm_asr.transducer.model import Transducer
 from ssm_asr.transducer.pruned_loss import Lattices
 
@@ -77,14 +78,14 @@ def test_graphs_equal_the_plain_path(long_range):
         assert whitening_flags(graphs[0]) == whitening_flags(plain[0])
 
 
-def losses(model_and_passes, seed, tokens=32, left_context=32):
+def losses(model_and_passes, seed, tokens=32, left_context=32, chunk=16):
     """The losses of a batch, and the gradients of all parameters, for given random numbers."""
     model, passes = model_and_passes
     random.seed(seed)
     torch.manual_seed(seed)
     features, tokens_BU = torch.randn(3, 120, 80).to(DEVICE), torch.randint(1, 5, (3, tokens)).to(DEVICE)
     lens_B, token_lens_B = torch.tensor([120, 100, 90]), torch.tensor([9, 4, tokens])
-    found = model(features, lens_B, tokens_BU, token_lens_B, 16, left_context, passes)
+    found = model(features, lens_B, tokens_BU, token_lens_B, chunk, left_context, passes)
     (0.5 * found.simple_B + found.pruned_B).masked_fill(found.simple_B.isposinf(), 0.0).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -93,15 +94,55 @@ def losses(model_and_passes, seed, tokens=32, left_context=32):
 
 @pytest.mark.parametrize("rnnt_type", ["regular", "modified"])
 def test_graphs_of_the_losses_equal_the_plain_path(rnnt_type):
-    """With other transcripts and left contexts at each call; in a modified lattice one utterance has no alignment."""
+    """With other transcripts, left contexts and chunks at each call; in a modified lattice one has no alignment."""
     plain, graphs = make_model(graphs=DEVICE == "cuda", most=0), make_model(graphs=True)
     for model, _ in (plain, graphs):
         model.config.rnnt_type = rnnt_type
-    for call in ((1, 32, 32), (2, 32, 16), (3, 48, 0), (4, 32, -1), (5, 48, 16)):
+    for call in ((1, 32, 32, 16), (2, 32, 16, 8), (3, 48, 0, 32), (4, 32, -1, -1), (5, 48, 16, 64)):
         expected, actual = losses(plain, *call), losses(graphs, *call)
         assert expected["simple"].isposinf().tolist() == [False, False, rnnt_type == "modified"]
         assert_close(actual, expected, 1e-4)
-    assert len(graphs[1].encode.graphs) == (DEVICE == "cuda")  # one for all left contexts
+    assert len(graphs[1].encode.graphs) == (DEVICE == "cuda")  # one for all left contexts and chunks
+
+
+class NoGraph:
+    """Stands for a CUDA graph on a CPU: launching it changes nothing, so its results are those of its capture."""
+
+    def replay(self) -> None:
+        pass
+
+
+def test_replayed_passes_give_parameters_their_gradients(monkeypatch):
+    """Those of the layers that are cast and of the others, and none to parameters that are not used."""
+    nothing = {name: lambda *_, **__: None for name in ("graph_pool_handle", "get_rng_state", "set_rng_state")}
+    for name, value in {**nothing, "CUDAGraph": NoGraph, "empty_cache": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(graphs_module, "capturing", lambda *_: nullcontext())
+    monkeypatch.setattr(graphs_module, "on_side_stream", nullcontext)
+    # The gradients of the sum of squares are there when the backward pass is captured.
+    monkeypatch.setattr(
+        graphs_module._Graph,
+        "_make_gradients",
+        lambda graph, outputs: setattr(graph, "output_gradients", [2 * x.detach() for x in outputs]),
+    )
+    torch.manual_seed(1)
+    model = torch.nn.ModuleDict(
+        {"a": torch.nn.Linear(5, 4), "n": torch.nn.LayerNorm(4), "unused": torch.nn.Linear(2, 2)}
+    )
+    x = torch.randn(3, 5)
+    graphs = Graphs(lambda x: (model["n"](model["a"](x)).tanh(),), [model], 4, cast_together=True)
+    expected = torch.autograd.grad(
+        model["n"](model["a"](x)).tanh().square().sum(), [*model["a"].parameters(), *model["n"].parameters()]
+    )
+    for _ in range(2):
+        graphs._by_graph((x,))[0].square().sum().backward()
+        found = [p.grad for p in (*model["a"].parameters(), *model["n"].parameters())]
+        assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(found, expected, strict=True))
+        assert model["unused"].weight.grad is None
+        model.zero_grad(set_to_none=True)
+    model["a"].bias.grad = torch.ones(4)
+    graphs._by_graph((x,))[0].square().sum().backward()
+    assert torch.allclose(model["a"].bias.grad, expected[1] + 1.0, atol=1e-6)
 
 
 def test_new_numbers_at_every_call():
