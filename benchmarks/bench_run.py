@@ -28,11 +28,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `ssm_asr` is found when this file is run by its path
 
-from ssm_asr.cli import WORKERS
-from ssm_asr.data.parallel import start_server
+from ssm_asr.data.parallel import LOADING, start_server
 
 if __name__ == "__main__":  # as `ssm-asr train` does, before the imports that take seconds
-    start_server(WORKERS["train"])
+    start_server(LOADING)
 
 from ssm_asr.cli.program import positive, run
 from ssm_asr.training.trainer import StepResult, Trainer

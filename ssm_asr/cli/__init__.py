@@ -25,8 +25,6 @@ VERBS = {
     "import-icefall": "take over published Zipformer weights",
 }
 
-# Programs whose workers are forked from a server that has imported this. It starts first, beside the program.
-WORKERS = {"train": "ssm_asr.data.batches"}
 EXPORT_PACKAGES = ("onnx", "onnxruntime", "sherpa_onnx")  # the extra "export" of setup.py
 
 
@@ -38,10 +36,10 @@ def start(verb: str) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):  # names of files and texts may hold what a terminal cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if verb in WORKERS:
-        from ssm_asr.data.parallel import start_server
+    if verb == "train":  # which has workers; what they need is imported beside the program
+        from ssm_asr.data.parallel import LOADING, start_server
 
-        start_server(WORKERS[verb])
+        start_server(LOADING)
     try:
         program = importlib.import_module(f"ssm_asr.cli.{verb.replace('-', '_')}")
     except ModuleNotFoundError as error:

@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 
 from ssm_asr.cli.arguments import frames_list
-from ssm_asr.data import batches
-from ssm_asr.data.parallel import start_server
+from ssm_asr.data.parallel import LOADING, start_server
 from ssm_asr.evaluation.compare import cells
 from ssm_asr.evaluation.compare.report import write_report
 from ssm_asr.evaluation.test_sets import workers_for
@@ -30,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         device = str(find_device(options.device))
         if workers_for(find_device(device)):
-            start_server(batches.__name__)
+            start_server(LOADING)
         if options.jobs < 1 or options.limit < 0:
             raise ValueError(
                 f"--jobs {options.jobs}, --limit {options.limit}: give 1 or more jobs, and no negative limit"

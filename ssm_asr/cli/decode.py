@@ -11,8 +11,7 @@ from pathlib import Path
 
 from ssm_asr.checkpoint import load_model
 from ssm_asr.cli.arguments import decoding_arguments, result_dir, scoring_arguments
-from ssm_asr.data import batches
-from ssm_asr.data.parallel import start_server
+from ssm_asr.data.parallel import LOADING, start_server
 from ssm_asr.evaluation.offline import decode_cuts
 from ssm_asr.evaluation.results import rate_text, write_results
 from ssm_asr.evaluation.test_sets import marked_texts, read_test_sets, scoring_unit, workers_for
@@ -32,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         device = find_device(options.device)
         if workers_for(device):
-            start_server(batches.__name__)
+            start_server(LOADING)
         loaded = load_model(options.checkpoint, device)
         recognizer = OfflineRecognizer(loaded, options.chunk, options.left, options.method, options.beam)
         if options.max_duration_s <= 0:

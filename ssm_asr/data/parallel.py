@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+LOADING = "ssm_asr.data.batches"  # the module that loads batches
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
