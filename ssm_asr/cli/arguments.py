@@ -2,8 +2,10 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ssm_asr import units
+from ssm_asr.data.trust import trust
 from ssm_asr.search import SEARCHES
 
 
@@ -33,6 +35,26 @@ def chunk_arguments(parser: argparse.ArgumentParser, default: str = "the checkpo
     parser.add_argument(
         "--left", type=frames, metavar="TIME", help=f"left context: 1.28s, 1280ms or 64 (default: {default})"
     )
+
+
+class _Trust(argparse.Action):
+    """Trusts manifests as soon as its option is read."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        trust(str(self.const))
+
+
+def trust_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --trust-commands and --trust-urls, of programs that read manifests."""
+    for kind, what in (("commands", "run the commands that manifests name"), ("urls", "fetch what manifests name")):
+        parser.add_argument(
+            f"--trust-{kind}",
+            action=_Trust,
+            nargs=0,
+            const=kind,
+            default=argparse.SUPPRESS,
+            help=f"{what} (default: refuse)",
+        )
 
 
 def decoding_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ import torch
 from lhotse import CutSet
 
 from ssm_asr.checkpoint import load_model
+from ssm_asr.cli.arguments import trust_arguments
 from ssm_asr.cli.program import positive
 from ssm_asr.config import load_experiment
 from ssm_asr.evaluation.check_export import check_long, check_utterances
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--hours", type=float, default=0.0, help="length of the long stream; 0 has each utterance once (default: 0)"
     )
+    trust_arguments(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ssm_asr import units
 from ssm_asr.checkpoint import load_model
-from ssm_asr.cli.arguments import frames, frames_list
+from ssm_asr.cli.arguments import frames, frames_list, trust_arguments
 from ssm_asr.data.loading import load_features
 from ssm_asr.data.store import read_cuts
 from ssm_asr.evaluation.check_streaming import TOLERANCE, worst_difference
@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--limit", type=int, default=20, help="utterances to take, from the first on; 0 is all (default: 20)"
     )
     parser.add_argument("--device", default="cpu", help="auto, cpu or cuda (default: cpu)")
+    trust_arguments(parser)
     options = parser.parse_args(arguments)
     try:
         device = find_device(options.device)

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ssm_asr.cli.arguments import frames_list
+from ssm_asr.cli.arguments import frames_list, trust_arguments
 from ssm_asr.data.parallel import LOADING, start_server
 from ssm_asr.evaluation.compare import cells
 from ssm_asr.evaluation.compare.report import write_report
@@ -87,4 +87,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="auto, cpu or cuda (default: cpu)")
     parser.add_argument("--jobs", type=int, default=1, help="cells decoded at once (default: 1)")
     parser.add_argument("--note", default="", help="a line to put on top of the report, such as what the speech is")
+    trust_arguments(parser)
     return parser

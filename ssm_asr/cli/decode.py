@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from ssm_asr.checkpoint import load_model
-from ssm_asr.cli.arguments import decoding_arguments, result_dir, scoring_arguments
+from ssm_asr.cli.arguments import decoding_arguments, result_dir, scoring_arguments, trust_arguments
 from ssm_asr.data.parallel import LOADING, start_server
 from ssm_asr.evaluation.offline import decode_cuts
 from ssm_asr.evaluation.results import rate_text, write_results
@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cuts", required=True, nargs="+", type=Path, help="lhotse cuts with transcripts")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--max-duration-s", type=float, default=200.0, help="seconds of audio a batch (default: 200)")
+    trust_arguments(parser)
     options = parser.parse_args(arguments)
     try:
         device = find_device(options.device)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ssm_asr.checkpoint import load_model
-from ssm_asr.cli.arguments import chunk_arguments
+from ssm_asr.cli.arguments import chunk_arguments, trust_arguments
 from ssm_asr.cli.program import positives
 from ssm_asr.data.store import read_cuts
 from ssm_asr.evaluation.long_form import HEADER, table_rows
@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--silence-s", type=float, default=10.0, help="pause at every second joint (default: 10)")
     chunk_arguments(parser)
+    trust_arguments(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows: list[str] = []

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from lhotse import CutSet, RecordingSet, SupervisionSet
 
+from ssm_asr.cli.arguments import trust_arguments
 from ssm_asr.cli.program import positive
 from ssm_asr.config import TokensConfig, load_experiment
 from ssm_asr.data.checks import check_corpus
@@ -25,6 +26,7 @@ from ssm_asr.data.filtering import text_of
 from ssm_asr.data.noise import made_noises, musan_noises
 from ssm_asr.data.store import prepare_cuts, read_cuts
 from ssm_asr.data.tokens import KINDS, train_tokenizer
+from ssm_asr.data.trust import require_trusted
 from ssm_asr.ops.devices import find_device
 
 RECORDINGS_SUFFIX = "_recordings.jsonl.gz"
@@ -41,8 +43,10 @@ def check(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for source in sources:
         name = source.name.removesuffix(RECORDINGS_SUFFIX)
+        recordings = RecordingSet.from_file(source)
+        require_trusted(source, recordings)
         cuts, report = check_corpus(
-            RecordingSet.from_file(source),
+            recordings,
             SupervisionSet.from_file(source.with_name(f"{name}_supervisions.jsonl.gz")),
             num_jobs=args.jobs,
             title=f"checking {name}",
@@ -184,6 +188,8 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--jobs", type=positive, default=2, help="processes (default: 2)")
     verb.add_argument("--count", type=positive, default=60, help="made noises of 10 s (default: 60)")
     verb.add_argument("--seed", type=int, default=1, help="of made noises (default: 1)")
+    for verb in verbs.choices.values():
+        trust_arguments(verb)
     return parser
 
 

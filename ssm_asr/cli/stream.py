@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ssm_asr import units
 from ssm_asr.checkpoint import load_model
-from ssm_asr.cli.arguments import decoding_arguments, result_dir, scoring_arguments
+from ssm_asr.cli.arguments import decoding_arguments, result_dir, scoring_arguments, trust_arguments
 from ssm_asr.data.features import AudioError, read_audio
 from ssm_asr.evaluation.results import rate_text, write_results
 from ssm_asr.evaluation.streaming import Timing, recognise, stream_cuts, timing_text
@@ -77,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="cpu", help="auto, cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, default=1, help="threads of the computation (default: 1)")
+    trust_arguments(parser)
     options = parser.parse_args(arguments)
     try:
         if options.threads < 1:

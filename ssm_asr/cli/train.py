@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from ssm_asr import checkpoint
+from ssm_asr.cli.arguments import trust_arguments
 from ssm_asr.config import load_experiment, to_yaml
 from ssm_asr.data.filtering import filter_cuts
 from ssm_asr.data.store import read_cuts
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--exp-dir", required=True, type=Path, help="where everything of this run goes")
     parser.add_argument("--init-from", type=Path, help="start from the weights of this checkpoint that fit")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    trust_arguments(parser)
     options = parser.parse_args(arguments)
     try:
         place = distributed.join(options.device)

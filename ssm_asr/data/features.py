@@ -31,6 +31,7 @@ from lhotse.features.kaldifeat import (
 
 from ssm_asr.data.errors import AudioError, CutError, first_line
 from ssm_asr.data.fbank import batch_fbank
+from ssm_asr.data.trust import require_files
 from ssm_asr.units import FRAME_LENGTH_MS, FRAME_SHIFT_MS, NUM_MELS, SAMPLE_RATE_HZ
 
 # What can compute stored features: PyTorch, or the package kaldifeat.
@@ -45,6 +46,7 @@ def reading(cut: Cut) -> Iterator[None]:
         CutError: in place of any other exception.
     """
     try:
+        require_files(cut)
         yield
     except CutError:
         raise
@@ -216,7 +218,7 @@ def load_samples(path: Path | str) -> tuple[np.ndarray, int]:
     """
     path = Path(path)
     if not path.is_file():
-        raise AudioError(path, "no such file")
+        raise AudioError(path, "no regular file" if path.exists() else "no such file")
     if path.stat().st_size == 0:
         raise AudioError(path, "empty audio", "0 bytes")
     try:

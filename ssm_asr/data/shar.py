@@ -20,6 +20,8 @@ from lhotse.features.io import FeaturesReader, FeaturesWriter, register_reader
 from lhotse.shar import SharWriter
 from lhotse.utils import fastcopy
 
+from ssm_asr.data.trust import require_trusted
+
 
 class MemoryWriter(FeaturesWriter):
     """Keeps features in their manifest until they are written to a shard."""
@@ -74,7 +76,7 @@ def read_shards(directory: Path) -> CutSet:
     """Returns all cuts of a directory of shards in the order of its files; their features are not read.
 
     Raises:
-        ValueError: if there are no shards with features as numpy files.
+        ValueError: if there are no shards with features as numpy files, or as `require_trusted` does.
     """
     files = sorted(directory.glob("cuts.*.jsonl.gz"))
     if not files:
@@ -82,7 +84,9 @@ def read_shards(directory: Path) -> CutSet:
             f"{directory}: no shards here, expected cuts.000000.jsonl.gz and features.000000.tar; "
             "give a file cuts_NAME.jsonl.gz, or a directory NAME.shar"
         )
-    return CutSet.from_cuts(cut for file in files for cut in _read_shard(file))
+    cuts = CutSet.from_cuts(cut for file in files for cut in _read_shard(file))
+    require_trusted(directory, cuts)
+    return cuts
 
 
 def _read_shard(cuts_file: Path) -> Iterator[Cut]:

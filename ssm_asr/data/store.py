@@ -25,6 +25,7 @@ from ssm_asr.data.errors import first_line
 from ssm_asr.data.features import make_fbank, require_backend
 from ssm_asr.data.parallel import parallel_map
 from ssm_asr.data.shar import MemoryWriter, read_shards, write_shard
+from ssm_asr.data.trust import require_trusted
 
 SPEED_FACTORS = (0.9, 1.0, 1.1)
 CUTS_PER_PART = 100
@@ -54,7 +55,8 @@ def read_cuts(manifest: Path) -> CutSet:
     """Returns the cuts of a manifest (.jsonl.gz) or of a directory of shards, in the order of the files.
 
     Raises:
-        ValueError: if the file is no cut manifest, is damaged or has no cuts, or as `read_shards` does.
+        ValueError: if the file is no cut manifest, is damaged or has no cuts, or as `read_shards` and
+            `require_trusted` do.
     """
     if manifest.is_dir():
         return read_shards(manifest)
@@ -70,6 +72,7 @@ def read_cuts(manifest: Path) -> CutSet:
     other = next((type(item).__name__ for item in cuts if not isinstance(item, Cut)), None)
     if other:
         raise ValueError(f"{manifest}: a manifest of {other}s, not of cuts, which ssm-asr prepare check makes of it")
+    require_trusted(manifest, cuts)
     return CutSet.from_cuts(cuts)
 
 
