@@ -8,13 +8,16 @@ from typing import TypeVar
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 from lhotse.utils import fastcopy
 
-from ssm_asr.data.errors import AudioError
+from ssm_asr.data.errors import AudioError, first_line
 from ssm_asr.data.features import load_samples, not_mono
 from ssm_asr.data.parallel import parallel_map
 from ssm_asr.data.report import Report
+from ssm_asr.data.samples import check_samples
 from ssm_asr.units import FRAME_SHIFT_MS, SAMPLE_RATE_HZ
 
 TIME_TOLERANCE_S = FRAME_SHIFT_MS / 1000  # transcripts give their times rounded
+# Manifests give lengths rounded, such as those from Kaldi. lhotse pads up to half a second, in which words are lost.
+LENGTH_TOLERANCE_S = 0.025
 
 Item = TypeVar("Item", Recording, SupervisionSegment)
 
@@ -45,7 +48,7 @@ def check_corpus(
     bad = set()
     faults = parallel_map(_audio_fault, list(recording_of.values()), num_jobs, title, "file")
     for recording, fault in zip(recording_of.values(), faults, strict=True):
-        path = recording.sources[0].source
+        path = _name_of(recording)
         if fault:
             bad.add(recording.id)
             lost = num_transcripts[recording.id]
@@ -77,27 +80,59 @@ def _unique(items: Iterable[Item], reason: str, report: Report) -> dict[str, Ite
     return by_id
 
 
+def _name_of(recording: Recording) -> str:
+    """Returns what a report calls a recording: its first file, or its id."""
+    source = recording.sources[0]
+    return str(source.source) if source.type == "file" else str(recording.id)
+
+
 def _audio_fault(recording: Recording) -> tuple[str, str] | None:
     """Returns what is wrong with the audio of a recording, as (reason, detail); None if nothing is."""
-    path = recording.sources[0].source
     try:
-        samples_SC, rate_hz = load_samples(path)
-        if samples_SC.shape[1] != 1:
-            raise not_mono(path, samples_SC.shape[1])
+        files = [source for source in recording.sources if source.type == "file"]
+        for source in files:  # each is read in full, at its own rate
+            samples_SC, rate_hz = load_samples(source.source)
+            if samples_SC.shape[1] != 1:
+                raise not_mono(source.source, samples_SC.shape[1])
+            fault = _length_fault(recording, len(samples_SC), rate_hz)
+            if fault or not samples_SC.any():
+                return fault or ("all samples are zero", f"{recording.duration:.2f} s")
+        if len(files) < len(recording.sources) or not _only_resampled(recording):
+            samples_CS = recording.load_audio()  # as the manifest says, of which lhotse checks the length
+            check_samples(samples_CS.ravel())
+            return _length_fault(recording, samples_CS.shape[1], recording.sampling_rate, made=True)
     except AudioError as error:
         return error.reason, error.detail
-    num_samples, rounding = len(samples_SC), 0
-    if recording.transforms:  # lhotse resamples when it loads the audio, if the manifest says so
-        num_samples, rounding = round(num_samples * recording.sampling_rate / rate_hz), 1
-        rate_hz = recording.sampling_rate
+    except Exception as error:  # lhotse raises many kinds
+        return "audio cannot be read", first_line(error)
+    return None
+
+
+def _only_resampled(recording: Recording) -> bool:
+    """Returns whether lhotse changes nothing of the audio when it loads it, but the rate."""
+    return all(
+        (transform["name"] if isinstance(transform, dict) else type(transform).__name__) == "Resample"
+        for transform in recording.transforms or ()
+    )
+
+
+def _length_fault(recording: Recording, num_samples: int, rate_hz: int, made: bool = False) -> tuple[str, str] | None:
+    """Returns what is wrong with the rate of a recording, or with its length, if it is off by more than rounding.
+
+    Args:
+        num_samples, rate_hz: of the samples.
+        made: whether they are what lhotse makes of a file, not the file's own.
+    """
+    if recording.transforms and not made:
+        if not _only_resampled(recording):
+            return None
+        num_samples, rate_hz = round(num_samples * recording.sampling_rate / rate_hz), recording.sampling_rate
     if rate_hz != SAMPLE_RATE_HZ:
-        sox = f"sox {shlex.quote(path)} -r {SAMPLE_RATE_HZ} OUT.wav"
+        sox = f"sox {shlex.quote(str(recording.sources[0].source))} -r {SAMPLE_RATE_HZ} OUT.wav"
         remedy = f"use recording.resample({SAMPLE_RATE_HZ}) for the manifest, or {sox}"
         return "wrong sample rate", f"{rate_hz} Hz, need {SAMPLE_RATE_HZ}; {remedy}"
-    if abs(num_samples - recording.num_samples) > rounding:
+    if abs(num_samples - recording.num_samples) > LENGTH_TOLERANCE_S * rate_hz:
         return "length differs from manifest", f"{num_samples} samples, not {recording.num_samples}"
-    if not samples_SC.any():
-        return "all samples are zero", f"{recording.duration:.2f} s"
     return None
 
 
@@ -111,7 +146,17 @@ def _segment_fault(segment: SupervisionSegment, recording: Recording | None) -> 
     if segment.start < 0 or segment.duration <= 0 or segment.start >= end_s or segment.end > end_s:
         times = f"{segment.start:.3f} - {segment.end:.3f} s of {recording.duration:.3f} s"
         return "transcript times outside the audio", times
+    if _channel(segment, recording) is None:
+        return "transcript not of one channel", f"channel {segment.channel} of {recording.channel_ids}"
     return "", ""
+
+
+def _channel(segment: SupervisionSegment, recording: Recording) -> int | None:
+    """Returns the channel that a transcript is of; the only one of a recording, or None if it cannot be told."""
+    if recording.num_channels == 1:
+        return int(recording.channel_ids[0])
+    channels = segment.channel if isinstance(segment.channel, list) else [segment.channel]
+    return channels[0] if len(channels) == 1 and channels[0] in recording.channel_ids else None
 
 
 def _to_cut(segment: SupervisionSegment, recording: Recording) -> MonoCut:
@@ -121,7 +166,7 @@ def _to_cut(segment: SupervisionSegment, recording: Recording) -> MonoCut:
         id=segment.id,
         start=segment.start,
         duration=duration,
-        channel=recording.channel_ids[0],
+        channel=_channel(segment, recording),
         recording=recording,
         supervisions=[fastcopy(segment, start=0.0, duration=duration)],
     )

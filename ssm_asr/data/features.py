@@ -7,7 +7,6 @@ import importlib
 import logging
 import os
 import shlex
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import gcd
@@ -31,9 +30,12 @@ from lhotse.features.kaldifeat import (
 
 from ssm_asr.data.errors import AudioError, CutError, first_line
 from ssm_asr.data.fbank import batch_fbank
+from ssm_asr.data.riff import with_its_size
 from ssm_asr.data.trust import require_files
 from ssm_asr.units import FRAME_LENGTH_MS, FRAME_SHIFT_MS, NUM_MELS, SAMPLE_RATE_HZ
 
+# Recordings in floating point may go a little beyond 1; 16-bit numbers that were not divided by 32768 go far beyond.
+LARGEST_SAMPLE = 100.0
 # What can compute stored features: PyTorch, or the package kaldifeat.
 BACKENDS = ("torch", "kaldifeat")
 
@@ -55,14 +57,17 @@ def reading(cut: Cut) -> Iterator[None]:
 
 
 def cut_samples(cut: Cut) -> np.ndarray:
-    """Returns the samples (S,) of a cut's first channel.
+    """Returns the samples (S,) of a cut of one channel.
 
     Raises:
-        CutError: if they cannot be read.
+        CutError: if they cannot be read, are of several channels, or cannot be sound.
     """
     with reading(cut):
-        samples_1S: np.ndarray = cut.load_audio()
-    return samples_1S[0]
+        samples_CS: np.ndarray = cut.load_audio()
+        if len(samples_CS) != 1:
+            raise ValueError(f"{len(samples_CS)} channels, where one is needed: give cuts of one channel each")
+        require_sound(samples_CS[0])
+    return samples_CS[0]
 
 
 def cut_source(cut: Cut) -> tuple[np.ndarray, float]:
@@ -72,7 +77,7 @@ def cut_source(cut: Cut) -> tuple[np.ndarray, float]:
     change of speed, or with none, gives its samples and 1.0.
 
     Raises:
-        CutError: if they cannot be read, or have another rate than SAMPLE_RATE_HZ.
+        CutError: if they cannot be read or cannot be sound, or have another rate than SAMPLE_RATE_HZ.
     """
     with reading(cut):
         if cut.sampling_rate != SAMPLE_RATE_HZ:
@@ -91,10 +96,35 @@ def cut_source(cut: Cut) -> tuple[np.ndarray, float]:
         (source,) = (source for source in recording.sources if cut.channel in source.channels)
         samples_CS = source.load_audio(offset=offset_s, duration=duration_s, force_opus_sampling_rate=SAMPLE_RATE_HZ)
         samples_S: np.ndarray = np.atleast_2d(samples_CS)[source.channels.index(cut.channel)]
+        require_sound(samples_S)
         missing_s = cut.duration - len(samples_S) / speed.factor / SAMPLE_RATE_HZ
         if missing_s > get_audio_duration_mismatch_tolerance():
             raise ValueError(f"{missing_s:.3f} s of the audio are missing")
         return samples_S, speed.factor
+
+
+def sound_fault(samples: np.ndarray) -> tuple[str, str] | None:
+    """Returns why samples of any shape cannot be sound, as (reason, detail); None if they can.
+
+    One absurd sample would stay in the state of a recurrent encoder for the rest of a stream.
+    """
+    largest = float(np.abs(samples).max(initial=0.0))
+    if not np.isfinite(largest):
+        return "NaN or infinite samples", f"{(~np.isfinite(samples)).sum()} of them"
+    if largest > LARGEST_SAMPLE:
+        return f"samples up to {largest:.0f}", "give floats in [-1, 1]; 16-bit numbers become so by samples / 32768"
+    return None
+
+
+def require_sound(samples: np.ndarray) -> None:
+    """Checks samples of any shape.
+
+    Raises:
+        ValueError: if they cannot be sound.
+    """
+    fault = sound_fault(samples)
+    if fault:
+        raise ValueError(": ".join(fault))
 
 
 def require_backend(backend: str) -> None:
@@ -214,7 +244,7 @@ def load_samples(path: Path | str) -> tuple[np.ndarray, int]:
         samples_SC in float32 with one column per channel, and the sample rate in Hz.
 
     Raises:
-        AudioError: if the file is missing, no audio, empty, truncated, or holds NaN or infinite samples.
+        AudioError: if the file is missing, no audio, empty or truncated, or holds samples that cannot be sound.
     """
     path = Path(path)
     if not path.is_file():
@@ -222,19 +252,21 @@ def load_samples(path: Path | str) -> tuple[np.ndarray, int]:
     if path.stat().st_size == 0:
         raise AudioError(path, "empty audio", "0 bytes")
     try:
-        with soundfile.SoundFile(os.fsencode(path)) as audio:  # soundfile cannot encode every file name itself
+        # soundfile cannot encode every file name itself.
+        with soundfile.SoundFile(with_its_size(path) or os.fsencode(path)) as audio:
             sample_rate_hz, num_expected = audio.samplerate, audio.frames
             samples_SC = audio.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        if not os.access(path, os.R_OK):
-            raise AudioError(path, "permission denied") from error
         raise AudioError(path, "truncated or no audio", error.error_string) from error
-    if len(samples_SC) < num_expected or _riff_is_cut(path):
+    except PermissionError as error:
+        raise AudioError(path, "permission denied") from error
+    if len(samples_SC) < num_expected:
         raise AudioError(path, "truncated audio", "the header announces more than the file holds")
     if len(samples_SC) == 0:
         raise AudioError(path, "empty audio", "0 samples")
-    if not np.isfinite(samples_SC).all():
-        raise AudioError(path, "NaN or infinite samples", f"{(~np.isfinite(samples_SC)).sum()} of them")
+    fault = sound_fault(samples_SC)
+    if fault:
+        raise AudioError(path, *fault)
     return samples_SC, sample_rate_hz
 
 
@@ -270,14 +302,3 @@ def not_mono(path: Path | str, num_channels: int) -> AudioError:
     """Returns the error that refuses a file with several channels."""
     remedy = f"take the first with: sox {shlex.quote(str(path))} mono.wav remix 1"
     return AudioError(path, "not mono", f"{num_channels} channels; {remedy}")
-
-
-def _riff_is_cut(path: Path) -> bool:
-    """Tells whether a wav file is shorter than its header says, which libsndfile would not report."""
-    with path.open("rb") as file:
-        header = file.read(8)
-    if header[:4] != b"RIFF" or len(header) < 8:
-        return False
-    (announced,) = struct.unpack("<I", header[4:])
-    # A program that writes to a pipe cannot know the size and leaves 0 or the largest number.
-    return announced not in (0, 0xFFFFFFFF) and announced + 8 > path.stat().st_size

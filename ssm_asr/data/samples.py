@@ -5,10 +5,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssm_asr.data.features import AudioError
-
-# Recordings in floating point may go a little beyond 1; 16-bit numbers that were not divided by 32768 go far beyond.
-LARGEST_SAMPLE = 100.0
+from ssm_asr.data.errors import AudioError
+from ssm_asr.data.features import sound_fault
 
 
 def check_samples(samples: Any, name: str = "samples") -> np.ndarray:
@@ -31,10 +29,7 @@ def check_samples(samples: Any, name: str = "samples") -> np.ndarray:
     if samples.dtype.kind != "f":
         remedy = "give floats in [-1, 1]; 16-bit integers become so by samples / 32768"
         raise AudioError(name, f"type {samples.dtype}", remedy)
-    if not np.isfinite(samples).all():
-        raise AudioError(name, "NaN or infinite samples", f"{(~np.isfinite(samples)).sum()} of them")
-    largest = float(np.abs(samples).max(initial=0.0))
-    if largest > LARGEST_SAMPLE:
-        remedy = "give floats in [-1, 1]; 16-bit numbers become so by samples / 32768"
-        raise AudioError(name, f"samples up to {largest:.0f}", remedy)
+    fault = sound_fault(samples)
+    if fault:
+        raise AudioError(name, *fault)
     return samples.astype(np.float32, copy=False)

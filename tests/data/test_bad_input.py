@@ -8,12 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from lhotse import CutSet, Recording, SupervisionSegment
+from lhotse import CutSet, MonoCut, MultiCut, Recording, SupervisionSegment
+from lhotse.audio import AudioSource
+from lhotse.utils import fastcopy
 from script import run
 from tones import tone
 
 from ssm_asr.cli import prepare
 from ssm_asr.data.checks import check_corpus
+from ssm_asr.data.errors import AudioError, CutError
+from ssm_asr.data.features import cut_samples, cut_source, read_audio
+from ssm_asr.data.loading import load_features
 
 MANIFESTS = Path(__file__).parent.parent.parent / "egs" / "librispeech" / "local" / "manifests.py"
 
@@ -216,3 +221,118 @@ def test_one_line_for_each_fault(
         prepare.main()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def two_sides(directory: Path) -> Recording:
+    """Returns a telephone call: one recording of two files, a channel each."""
+    for name, seed in (("A", 1), ("B", 2)):
+        soundfile.write(directory / f"call-{name}.wav", tone(1.0, seed=seed), 16000)
+    sources = [AudioSource("file", [i], str(directory / f"call-{name}.wav")) for i, name in enumerate("AB")]
+    return Recording("call", sources, 16000, 16000, 1.0)
+
+
+def test_each_side_of_a_call_has_its_own_audio(tmp_path: Path) -> None:
+    call = two_sides(tmp_path)
+    sides = [SupervisionSegment(f"call-{i}", "call", 0.0, 1.0, channel=i, text="ONE") for i in (0, 1)]
+    both = SupervisionSegment("both", "call", 0.0, 1.0, channel=[0, 1], text="ONE")
+    cuts, report = check_corpus(
+        [call], [*sides, both, SupervisionSegment("none", "call", 0.0, 1.0, channel=2, text="A")]
+    )
+    assert [(cut.id, cut.channel) for cut in cuts] == [("call-0", 0), ("call-1", 1)]
+    for cut, name in zip(cuts, "AB", strict=True):
+        expected_S, _ = soundfile.read(tmp_path / f"call-{name}.wav", dtype="float32")
+        assert np.array_equal(cut_samples(cut), expected_S)
+    assert [(entry.item, entry.reason) for entry in report.left_out] == [
+        ("both", "transcript not of one channel"),
+        ("none", "transcript not of one channel"),
+    ]
+
+
+def test_a_cut_of_several_channels_is_refused(tmp_path: Path) -> None:
+    call = two_sides(tmp_path)
+    with pytest.raises(CutError, match="cut both: 2 channels, where one is needed"):
+        cut_samples(MultiCut("both", 0.0, 1.0, [0, 1], supervisions=[], recording=call))
+
+
+@pytest.mark.parametrize("change", [-300, -2, 2, 300])
+def test_lengths_off_by_a_few_samples(tmp_path: Path, change: int) -> None:
+    """As those of manifests that come from Kaldi."""
+    soundfile.write(tmp_path / "a.wav", tone(1.0), 16000)
+    near = Recording(
+        "a", [AudioSource("file", [0], str(tmp_path / "a.wav"))], 16000, 16000 + change, 1 + change / 16000
+    )
+    cuts, report = check_corpus([near], [SupervisionSegment("a", "a", 0.0, near.duration, text="ONE")])
+    assert len(cuts) == 1 and not report.left_out
+    assert len(cut_samples(cuts[0])) == pytest.approx(16000 + change, abs=1)
+
+
+def test_audio_that_lhotse_changes(tmp_path: Path) -> None:
+    """It is read as the manifest says: with another speed or volume, and from memory."""
+    soundfile.write(tmp_path / "a.wav", tone(1.0), 16000)
+    plain = Recording.from_file(tmp_path / "a.wav")
+    recordings = [plain.perturb_speed(1.1), plain.perturb_volume(0.5), plain.move_to_memory(format="wav")]
+    recordings = [fastcopy(recording, id=str(i)) for i, recording in enumerate(recordings)]
+    segments = [SupervisionSegment(r.id, r.id, 0.0, r.duration, text="ONE") for r in recordings]
+    cuts, report = check_corpus(recordings, segments)
+    assert not report.left_out and [len(cut_samples(cut)) for cut in cuts] == [14545, 16000, 16000]
+    loud = fastcopy(plain.perturb_volume(1e6), id="loud")
+    _, report = check_corpus([loud], [SupervisionSegment("loud", "loud", 0.0, 1.0, text="ONE")])
+    assert report.left_out[0].reason.startswith("samples up to ")
+
+
+@pytest.mark.parametrize(
+    "value, fault", [(np.nan, "NaN or infinite"), (np.inf, "NaN or infinite"), (3e4, "samples up to 30000")]
+)
+def test_absurd_samples_are_refused_everywhere(tmp_path: Path, value: float, fault: str) -> None:
+    samples_S = tone(1.0).astype(np.float32)
+    samples_S[5000] = value
+    path = tmp_path / "a.wav"
+    soundfile.write(path, samples_S, 16000, subtype="FLOAT")
+    recording = Recording.from_file(path)
+    cut = MonoCut("a", 0.0, 1.0, 0, recording=recording, supervisions=[segment("a")])
+    with pytest.raises(AudioError, match=f"^{path}: {fault}"):
+        read_audio(path)
+    for read in (cut_samples, cut_source, load_features):
+        with pytest.raises(CutError, match=f"^cut a: {fault}"):
+            read(cut)
+    with pytest.raises(CutError, match=f"^cut a_sp1.1: {fault}"):
+        cut_source(cut.perturb_speed(1.1))
+    _, report = check_corpus([recording], [segment("a")])
+    assert report.left_out[0].reason.startswith(fault)
+
+
+# What sox, arecord, ffmpeg, lhotse's issue 913, and a recorder that was killed leave where the sizes should be.
+SIZES = [(0x7FFFF024, 0x7FFFF000), (0x80000024, 0x80000000), (0xFFFFFFFF, 0xFFFFFFFF), (0, 0), (36, 0)]
+SIZES += [(0x7FFFFFFF, 0x7FFFFFFF - 36)]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT"])
+def test_files_that_were_written_to_a_pipe_are_read_whole(tmp_path: Path, sizes: tuple[int, int], subtype: str) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(1.0), 16000, subtype=subtype)
+    expected_S, data = read_audio(path), bytearray(path.read_bytes())
+    place = data.index(b"data") + 4
+    data[4:8], data[place : place + 4] = (size.to_bytes(4, "little") for size in sizes)
+    path.write_bytes(data)
+    assert np.array_equal(read_audio(path), expected_S)
+    path.write_bytes(data[: place + 4])
+    with pytest.raises(AudioError, match="empty audio"):
+        read_audio(path)
+
+
+def test_a_wav_file_that_was_cut_is_refused(tmp_path: Path) -> None:
+    """Unless it ends in what follows the samples; a file without samples has no others after them."""
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(1.0), 16000)
+    whole = path.read_bytes()
+    expected_S = read_audio(path)
+    path.write_bytes(whole[:-2])
+    with pytest.raises(AudioError, match="truncated audio: the header announces more than the file holds"):
+        read_audio(path)
+    path.write_bytes(whole + b"LIST\xff\x00\x00\x00INFO")
+    assert np.array_equal(read_audio(path), expected_S)
+    soundfile.write(path, tone(1.0)[:0], 16000)
+    path.write_bytes(path.read_bytes() + b"LIST\x04\x00\x00\x00INFO")
+    with pytest.raises(AudioError, match="empty audio"):
+        read_audio(path)
