@@ -28,14 +28,16 @@ from lhotse.features.kaldifeat import (
     KaldifeatMelOptions,
 )
 
+from ssm_asr.data.containers import LARGEST_RATE_HZ, require_whole, with_its_size
 from ssm_asr.data.errors import AudioError, CutError, first_line
 from ssm_asr.data.fbank import batch_fbank
-from ssm_asr.data.riff import with_its_size
 from ssm_asr.data.trust import require_files
 from ssm_asr.units import FRAME_LENGTH_MS, FRAME_SHIFT_MS, NUM_MELS, SAMPLE_RATE_HZ
 
 # Recordings in floating point may go a little beyond 1; 16-bit numbers that were not divided by 32768 go far beyond.
 LARGEST_SAMPLE = 100.0
+LEAST_RATE_HZ = 1000
+BLOCK_SAMPLES = 1 << 22  # of all channels, that are read at once
 # What can compute stored features: PyTorch, or the package kaldifeat.
 BACKENDS = ("torch", "kaldifeat")
 
@@ -252,10 +254,20 @@ def load_samples(path: Path | str) -> tuple[np.ndarray, int]:
     if path.stat().st_size == 0:
         raise AudioError(path, "empty audio", "0 bytes")
     try:
+        require_whole(path)
         # soundfile cannot encode every file name itself.
         with soundfile.SoundFile(with_its_size(path) or os.fsencode(path)) as audio:
             sample_rate_hz, num_expected = audio.samplerate, audio.frames
-            samples_SC = audio.read(dtype="float32", always_2d=True)
+            if not LEAST_RATE_HZ <= sample_rate_hz <= LARGEST_RATE_HZ:
+                raise AudioError(
+                    path, f"sample rate of {sample_rate_hz} Hz", "no recording has it; is the file damaged?"
+                )
+            # Memory is taken as samples come, whatever number the header announces.
+            frames = max(1, BLOCK_SAMPLES // audio.channels)
+            blocks = [audio.read(frames, dtype="float32", always_2d=True)]
+            while len(blocks[-1]) == frames:
+                blocks.append(audio.read(frames, dtype="float32", always_2d=True))
+            samples_SC = np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
     except soundfile.LibsndfileError as error:
         raise AudioError(path, "truncated or no audio", error.error_string) from error
     except PermissionError as error:

@@ -11,8 +11,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from scipy.signal import resample_poly
 
+from ssm_asr.data.containers import LARGEST_RATE_HZ, LARGEST_SIZE
 from ssm_asr.data.errors import AudioError
-from ssm_asr.data.riff import LARGEST_SIZE
 from ssm_asr.units import SAMPLE_RATE_HZ
 
 NAME = "standard input"
@@ -26,7 +26,6 @@ SAMPLE_TYPES = {
     (PCM, 32): ("<i4", 0, 1 << 31),
     (FLOAT, 32): ("<f4", 0, 1),
 }
-LARGEST_RATE_HZ = 768_000  # no recorder has a higher one
 OTHER_FORMATS = {b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3\x03": "MP3", b"ID3\x04": "MP3", b"RIFX": "big-endian wav"}
 
 

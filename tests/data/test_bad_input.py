@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -336,3 +337,50 @@ def test_a_wav_file_that_was_cut_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"LIST\x04\x00\x00\x00INFO")
     with pytest.raises(AudioError, match="empty audio"):
         read_audio(path)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("a.aiff", {"format": "AIFF"}),
+        ("a.au", {"format": "AU"}),
+        ("a.w64", {"format": "W64"}),
+        ("a.ogg", {"format": "OGG", "subtype": "VORBIS"}),
+        ("a.opus", {"format": "OGG", "subtype": "OPUS"}),
+        ("a.flac", {"format": "FLAC"}),
+        ("a.wav", {"format": "WAV"}),
+    ],
+)
+@pytest.mark.parametrize("share", [0.4, 0.9])
+def test_files_of_all_kinds_that_were_cut(tmp_path: Path, name: str, options: dict[str, str], share: float) -> None:
+    """A whole file is read, and what is left of it is not."""
+    path = tmp_path / name
+    soundfile.write(path, np.resize(tone(1.0, seed=3), 64000), 16000, **options)
+    assert len(read_audio(path)) == pytest.approx(64000, abs=700)  # codecs add a few
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(AudioError, match=f"^{path}: truncated"):
+        read_audio(path)
+
+
+def test_headers_allocate_nothing(tmp_path: Path) -> None:
+    """Neither for rates that no recorder has, nor for a number of samples that the file does not hold."""
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(1.0), 16000)
+    plain = path.read_bytes()
+    for rate_hz in (1, 999, 2_000_000_000):
+        data = bytearray(plain)
+        data[24:28] = rate_hz.to_bytes(4, "little")
+        path.write_bytes(data)
+        with pytest.raises(AudioError, match=f"sample rate of {rate_hz} Hz"):
+            read_audio(path)
+    path = tmp_path / "a.flac"
+    soundfile.write(path, tone(1.0), 16000)
+    data = bytearray(path.read_bytes())
+    data[21] |= 0x0F  # the highest of the 36 bits for the number of samples, after 8 bytes of heads and 13 more
+    path.write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(AudioError, match="truncated"):
+        read_audio(path)
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
