@@ -44,9 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     settings = recognizer.chunk, recognizer.left_context, recognizer.method, recognizer.beam
     outs = {name: result_dir(options, f"decode-{name}", *settings) for name in sets}
     unit, checkpoint = scoring_unit(loaded, options.unit), str(options.checkpoint.resolve())
+    failed = 0
     for name, cuts in sets.items():
         refs, hyps, facts = decode_cuts(recognizer, cuts, options.max_duration_s)
         facts |= {"cuts": name, "checkpoint": checkpoint}
         summary = write_results(outs[name], refs, hyps, unit, facts, marked_texts(cuts))
         print(f"{name}: {rate_text(summary)}; details in {outs[name]}")
-    return 0
+        failed += len(facts["faults"])
+    return 1 if failed else 0

@@ -44,10 +44,11 @@ def _stream_files(recognizer: StreamingRecognizer, paths: list[Path]) -> int:
 
 def _score_cuts(
     recognizer: StreamingRecognizer, sets: dict[str, CutSet], unit: str, options: argparse.Namespace
-) -> None:
-    """Recognises and scores test sets."""
+) -> int:
+    """Recognises and scores test sets; returns how many utterances could not be read."""
     settings = recognizer.chunk, recognizer.left_context, recognizer.method, recognizer.beam
     outs = {name: result_dir(options, f"stream-{name}", *settings) for name in sets}
+    failed = 0
     for name, cuts in sets.items():
         if options.limit:
             print(f"{name}: the first {len(cuts)} utterances")
@@ -56,6 +57,8 @@ def _score_cuts(
         facts |= {"cuts": name, "checkpoint": str(options.checkpoint.resolve())}
         summary = write_results(outs[name], refs, hyps, unit, facts, marked_texts(cuts))
         print(f"{name}: {rate_text(summary)}; details in {outs[name]}\n  {timing_text(facts)}")
+        failed += len(facts["faults"])
+    return failed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,5 +96,4 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.wav:
         return _stream_files(recognizer, options.wav)
-    _score_cuts(recognizer, sets, scoring_unit(loaded, options.unit), options)
-    return 0
+    return 1 if _score_cuts(recognizer, sets, scoring_unit(loaded, options.unit), options) else 0

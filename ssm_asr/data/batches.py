@@ -33,6 +33,7 @@ from lhotse.dataset.sampling.dynamic_bucketing import FixedBucketBatchSizeConstr
 
 from ssm_asr.data.augment import augment, within
 from ssm_asr.data.config import DataConfig
+from ssm_asr.data.errors import CutError
 from ssm_asr.data.loading import Audio, Job, Loader, NoiseDraw, RawBatch, audio_features, map_parts
 from ssm_asr.data.parallel import forking
 from ssm_asr.data.tokens import Tokenizer
@@ -233,15 +234,27 @@ def train_batches(
 
 
 def eval_batches(
-    cuts: CutSet, tokenizer: Tokenizer, *, max_duration_s: float, num_workers: int = 0, device: torch.device = CPU
+    cuts: CutSet,
+    tokenizer: Tokenizer,
+    *,
+    max_duration_s: float,
+    num_workers: int = 0,
+    device: torch.device = CPU,
+    on_fault: Callable[[str], None] | None = None,
 ) -> Iterator[Batch]:
     """Yields every cut once, long ones first, in batches of at most `max_duration_s` seconds of audio.
 
     Nothing is random and nothing is left out: what the vocabulary lacks is encoded as `<unk>`, and an empty
     transcript has no tokens.
+
+    Args:
+        on_fault: is called with what is wrong with a cut that cannot be read, and the others go on.
+
+    Raises:
+        CutError: for the first cut that cannot be read, without `on_fault`.
     """
     jobs = eval_jobs(cuts, max_duration_s)
-    return load_batches(lambda: jobs, Loader(tokenizer, DataConfig(), []), num_workers, device)
+    return load_batches(lambda: jobs, Loader(tokenizer, DataConfig(), []), num_workers, device, on_fault)
 
 
 def largest_joined(batch: Batch, config: DataConfig) -> Batch:
@@ -312,18 +325,32 @@ class _Jobs(torch.utils.data.Sampler):
 
 
 class _BatchMaker(torch.utils.data.Dataset):
-    """Turns jobs into raw batches, or into finished ones if these are to be on the CPU; it runs in the workers."""
+    """Turns jobs into raw batches, or into finished ones if these are to be on the CPU; it runs in the workers.
 
-    def __init__(self, loader: Loader, finished: bool) -> None:
-        self._loader, self._finished = loader, finished
+    It returns None for a batch without cuts that can be read, and what is wrong with those that cannot.
+    """
 
-    def __getitem__(self, job: Job) -> RawBatch | Batch:
-        raw = self._loader.load(job)
-        return finish(raw, CPU) if self._finished else raw
+    def __init__(self, loader: Loader, finished: bool, spares: bool) -> None:
+        self._loader, self._finished, self._spares = loader, finished, spares
+
+    def __getitem__(self, job: Job) -> tuple[RawBatch | Batch | None, list[str]]:
+        raw: RawBatch | None
+        faults: list[str] = []
+        try:
+            raw = self._loader.load(job)
+        except CutError:
+            if not self._spares:
+                raise
+            raw, faults = self._loader.load_readable(job)
+        return finish(raw, CPU) if self._finished and raw is not None else raw, faults
 
 
 def load_batches(
-    jobs: Callable[[], Iterable[Job]], loader: Loader, num_workers: int, device: torch.device
+    jobs: Callable[[], Iterable[Job]],
+    loader: Loader,
+    num_workers: int,
+    device: torch.device,
+    on_fault: Callable[[str], None] | None = None,
 ) -> Generator[Batch, None, None]:
     """Yields the batches of jobs, in order; workers start at once, and load ahead.
 
@@ -332,11 +359,12 @@ def load_batches(
         loader: is copied to each worker.
         num_workers: number of processes that load; with 0, the calling one does.
         device: where the batches are.
+        on_fault: as for `eval_batches`; of jobs without augmentation only.
     """
     if num_workers:
         _end_workers_at_exit()
     loaded = torch.utils.data.DataLoader(
-        _BatchMaker(loader, finished=device.type == "cpu"),
+        _BatchMaker(loader, finished=device.type == "cpu", spares=on_fault is not None),
         sampler=_Jobs(jobs),
         batch_size=None,
         num_workers=num_workers,
@@ -346,7 +374,20 @@ def load_batches(
         # Without it the loader draws from the global generator, and training would not resume exactly.
         generator=torch.Generator(),
     )
-    return (batch if isinstance(batch, Batch) else finish(batch, device) for batch in iter(loaded))
+    return _finished(iter(loaded), device, on_fault)
+
+
+def _finished(
+    loaded: Iterator[tuple[RawBatch | Batch | None, list[str]]],
+    device: torch.device,
+    on_fault: Callable[[str], None] | None,
+) -> Generator[Batch, None, None]:
+    for batch, faults in loaded:
+        for fault in faults:
+            assert on_fault is not None, "faults are spared for it only"
+            on_fault(fault)
+        if batch is not None:
+            yield batch if isinstance(batch, Batch) else finish(batch, device)
 
 
 def _start_worker(worker: int) -> None:

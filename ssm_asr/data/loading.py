@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 import ssm_asr.data.shar  # noqa: F401  it registers the reader by which workers read features
 from ssm_asr.data.augment import Augmentation, Drawer
 from ssm_asr.data.config import DataConfig
+from ssm_asr.data.errors import CutError
 from ssm_asr.data.fbank import batch_fbank, change_speed, num_frames
 from ssm_asr.data.features import cut_source, reading
 from ssm_asr.data.filtering import text_of
@@ -191,6 +192,22 @@ class Loader:
             ids,
             texts,
         )
+
+    def load_readable(self, job: Job) -> tuple[RawBatch | None, list[str]]:
+        """Loads the cuts of a job without augmentation that can be read.
+
+        Returns:
+            The batch, None if there is no such cut, and what is wrong with each of the others.
+        """
+        readable, faults = [], []
+        for cut in job.cuts:
+            try:
+                self._sound([cut])
+                readable.append(cut)
+            except CutError as error:
+                faults.append(str(error))
+        rest = job._replace(cuts=readable, noises=[None] * len(readable))
+        return self.load(rest) if readable else None, faults
 
     def _sound(self, cuts: list[Cut]) -> tuple[Audio | Tensor, list[int]]:
         """Returns samples, unless a cut has stored features, and the feature frames of each cut."""

@@ -6,7 +6,8 @@ from lhotse import CutSet
 from tqdm import tqdm
 
 from ssm_asr.data.batches import eval_batches
-from ssm_asr.evaluation.results import Decoded, settings_facts
+from ssm_asr.data.filtering import text_of
+from ssm_asr.evaluation.results import Decoded, Faults, settings_facts
 from ssm_asr.evaluation.test_sets import workers_for
 from ssm_asr.search.offline import OfflineRecognizer
 
@@ -14,13 +15,15 @@ from ssm_asr.search.offline import OfflineRecognizer
 def decode_cuts(recognizer: OfflineRecognizer, cuts: CutSet, max_duration_s: float) -> Decoded:
     """Decodes every cut, in batches of at most `max_duration_s` seconds of audio.
 
-    On a GPU, other processes read the audio, and the GPU computes the features.
+    On a GPU, other processes read the audio, and the GPU computes the features. A cut that cannot be read has no
+    hypothesis, so that all its words count as deleted, and what is wrong with it goes to stderr and to the facts.
 
     Raises:
-        CutError: if the audio or features of a cut cannot be read.
+        CutError: if no cut can be read.
     """
-    refs: dict[str, str] = {}
+    refs = {cut.id: text_of(cut) for cut in cuts}
     hyps: dict[str, str] = {}
+    faults = Faults()
     begin = time.perf_counter()
     with tqdm(total=len(cuts), desc="decode", unit="utt") as bar:
         for batch in eval_batches(
@@ -29,17 +32,19 @@ def decode_cuts(recognizer: OfflineRecognizer, cuts: CutSet, max_duration_s: flo
             max_duration_s=max_duration_s,
             num_workers=workers_for(recognizer.device),
             device=recognizer.device,
+            on_fault=faults.add,
         ):
             results = recognizer.recognise(batch.features_BTF, batch.feature_lens_B)
-            for i, text, result in zip(batch.ids, batch.texts, results, strict=True):
-                refs[i], hyps[i] = text, result.text
+            hyps |= {i: result.text for i, result in zip(batch.ids, results, strict=True)}
             bar.update(len(results))
     seconds, audio_s = time.perf_counter() - begin, sum(cut.duration for cut in cuts)
+    faults.require_some(hyps)
     facts = {
         "mode": "chunk-masked" if recognizer.chunk > 0 else "whole utterance",
         **settings_facts(recognizer),
         "state_bytes": None,
         "audio_s": audio_s,
         "real_time_factor": seconds / audio_s,
+        "faults": faults.found,
     }
     return Decoded(refs, hyps, facts)

@@ -3,9 +3,13 @@
 import csv
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
+from ssm_asr.data.errors import CutError
 from ssm_asr.evaluation.scoring import Counts, Score, align_text, bootstrap_interval, fluent_errors, score
 from ssm_asr.search.recognizer import Recognizer
 
@@ -19,6 +23,31 @@ class Decoded(NamedTuple):
     refs: dict[str, str]
     hyps: dict[str, str]
     facts: dict[str, Any]
+
+
+class Faults:
+    """What is wrong with cuts that could not be read, which is said as it is found.
+
+    Attributes:
+        found: one line for each cut.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def add(self, fault: str) -> None:
+        """Takes note of a fault, and prints it above progress bars."""
+        self.found.append(fault)
+        tqdm.write(fault, file=sys.stderr)
+
+    def require_some(self, hyps: dict[str, str]) -> None:
+        """Checks that not all cuts had faults.
+
+        Raises:
+            CutError: if there is no hypothesis.
+        """
+        if self.found and not hyps:
+            raise CutError(f"none of {len(self.found)} cuts can be read; the first: {self.found[0]}")
 
 
 def settings_facts(recognizer: Recognizer) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ssm_asr import units
 from ssm_asr.data.batches import eval_batches
+from ssm_asr.data.errors import CutError
 from ssm_asr.data.features import cut_samples
 from ssm_asr.data.filtering import text_of
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP
 from ssm_asr.evaluation.describe import state_bytes
-from ssm_asr.evaluation.results import Decoded, settings_facts
+from ssm_asr.evaluation.results import Decoded, Faults, settings_facts
 from ssm_asr.evaluation.test_sets import workers_for
 from ssm_asr.search.audio_stream import AudioStream
 from ssm_asr.search.recognizer import StreamingRecognizer
@@ -107,41 +108,51 @@ def stream_cuts(
 ) -> Decoded:
     """Streams cuts, one after the other or many at once. What else is recognised makes no difference but for rounding.
 
+    A cut that cannot be read has no hypothesis, so that all its words count as deleted, and what is wrong with it goes
+    to stderr and to the facts.
+
     Args:
         advance: is called after every cut.
         streams: how many cuts are recognised at once, by default one on a CPU and 128 on a GPU. One gets its audio in
             blocks of 100 ms; many get their features from other processes, and a chunk's time is that of all streams.
 
     Raises:
-        CutError: if the audio of a cut cannot be read.
+        CutError: if no cut can be read.
     """
     streams = STREAMS[recognizer.device.type] if streams is None else streams
     timing = Timing()
     refs = {cut.id: text_of(cut) for cut in cuts}
     hyps: dict[str, str] = {}
+    faults = Faults()
     if streams == 1:
         for cut in cuts:
-            hyps[cut.id] = recognise(recognizer, cut_samples(cut), timing, show=False)
+            try:
+                hyps[cut.id] = recognise(recognizer, cut_samples(cut), timing, show=False)
+            except CutError as error:
+                faults.add(str(error))
             advance()
     else:
-        for name, text in _recognise_together(recognizer, _features(recognizer, cuts), timing, streams):
+        for name, text in _recognise_together(recognizer, _features(recognizer, cuts, faults), timing, streams):
             hyps[name] = text
             advance()
-        timing.audio_s = sum(cut.duration for cut in cuts)
+        timing.audio_s = sum(cut.duration for cut in cuts if cut.id in hyps)
+    faults.require_some(hyps)
     facts = {
         "mode": "streaming",
         "streams": streams,
         **settings_facts(recognizer),
         "state_bytes": state_bytes(recognizer.open().state.batch),
         **timing.facts(recognizer.chunk),
+        "faults": faults.found,
     }
     return Decoded(refs, hyps, facts)
 
 
-def _features(recognizer: StreamingRecognizer, cuts: CutSet) -> Iterator[tuple[str, Tensor]]:
-    """Yields the id and the features (T, F) of every cut, long ones first, which other processes compute."""
+def _features(recognizer: StreamingRecognizer, cuts: CutSet, faults: Faults) -> Iterator[tuple[str, Tensor]]:
+    """Yields the id and the features (T, F) of every cut's audio, long ones first, which other processes compute."""
     workers = workers_for(recognizer.device)
-    for batch in eval_batches(cuts, recognizer.tokenizer, max_duration_s=BATCH_S, num_workers=workers):
+    options: dict[str, Any] = {"max_duration_s": BATCH_S, "num_workers": workers, "on_fault": faults.add}
+    for batch in eval_batches(cuts.drop_features(), recognizer.tokenizer, **options):
         for name, features_TF, length in zip(batch.ids, batch.features_BTF, batch.feature_lens_B.tolist(), strict=True):
             yield name, features_TF[:length]
 

@@ -14,6 +14,7 @@ import soundfile
 import torch
 import toy
 from lhotse import CutSet
+from lhotse.audio import AudioSource
 from lhotse.utils import fastcopy
 
 from ssm_asr import checkpoint, cli
@@ -166,6 +167,37 @@ def test_many_streams_at_once(model: Path, cuts: Path, streams: int, tmp_path: P
 def test_streams_must_be_positive(model: Path, cuts: Path, capsys: Captured) -> None:
     assert stream.main(["--checkpoint", str(model), "--cuts", str(cuts), "--streams", "0"]) == 2
     assert capsys.readouterr().err == "--streams 0: give 1 or more\n"
+
+
+@pytest.mark.parametrize("program", ["decode", "stream", "together"])
+def test_an_unreadable_cut_costs_itself(
+    model: Path, cuts: Path, program: str, tmp_path: Path, capsys: Captured
+) -> None:
+    """It counts as wholly deleted, is named, and changes the exit status; all others are as without it."""
+    whole = CutSet.from_file(cuts).to_eager()
+    gone = whole[2].recording.sources[0].source
+    spoilt = [
+        fastcopy(cut, features=None, recording=fastcopy(cut.recording, sources=[AudioSource("file", [0], "/none.wav")]))
+        if cut.recording.sources[0].source == gone
+        else cut
+        for cut in whole
+    ]
+    CutSet.from_cuts(spoilt).to_file(tmp_path / "cuts_spoilt.jsonl.gz")
+    lost = [cut.id for cut in whole if cut.recording.sources[0].source == gone]
+    main = decode.main if program == "decode" else stream.main
+    common = ["--checkpoint", str(model), "--device", "cpu", *(["--streams", "3"] if program == "together" else [])]
+    assert main([*common, "--cuts", str(cuts), "--out", str(tmp_path / "whole")]) == 0
+    capsys.readouterr()
+    assert main([*common, "--cuts", str(tmp_path / "cuts_spoilt.jsonl.gz"), "--out", str(tmp_path / "spoilt")]) == 1
+    printed = capsys.readouterr()
+    for name in lost:
+        assert f"cut {name}: " in printed.err and "/none.wav" in printed.err
+    assert "Traceback" not in printed.err and "spoilt: WER " in printed.out
+    expected, found = hypotheses(tmp_path / "whole"), hypotheses(tmp_path / "spoilt")
+    assert found == {i: (ref, "" if i in lost else hyp) for i, (ref, hyp) in expected.items()}
+    summary = json.loads((tmp_path / "spoilt" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["missing"] == lost and len(summary["faults"]) == len(lost)
+    assert summary["deletions"] >= sum(len(expected[i][0].split()) for i in lost)
 
 
 def describe_json(model: Path, chunk: int, capsys: Captured) -> str:
@@ -327,7 +359,7 @@ def test_files_that_cannot_be_are_one_line_before_any_work(verb: str, model: Pat
         (["--cuts", str(cuts), "--out", str(tmp_path / "file")], f"{tmp_path}/file: File exists"),
         (
             ["--cuts", str(tmp_path / "moved.jsonl.gz")],
-            f"cut test-tones0\\d: Reading audio from '{tmp_path}/gone.wav' failed",
+            f"none of 7 cuts can be read; the first: cut test-tones0\\d: Reading audio from '{tmp_path}/gone",
         ),
     ):
         command = [sys.executable, "-m", f"ssm_asr.{verb}", "--checkpoint", str(model), *options]
