@@ -11,6 +11,7 @@ from torch import Tensor
 from ssm_asr import units
 from ssm_asr.encoder.contract import MOST_CHUNK_FRAMES
 from ssm_asr.encoder.subsampling import CHUNK_OVERLAP
+from ssm_asr.ops import dispatch
 from ssm_asr.ops.attention import context_on_device, visible_left_context
 from ssm_asr.ops.capture import Outputs
 from ssm_asr.ops.devices import to_device
@@ -87,8 +88,8 @@ def encode_as_streamed(
 
     Args:
         chunk, left_context: in frames of 20 ms; chunk -1 stands for the whole utterance.
-        encode: is called in place of `model.encode`, with chunk and left context as numbers on the device where this is
-            a GPU, and may transform the output. None is `model.encode`.
+        encode: is called in place of `model.encode`, with chunk and left context as numbers on the device where there
+            are kernels, and may transform the output. None is `model.encode`.
 
     Returns:
         Encoder output (B, S, D) and the number of valid frames of each utterance.
@@ -102,8 +103,9 @@ def encode_as_streamed(
     valid_B, counted_B = to_device(counts, features_BTF.device)
     most = max(padded)
     context: tuple[Count, Count] = chunk, left_context
-    if features_BTF.is_cuda:  # so that one captured graph serves batches of like lengths, at all chunks
+    if features_BTF.is_cuda:  # so that one captured graph serves batches of like lengths
         most = -(-(most - CHUNK_OVERLAP) // GPU_FRAMES) * GPU_FRAMES + CHUNK_OVERLAP
+    if dispatch.use_kernels(features_BTF):  # and all chunks, which the plain convolution would have to ask for
         context = context_on_device(chunk, left_context, features_BTF.device)
     features_BTF = _pad_batch(features_BTF, valid_B, most)
     encoder_out = (encode or model.encode)(features_BTF, counted_B, *context)[0]

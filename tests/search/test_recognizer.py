@@ -1,19 +1,27 @@
 """Streaming recognition equals the chunk-masked pass over the whole utterance, in whatever blocks the audio arrives."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import toy
+from encoders import ENCODERS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssm_asr.checkpoint import Loaded
 from ssm_asr.data.features import OnlineFbank, make_fbank
+from ssm_asr.data.tokens import train_tokenizer
+from ssm_asr.encoder.state import leaves
 from ssm_asr.search import make_search
 from ssm_asr.search.audio_stream import AudioStream
 from ssm_asr.search.encoding import encode_as_streamed, encode_by_chunks, streaming_context
+from ssm_asr.search.greedy import GreedySearch
+from ssm_asr.search.offline import OfflineRecognizer
 from ssm_asr.search.recognizer import StreamingRecognizer
 from ssm_asr.search.scorer import TransducerScorer
+from ssm_asr.transducer.model import Transducer
 from ssm_asr.units import LOG_MEL_SILENCE, NUM_MELS, output_frames
 
 
@@ -237,3 +245,30 @@ def test_beam_search_streams(loaded: Loaded) -> None:
         recognise(StreamingRecognizer(loaded, 16, 64, "beam", 3), recording(5), block)[0] for block in (10**6, 1600)
     )
     assert whole == chunked and len(whole) > 3
+
+
+class Refuse(TorchDispatchMode):
+    """Stops at what reads numbers from the device, which cannot be captured as a graph."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@torch.inference_mode()
+def test_what_a_gpu_captures_waits_for_nothing(name: str) -> None:
+    """A chunk of streams, a batch of whole utterances, and the steps of greedy search."""
+    encoder, left_context = ENCODERS[name]
+    experiment = toy.experiment(model={"encoder": encoder})
+    tokenizer = train_tokenizer(["A B C"], "word")
+    model = Transducer(experiment.model, tokenizer.vocab_size).eval()
+    loaded = Loaded(model, experiment, tokenizer, {})
+    streaming = StreamingRecognizer(loaded, 16, left_context)
+    state = model.init_state(3, streaming.left_context)
+    whole = OfflineRecognizer(loaded, 16, left_context)
+    with Refuse():
+        streaming._encode_chunk(torch.randn(3, streaming.frames_needed, 80), *(x for _, x in leaves(state)))
+        (out_BSJ,) = whole._project_encoded(torch.randn(2, 269, 80), torch.tensor([269, 200]), 16, left_context)
+        context_BC = torch.tensor([[-1, 0], [2, 1]])
+        GreedySearch(whole._scorer)._steps(out_BSJ, torch.tensor([60, 50]), torch.tensor([0, 3]), context_BC, 4)
