@@ -14,6 +14,7 @@ import argparse
 import json
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from ssm_asr import checkpoint
@@ -23,7 +24,7 @@ from ssm_asr.data.filtering import filter_cuts
 from ssm_asr.data.store import read_cuts
 from ssm_asr.data.tokens import Tokenizer
 from ssm_asr.training import TrainingError, distributed
-from ssm_asr.training.experiment_dir import resumable
+from ssm_asr.training.experiment_dir import claim, resumable
 from ssm_asr.training.resume import make_ready
 from ssm_asr.training.trainer import Trainer
 
@@ -42,12 +43,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     trust_arguments(parser)
     options = parser.parse_args(arguments)
-    try:
-        place = distributed.join(options.device)
-        trainer = _make_trainer(options, place)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    with ExitStack() as held:
+        try:
+            place = distributed.join(options.device)
+            trainer = _make_trainer(options, place, held)
+        except (ValueError, OSError) as error:
+            print(error, file=sys.stderr)
+            return 2
+        return _train(trainer, place)
+
+
+def _train(trainer: Trainer, place: distributed.Place) -> int:
+    """Trains, and returns the exit status."""
     try:
         finished = trainer.run()
     except TrainingError as error:
@@ -65,8 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if finished else 130
 
 
-def _make_trainer(options: argparse.Namespace, place: distributed.Place) -> Trainer:
-    """Reads the files, makes the experiment directory ready, and gives the model the initial weights, if any."""
+def _make_trainer(options: argparse.Namespace, place: distributed.Place, held: ExitStack) -> Trainer:
+    """Reads the files, makes the experiment directory ready, and gives the model the initial weights, if any.
+
+    Args:
+        held: gets the claim to the experiment directory.
+    """
     experiment = load_experiment(options.config, options.set)
     tokenizer = Tokenizer.load(options.tokens)
     if tokenizer.kind != experiment.tokens.kind:
@@ -74,6 +85,8 @@ def _make_trainer(options: argparse.Namespace, place: distributed.Place) -> Trai
     cuts, filter_report = filter_cuts(read_cuts(options.train_cuts).to_eager(), tokenizer, experiment.data)
     valid_cuts = read_cuts(options.valid_cuts).to_eager()
     noise_cuts = read_cuts(options.noise_cuts).to_eager() if options.noise_cuts else None
+    if place.rank == 0:
+        held.enter_context(claim(options.exp_dir))
     trainer = Trainer(experiment, tokenizer, options.exp_dir, cuts, valid_cuts, noise_cuts, place)
     if place.rank == 0:
         print(f"utterances to train on: {filter_report.summary()}")

@@ -6,15 +6,56 @@ epoch-N.pt, best.pt  weights and their running mean, after N epochs and after th
 tensorboard/         figures
 bad_batches.jsonl    batches without a finite loss, if there were any
 trained.json         the progress of a finished run
+.run                 which process trains here, locked as long as it does
 superseded-N/        the files of an earlier run, from which this one could not go on
 """
 
 import itertools
+import json
+import os
 import re
+import socket
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ssm_asr import checkpoint
+
+
+def claim(exp_dir: Path) -> IO[str]:
+    """Makes the directory and claims it for this process, until the file that it returns is closed.
+
+    The system gives the claim up when the process ends in any way, so that none is left behind.
+
+    Raises:
+        ValueError: if another process has claimed it; the message names it.
+    """
+    exp_dir.mkdir(parents=True, exist_ok=True)
+    file = open(exp_dir / ".run", "a+", encoding="utf-8")  # noqa: SIM115  (it stays open)
+    try:
+        import fcntl  # where there is none, such as on Windows, nothing is claimed
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return file
+    except BlockingIOError:
+        file.seek(0)
+        text = file.read()
+        file.close()
+        raise ValueError(f"{exp_dir}: {_who(text)} trains here now; stop it, or give another --exp-dir") from None
+    file.truncate(0)
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    json.dump({"process": os.getpid(), "host": socket.gethostname(), "since": now}, file)
+    file.flush()
+    return file
+
+
+def _who(text: str) -> str:
+    try:
+        run = json.loads(text)
+        return f"process {run['process']} on {run['host']}, since {run['since']},"
+    except (ValueError, TypeError, KeyError):
+        return "another process"
 
 
 def resumable(exp_dir: Path) -> dict[int, Path]:
@@ -74,6 +115,6 @@ def set_aside(exp_dir: Path) -> Path:
     superseded = next(path for n in itertools.count(1) if not (path := exp_dir / f"superseded-{n}").exists())
     superseded.mkdir()
     for path in list(exp_dir.iterdir()):
-        if not path.name.startswith(("superseded-", ".stages")):
+        if not path.name.startswith(("superseded-", ".stages", ".run")):
             path.rename(superseded / path.name)
     return superseded

@@ -1,11 +1,16 @@
 """The files of a run are found, checked and set aside."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from ssm_asr import checkpoint
-from ssm_asr.training.experiment_dir import epochs, load_newest, resumable, set_aside
+from ssm_asr.training.experiment_dir import claim, epochs, load_newest, resumable, set_aside
 
 
 def test_files_are_found_by_number(tmp_path: Path) -> None:
@@ -50,3 +55,41 @@ def test_a_run_is_set_aside_whole(tmp_path: Path) -> None:
         ".stages/train": ".stages/train",
         "superseded-1/epoch-1.pt": "superseded-1/epoch-1.pt",
     }
+
+
+CLAIM = """
+import sys, time
+from pathlib import Path
+from ssm_asr.training.experiment_dir import claim
+claimed = claim(Path(sys.argv[1]))
+print("claimed", flush=True)
+time.sleep(60)
+"""
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    """A claim ends with its process, even with one that is killed."""
+    exp_dir = tmp_path / "exp"
+    first = subprocess.Popen([sys.executable, "-c", CLAIM, str(exp_dir)], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None and first.stdout.readline() == "claimed\n"
+    with pytest.raises(
+        ValueError, match=rf"^{exp_dir}: process {first.pid} on {socket.gethostname()}, since 20.*, trains"
+    ):
+        claim(exp_dir)
+    first.kill()
+    first.wait()
+    with claim(exp_dir) as file:
+        file.seek(0)
+        assert json.load(file)["process"] == os.getpid()
+        (exp_dir / "config.yaml").touch()
+        assert set_aside(exp_dir).name == "superseded-1"  # and the claim stays where it is
+        with pytest.raises(ValueError, match=f"process {os.getpid()} on .* trains here now; stop it, or give another"):
+            claim(exp_dir)
+    claim(exp_dir).close()
+
+
+def test_a_claim_that_cannot_be_read_is_one(tmp_path: Path) -> None:
+    with claim(tmp_path):
+        (tmp_path / ".run").write_text("{")
+        with pytest.raises(ValueError, match="another process trains here now"):
+            claim(tmp_path)

@@ -22,7 +22,7 @@ from ssm_asr import checkpoint
 from ssm_asr.cli import average, train
 from ssm_asr.data.batches import Batch, eval_batches
 from ssm_asr.training import distributed
-from ssm_asr.training.experiment_dir import resumable
+from ssm_asr.training.experiment_dir import claim, resumable
 from ssm_asr.training.trainer import StepResult, Trainer
 
 BATCHES_AN_EPOCH = 7  # of the toy corpus
@@ -65,7 +65,7 @@ def test_files_of_a_run(straight: Path) -> None:
     # The last 5 of those after 4, 7 (the epoch's end), 8, 12, 14 batches.
     assert list(resumable(straight)) == [4, 7, 8, 12, 14]
     names = {path.name for path in straight.iterdir() if not path.name.startswith("checkpoint-")}
-    assert names == {"best.pt", "config.yaml", "epoch-1.pt", "epoch-2.pt", "tensorboard", "trained.json"}
+    assert names == {".run", "best.pt", "config.yaml", "epoch-1.pt", "epoch-2.pt", "tensorboard", "trained.json"}
     progress = checkpoint.load(straight / "checkpoint-14.pt")["progress"]
     assert (progress["batch"], progress["epoch"], progress["batch_in_epoch"]) == (14, 3, 0)
     assert progress == json.loads((straight / "trained.json").read_text())
@@ -105,6 +105,19 @@ def test_a_crashed_run_resumes_exactly(corpus: toy.Corpus, straight: Path, tmp_p
     assert (tmp_path / "exp" / "checkpoint-8.pt.damaged").exists()
     for name in ("checkpoint-14.pt", "epoch-2.pt"):
         assert toy.differing(checkpoint.load(tmp_path / "exp" / name), checkpoint.load(straight / name)) == []
+
+
+def test_a_second_run_in_a_directory_is_refused(
+    corpus: toy.Corpus, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(straight, tmp_path / "exp")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "exp").iterdir()}
+    with claim(tmp_path / "exp"):
+        before[".run"] = (tmp_path / "exp" / ".run").stat().st_mtime_ns
+        assert train.main(corpus.arguments(tmp_path / "exp")) == 2
+        assert f"process {os.getpid()} on" in capsys.readouterr().err
+        assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "exp").iterdir()} == before
+    assert train.main(corpus.arguments(tmp_path / "exp")) == 0
 
 
 def test_training_from_audio_is_training_from_stored_features(
@@ -455,7 +468,7 @@ def test_more_epochs_go_on_and_another_model_begins_anew(
     assert train.main(corpus.arguments(exp_dir, train={**one_epoch, "num_epochs": 2})) == 0
     assert list(resumable(exp_dir)) == [12, 14]
     assert f"resumed from {exp_dir}/checkpoint-7.pt: epoch 2, batch 7" in capsys.readouterr().out
-    old = {path.name: path.stat().st_ino for path in exp_dir.iterdir()}
+    old = {path.name: path.stat().st_ino for path in exp_dir.iterdir() if path.name != ".run"}
     assert train.main(corpus.arguments(exp_dir, train=one_epoch, model={"ctc": False})) == 0
     assert list(resumable(exp_dir)) == [4, 7]
     assert {path.name: path.stat().st_ino for path in (exp_dir / "superseded-1").iterdir()} == old
