@@ -78,10 +78,15 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="PREFIX",
         help="leave out weights whose names begin so, such as attention_decoder; repeatable",
     )
+    parser.add_argument(
+        "--last-weights",
+        action="store_true",
+        help="take the last weights, not their mean, where both are there",
+    )
     options = parser.parse_args(arguments)
     try:
-        experiment, tokenizer, weights = import_weights(
-            options.path, options.tokens, options.pos_head_dim, options.drop
+        experiment, tokenizer, weights, entry = import_weights(
+            options.path, options.tokens, options.pos_head_dim, options.drop, options.last_weights
         )
         packed = checkpoint.pack(experiment, tokenizer, weights, {"imported_from": options.path.name})
         checkpoint.save(packed, options.out / "model.pt")
@@ -90,5 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+    if entry == "model_avg":
+        print(f"{options.path}: takes model_avg, the running mean of the weights; --last-weights takes the last ones")
     print(summary(experiment, tokenizer, weights, options.out))
     return 0

@@ -160,7 +160,8 @@ class Tokenizer:
 
 def _parse_symbols(text: str) -> list[str]:
     """Returns the symbols of a tokens.txt by id, without those at its end (#0, #1, …) that only decoding graphs use."""
-    rows = [line.split() for line in text.split("\n") if line.strip()]
+    rows = [line.split() for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
+    rows = [[" ", *row] if len(row) == 1 and row[0].isdecimal() else row for row in rows]  # as sherpa-onnx reads it
     wrong = next((row for row in rows if len(row) != 2 or not row[1].isdecimal()), None)
     if wrong is not None:
         raise ValueError(f"the line {' '.join(wrong)!r} is not 'symbol id'")

@@ -6,6 +6,7 @@ The file is read without running code from it, and the configuration is inferred
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PosixPath
 from typing import Any
@@ -26,14 +27,19 @@ SAME_IN_ALL_STACKS = ("query_head_dim", "value_head_dim", "pos_dim", "causal")
 MOST_NAMED = 5  # an error message names so many weights at most
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, last: bool = False) -> tuple[dict[str, Tensor], str]:
     """Reads the state dict of a file; all tensors are returned in float32 on the CPU.
 
     Args:
-        path: a .safetensors file, or a file of PyTorch that holds a state dict, plain or under `model`.
+        path: a .safetensors file, or a file of PyTorch that holds a state dict, plain, or under `model_avg` or `model`.
+        last: whether to take `model`, the last weights, where there is `model_avg`, their running mean.
+
+    Returns:
+        The weights, and the name of the entry that holds them; the name is empty where they are all that there is.
 
     Raises:
-        ValueError: if there is no state dict, or the file holds more than tensors and plain values.
+        ValueError: if there is no state dict, the file is damaged or holds more than tensors and plain values, or
+            weights are not finite.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the pretrained.pt or .safetensors of a published model")
@@ -44,6 +50,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         else:
             # icefall's checkpoints hold a path, the name of their directory. Making a path object touches no file.
             # Whatever torch warns about is refused, and reported below.
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:  # torch itself does not compare the checksums
+                    damaged = archive.testzip()
+                if damaged:
+                    raise ValueError(f"the checksum of {damaged} is wrong, so the file is damaged; fetch it again")
             with torch.serialization.safe_globals([PosixPath]), warnings.catch_warnings(action="ignore"):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -52,10 +63,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch and safetensors raise exceptions of many kinds
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: no weights that can be read ({reason}); give a state dict") from None
-    weights = content.get("model", content) if isinstance(content, dict) else None
+    names = ("model",) if last else ("model_avg", "model")
+    name = next((name for name in names if isinstance(content, dict) and isinstance(content.get(name), dict)), "")
+    weights = content[name] if name else content
     if not isinstance(weights, dict) or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
         raise ValueError(f"{path}: holds no state dict, neither plain nor under 'model'; give one of a Zipformer")
-    return {name: value.float() for name, value in weights.items()}
+    infinite = next((key for key, value in weights.items() if not value.isfinite().all()), None)
+    if infinite:
+        raise ValueError(f"{path}: {infinite} has weights that are NaN or infinite; give weights before it broke")
+    return {key: value.float() for key, value in weights.items()}, name
 
 
 def infer_config(weights: dict[str, Tensor], pos_head_dim: int) -> ModelConfig:
@@ -160,21 +176,30 @@ def _shortened(names: list[str]) -> str:
 
 
 def import_weights(
-    path: Path, tokens: Path, pos_head_dim: int = ZipformerConfig.pos_head_dim, drop: Sequence[str] = ()
-) -> tuple[Experiment, Tokenizer, dict[str, Tensor]]:
-    """Reads a published model; returns the configuration, the tokenizer and the weights of a checkpoint.
+    path: Path,
+    tokens: Path,
+    pos_head_dim: int = ZipformerConfig.pos_head_dim,
+    drop: Sequence[str] = (),
+    last: bool = False,
+) -> tuple[Experiment, Tokenizer, dict[str, Tensor], str]:
+    """Reads a published model.
+
+    Returns:
+        The configuration, the tokenizer and the weights of a checkpoint, and the entry of the file that they are from.
 
     Args:
         path: the weights, see `read_weights`.
         tokens: a directory with tokens.txt or a sentencepiece model, or one of these files.
         pos_head_dim: see `infer_config`.
         drop: prefixes of names; weights with one of them are left out.
+        last: see `read_weights`.
 
     Raises:
         ValueError: with one line for each thing that is wrong, which names the file and a remedy.
         FileNotFoundError: if there are no tokens.
     """
-    weights = {name: value for name, value in read_weights(path).items() if not name.startswith(tuple(drop))}
+    everything, entry = read_weights(path, last)
+    weights = {name: value for name, value in everything.items() if not name.startswith(tuple(drop))}
     tokenizer = Tokenizer.load(tokens, to_encode=False)
     try:
         config = infer_config(weights, pos_head_dim)
@@ -189,4 +214,4 @@ def import_weights(
             f"{tokens}: {tokenizer.vocab_size} tokens, but {path} tells {vocab_size} apart; "
             "give those that it was trained with"
         )
-    return Experiment(config, TokensConfig(tokenizer.kind, vocab_size)), tokenizer, weights
+    return Experiment(config, TokensConfig(tokenizer.kind, vocab_size)), tokenizer, weights, entry

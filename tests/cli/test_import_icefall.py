@@ -205,15 +205,47 @@ def test_kinds_of_files(tmp_path: Path) -> None:
     training = {"model": state, "model_avg": peer_model(2).state_dict(), "exp_dir": tmp_path, "best_train_loss": 1.0}
     training["optimizer"] = torch.optim.Adam(peer.parameters()).state_dict()
     half = {name: value.half() for name, value in state.items()}
-    for content, exact in ((state, True), (training, True), ({"model": half}, False)):
+    for content, exact, entry in ((state, True, ""), (training, True, "model"), ({"model": half}, False, "model")):
         torch.save(content, path)
-        weights = read_weights(path)
+        weights, found = read_weights(path, last=True)
+        assert found == entry
         assert weights.keys() == state.keys()
         for name, value in weights.items():
             assert value.dtype == torch.float32
             assert torch.equal(value, state[name] if exact else half[name].float())
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")
-    assert toy.differing(read_weights(tmp_path / "model.safetensors"), dict(state)) == []
+    assert toy.differing(read_weights(tmp_path / "model.safetensors")[0], dict(state)) == []
+    torch.save(training, path)
+    mean, entry = read_weights(path)
+    assert entry == "model_avg" and toy.differing(mean, dict(training["model_avg"])) == []
+
+
+def test_the_running_mean_is_taken_and_said(tokens: Path, tmp_path: Path, capsys: Captured) -> None:
+    both = {"model": peer_model(causal=True).state_dict(), "model_avg": peer_model(causal=True).state_dict()}
+    both["model_avg"] = {name: value + 0.25 for name, value in both["model_avg"].items()}
+    torch.save(both, tmp_path / "epoch-9.pt")
+    arguments = ["--in", str(tmp_path / "epoch-9.pt"), "--tokens", str(tokens), "--out"]
+    for options, entry in ([], "model_avg"), (["--last-weights"], "model"):
+        assert import_icefall.main([*arguments, str(tmp_path / entry), *options]) == 0
+        said = "takes model_avg, the running mean of the weights; --last-weights takes the last ones"
+        assert (said in capsys.readouterr().out) == (entry == "model_avg")
+        saved = checkpoint.load(tmp_path / entry / "model.pt")["model"]
+        assert all(torch.equal(saved[name], value.float()) for name, value in both[entry].items())
+
+
+def test_damaged_and_broken_weights(tmp_path: Path) -> None:
+    """A flipped bit is found by the checksums in the file, in weights that are read without complaint otherwise."""
+    path = tmp_path / "pretrained.pt"
+    torch.save({"model": {"a": torch.ones(1000), "b": torch.ones(1000)}}, path)
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(torch.ones(100).numpy().tobytes()) + 2] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=f"^{path}: .*the checksum of .* is wrong, so the file is damaged"):
+        read_weights(path)
+    for value in (float("nan"), float("inf")):
+        torch.save({"a": torch.ones(3), "b": torch.tensor([1.0, value])}, path)
+        with pytest.raises(ValueError, match=f"^{path}: b has weights that are NaN or infinite"):
+            read_weights(path)
 
 
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:

@@ -125,3 +125,12 @@ def test_files_of_published_models(tmp_path: Path) -> None:
     (tmp_path / "bpe.model").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"^.*bpe.model: no tokens that can be used: [^\n]*$"):
         Tokenizer.load(tmp_path)
+
+
+def test_tokens_txt_as_others_write_it(tmp_path: Path) -> None:
+    """A byte order mark is no part of the first token, and a line of only an id is the space, as in sherpa-onnx."""
+    (tmp_path / "tokens.txt").write_text("\ufeff<blk> 0\n<unk> 1\n  2\na 3\n", encoding="utf-8")
+    tokenizer = Tokenizer.load(tmp_path / "tokens.txt", to_encode=False)
+    assert list(tokenizer.symbols) == ["<blk>", "<unk>", " ", "a"]
+    tokenizer.save(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again", to_encode=False).symbols == tokenizer.symbols
