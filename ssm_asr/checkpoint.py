@@ -90,6 +90,8 @@ def pack(
 def save(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Writes the file whole or not at all: it gets a temporary name, is flushed to disk, and is then renamed.
 
+    The new name is flushed, too, so that it is there after a loss of power.
+
     Raises:
         CheckpointError: The file cannot be written.
     """
@@ -102,10 +104,20 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_directory(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError about positions
         raise CheckpointError(f"{path}: cannot be written ({error}); is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    if hasattr(os, "O_DIRECTORY"):  # Windows opens no directories
+        place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(place)
+        finally:
+            os.close(place)
 
 
 def load(path: str | Path) -> dict[str, Any]:

@@ -228,3 +228,15 @@ def test_warm_start_from_a_model_with_nothing_in_common(tmp_path: Path) -> None:
         torch.save(content, path)
         with pytest.raises(checkpoint.CheckpointError, match="none of its weights has the name and shape"):
             checkpoint.warm_start(model, path)
+
+
+def test_file_and_name_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First what the file holds, and after the renaming its name."""
+    flushed: list[tuple[bool, list[str]]] = []
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda place: flushed.append((stat.S_ISDIR(os.fstat(place).st_mode), sorted(os.listdir(tmp_path)))),
+    )
+    checkpoint.save({"format": checkpoint.FORMAT}, tmp_path / "a.pt")
+    assert flushed == [(False, [".a.pt.part"]), (True, ["a.pt"])]
