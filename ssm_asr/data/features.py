@@ -250,7 +250,9 @@ def load_samples(path: Path | str) -> tuple[np.ndarray, int]:
     """
     path = Path(path)
     if not path.is_file():
-        raise AudioError(path, "no regular file" if path.exists() else "no such file")
+        if not path.exists():
+            raise AudioError(path, "no such file")
+        raise AudioError(path, "no regular file", "a directory" if path.is_dir() else "a pipe or a device")
     if path.stat().st_size == 0:
         raise AudioError(path, "empty audio", "0 bytes")
     try:
@@ -269,7 +271,10 @@ def load_samples(path: Path | str) -> tuple[np.ndarray, int]:
                 blocks.append(audio.read(frames, dtype="float32", always_2d=True))
             samples_SC = np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
     except soundfile.LibsndfileError as error:
-        raise AudioError(path, "truncated or no audio", error.error_string) from error
+        detail = error.error_string
+        if "not recognised" in detail:
+            detail += f" Give wav, flac, ogg or mp3; ffmpeg -i {shlex.quote(str(path))} OUT.wav makes one."
+        raise AudioError(path, "truncated or no audio", detail) from error
     except PermissionError as error:
         raise AudioError(path, "permission denied") from error
     if len(samples_SC) < num_expected:

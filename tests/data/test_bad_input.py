@@ -384,3 +384,11 @@ def test_headers_allocate_nothing(tmp_path: Path) -> None:
         read_audio(path)
     assert tracemalloc.get_traced_memory()[1] < 100e6
     tracemalloc.stop()
+
+
+def test_files_that_are_no_audio_have_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "a film.m4a").write_bytes(b"\x00\x00\x00\x18ftypM4A \x00\x00\x00\x00" + bytes(400))
+    with pytest.raises(AudioError, match=r"truncated or no audio: .*ffmpeg -i '.*a film.m4a' OUT.wav makes one"):
+        read_audio(tmp_path / "a film.m4a")
+    with pytest.raises(AudioError, match="no regular file: a directory"):
+        read_audio(tmp_path)
