@@ -35,7 +35,7 @@ from ssm_asr.ops.devices import find_device
 from ssm_asr.search.encoding import encode_as_streamed
 from ssm_asr.search.offline import OfflineRecognizer
 from ssm_asr.search.recognizer import StreamingRecognizer
-from ssm_asr.search.scorer import TransducerScorer
+from ssm_asr.search.scorer import TransducerScorer, context_of, context_tensor
 from ssm_asr.transducer.model import Transducer
 
 TOKENS_A_SECOND = 3.5
@@ -64,15 +64,13 @@ def random_model(config: Path, tokens: Path, device: torch.device, batch: Batch)
 
 def plain_search(scorer: TransducerScorer, encoder_BTJ: Tensor, lens: list[int]) -> list[list[int]]:
     """Searches frame by frame, the host asking for the best symbols of every frame."""
-    contexts = [[-1] * (scorer.context_size - 1) + [scorer.blank_id] for _ in lens]
     found: list[list[int]] = [[] for _ in lens]
     for t in range(max(lens)):
-        decoder_BJ = scorer.predict(torch.tensor(contexts))
+        decoder_BJ = scorer.predict(context_tensor([context_of(tokens, scorer) for tokens in found]))
         best = scorer.join(encoder_BTJ[:, t], decoder_BJ).argmax(dim=-1).tolist()
         for b, symbol in enumerate(best):
             if t < lens[b] and symbol not in (scorer.blank_id, scorer.unk_id):
                 found[b].append(symbol)
-                contexts[b] = [*contexts[b][1:], symbol]
     return found
 
 

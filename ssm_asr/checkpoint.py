@@ -158,11 +158,19 @@ def _converted(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {**checkpoint, "format": FORMAT}
 
 
+def wrong_checksum(file: BinaryIO | Path) -> str | None:
+    """Returns the first part of a zip file, which torch.save writes, whose checksum is wrong, or None.
+
+    PyTorch itself does not compare them.
+    """
+    with zipfile.ZipFile(file) as archive:
+        return archive.testzip()
+
+
 def _read(file: BinaryIO) -> Any:
     """Reads what torch.save wrote; gives None if the file is damaged or something else."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            whole = archive.testzip() is None  # torch itself does not compare the checksums
+        whole = wrong_checksum(file) is None
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True) if whole else None
     except pickle.UnpicklingError:

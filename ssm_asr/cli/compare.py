@@ -14,10 +14,9 @@ import sys
 from pathlib import Path
 
 from ssm_asr.cli.arguments import frames_list, trust_arguments
-from ssm_asr.data.parallel import LOADING, start_server
 from ssm_asr.evaluation.compare import cells
 from ssm_asr.evaluation.compare.report import write_report
-from ssm_asr.evaluation.test_sets import workers_for
+from ssm_asr.evaluation.test_sets import start_reading
 from ssm_asr.ops.devices import find_device
 
 LEAST_MS = 160  # 160 frames would be a chunk of 3.2 s
@@ -27,16 +26,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line."""
     options = _parser().parse_args(arguments)
     try:
-        device = str(find_device(options.device))
-        if workers_for(find_device(device)):
-            start_server(LOADING)
+        device = find_device(options.device)
+        start_reading(device)
         if options.jobs < 1 or options.limit < 0:
             raise ValueError(
                 f"--jobs {options.jobs}, --limit {options.limit}: give 1 or more jobs, and no negative limit"
             )
         models = cells.load_models(options.checkpoints, options.names, options.unit)
         sets = cells.load_test_sets(options.cuts, options.limit)
-        planned = cells.plan(models, sets, sorted(set(options.chunks)), sorted(set(options.left)), device)
+        planned = cells.plan(models, sets, sorted(set(options.chunks)), sorted(set(options.left)), str(device))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

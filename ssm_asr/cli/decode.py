@@ -11,10 +11,9 @@ from pathlib import Path
 
 from ssm_asr.checkpoint import load_model
 from ssm_asr.cli.arguments import decoding_arguments, result_dir, scoring_arguments, trust_arguments
-from ssm_asr.data.parallel import LOADING, start_server
 from ssm_asr.evaluation.offline import decode_cuts
 from ssm_asr.evaluation.results import rate_text, write_results
-from ssm_asr.evaluation.test_sets import marked_texts, read_test_sets, scoring_unit, workers_for
+from ssm_asr.evaluation.test_sets import marked_texts, read_test_sets, scoring_unit, start_reading
 from ssm_asr.ops.devices import find_device
 from ssm_asr.search.offline import OfflineRecognizer
 
@@ -31,8 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         device = find_device(options.device)
-        if workers_for(device):
-            start_server(LOADING)
+        start_reading(device)
         loaded = load_model(options.checkpoint, device)
         recognizer = OfflineRecognizer(loaded, options.chunk, options.left, options.method, options.beam)
         if options.max_duration_s <= 0:

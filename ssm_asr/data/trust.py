@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from lhotse import MonoCut
 
 TRUST = "SSM_ASR_TRUST"  # environment variable: commands, urls, or both with a comma, which child processes see as well
-SOURCES = ("file", "memory", "shar")  # types of audio sources that are read as data
 FETCHED = ("url", "lilcom_url")
 RUN = ("command", "kaldiio")  # Kaldi's files of features may name commands
 

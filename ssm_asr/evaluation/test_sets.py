@@ -11,6 +11,7 @@ from lhotse import CutSet
 from ssm_asr import units
 from ssm_asr.checkpoint import Loaded
 from ssm_asr.data.filtering import text_of
+from ssm_asr.data.parallel import LOADING, start_server
 from ssm_asr.data.store import read_cuts
 
 MOST_WORKERS = 8  # processes that read audio for one GPU; more are no faster
@@ -19,6 +20,12 @@ MOST_WORKERS = 8  # processes that read audio for one GPU; more are no faster
 def workers_for(device: torch.device) -> int:
     """Returns how many processes should read audio: on a CPU none, since recognition itself takes its cores."""
     return min(MOST_WORKERS, max(1, (os.cpu_count() or 1) - 1)) if device.type == "cuda" else 0
+
+
+def start_reading(device: torch.device) -> None:
+    """Starts what the processes of `workers_for` are forked from, if there are any, while the caller goes on."""
+    if workers_for(device):
+        start_server(LOADING)
 
 
 def scoring_unit(loaded: Loaded, asked: str | None) -> str:

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ssm_asr.checkpoint import wrong_checksum
 from ssm_asr.config import Experiment, TokensConfig
 from ssm_asr.data.tokens import Tokenizer
 from ssm_asr.encoder.zipformer import ZipformerConfig
@@ -51,8 +52,7 @@ def read_weights(path: Path, last: bool = False) -> tuple[dict[str, Tensor], str
             # icefall's checkpoints hold a path, the name of their directory. Making a path object touches no file.
             # Whatever torch warns about is refused, and reported below.
             if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as archive:  # torch itself does not compare the checksums
-                    damaged = archive.testzip()
+                damaged = wrong_checksum(path)
                 if damaged:
                     raise ValueError(f"the checksum of {damaged} is wrong, so the file is damaged; fetch it again")
             with torch.serialization.safe_globals([PosixPath]), warnings.catch_warnings(action="ignore"):

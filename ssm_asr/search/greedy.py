@@ -47,7 +47,7 @@ class GreedySearch:
     def step(self, encoder_BTJ: Tensor, lens: list[int], states: list[GreedyState]) -> list[GreedyState]:
         """Searches the first `lens[b]` frames of each stream's projected encoder output, and returns the new states."""
         device = encoder_BTJ.device
-        steps = min(STEPS_BETWEEN_QUESTIONS[device.type], max(1, *lens))
+        steps = min(STEPS_BETWEEN_QUESTIONS[device.type], max([1, *lens]))
         contexts = context_tensor([context_of(state.tokens, self._scorer) for state in states])
         position_B, end_B = torch.tensor([[0] * len(lens), lens]).to(device)
         context_BC = contexts.to(device)

@@ -52,7 +52,6 @@ def compile_ahead(objective: Objective, optimizer: ScaledAdam, jobs: TrainingJob
     compiling: dict[ahead.Kernel, Any] = {}
     try:
         with forking(ahead.__name__).Pool(min(cores, MOST_JOBS), initializer=ignore_interrupt) as pool:
-            kernels: set[ahead.Kernel] = set()
             for kernels in _rehearse(objective, optimizer, jobs, device):
                 for kernel in sorted(kernels - compiling.keys()):
                     compiling[kernel] = pool.apply_async(ahead.compile_kernel, (kernel,))

@@ -1,14 +1,13 @@
 """Streaming recognition equals the chunk-masked pass over the whole utterance, in whatever blocks the audio arrives."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import toy
 from encoders import ENCODERS
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Refuse
 
 from ssm_asr.checkpoint import Loaded
 from ssm_asr.data.features import OnlineFbank, make_fbank
@@ -245,14 +244,6 @@ def test_beam_search_streams(loaded: Loaded) -> None:
         recognise(StreamingRecognizer(loaded, 16, 64, "beam", 3), recording(5), block)[0] for block in (10**6, 1600)
     )
     assert whole == chunked and len(whole) > 3
-
-
-class Refuse(TorchDispatchMode):
-    """Stops at what reads numbers from the device, which cannot be captured as a graph."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", ENCODERS)

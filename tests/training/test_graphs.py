@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from toy import experiment
+from waits import Refuse
 
 from ssm_asr.encoder.regularize import load_whitening_flags, whitening_flags
 from ssm_asr.encoder.schedule import Draws, set_batch_count
@@ -162,14 +162,6 @@ def test_schedules_go_on():
     random.seed(1)
     draws.renew()
     assert not torch.equal(before, draws.all)
-
-
-class Refuse(TorchDispatchMode):
-    """Stops at what reads numbers from the device, which cannot be captured, and stops the host in a plain step."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
-        return func(*args, **(kwargs or {}))
 
 
 class RefuseNew(Refuse):
